@@ -1,0 +1,34 @@
+# `make quickstart` and `make test` need nothing but Python >= 3.11 and make; both are safe to run again.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: .venv/.installed
+	$(BIN)/ssl-vit quickstart
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -q
+
+test-slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ssl-vit needs Python >= 3.11, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch .venv/.installed $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,135 @@
+"""The readout spec: its grammar, what each placement of the norm means, and that READOUTS alone decides what exists."""
+
+import pytest
+import torch
+
+from ssl_vit.backbone import Backbone, build_backbone
+from ssl_vit.errors import UsageError
+from ssl_vit.readout import READOUTS, Entry, ReadoutSpec, readout
+from ssl_vit.tokens import Tokens
+from tests.conftest import TINY
+
+IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "slug", "blocks", "width"),
+    [
+        ("cls", "cls", "cls", (-1,), 1),
+        ("cls@last1/post", "cls", "cls", (-1,), 1),
+        ("gap/pre", "gap/pre", "gap-pre", (-1,), 1),
+        ("register1/pooled", "register1/pooled", "register1-pooled", (-1,), 1),
+        ("cls@last3+gap", "cls@last3+gap", "cls-last3.gap", (-3, -2, -1), 4),
+        ("gap@block0/pre+cls/pooled", "gap@block0/pre+cls/pooled", "gap-block0-pre.cls-pooled", (-1, 0), 2),
+    ],
+)
+def test_grammar(text: str, canonical: str, slug: str, blocks: tuple[int, ...], width: int) -> None:
+    spec = ReadoutSpec.parse(text)
+    assert (str(spec), spec.slug, spec.blocks, spec.width(1)) == (canonical, slug, blocks, width)
+    assert ReadoutSpec.parse(canonical) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clss", "did you mean 'cls'"),
+        ("", "unknown readout ''"),
+        ("CLS", "unknown readout 'CLS'"),
+        ("cls+", "unknown readout ''"),
+        ("cls+cls/post", "names 'cls' twice"),
+        ("cls/prenorm", "cannot be read at 'cls/prenorm'"),
+        ("cls@last0", "last 0 blocks"),
+        ("cls@3", "cannot be read"),
+        ("gap0", "reads all patches"),
+        ("cls 0", "cannot be read"),
+    ],
+)
+def test_bad_spec_is_one_clear_line(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        ReadoutSpec.parse(text)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("register2", "needs registers > 2, got 2"),
+        ("cls1", "needs cls tokens > 1, got 1"),
+        ("gap@block3", "needs more than 3 blocks, got 3"),
+        ("cls@last4", "needs more than 3 blocks, got 3"),
+    ],
+)
+def test_what_the_model_lacks_is_refused(backbone: Backbone, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        backbone.check(ReadoutSpec.parse(text))
+
+
+def test_register_without_registers_names_what_to_change() -> None:
+    with pytest.raises(UsageError) as error:
+        ReadoutSpec.parse("register").check(cls=1, registers=0, depth=12)
+    assert str(error.value) == "readout 'register' needs registers > 0, got 0; set backbone.registers or choose one of: cls, gap"
+
+
+def test_values_by_hand(backbone: Backbone) -> None:
+    """Against timm's own forward, sliced by hand: CLS, then registers, then patches."""
+    torch.nn.init.uniform_(backbone.norm.weight)  # so that the order of norm and mean matters
+    with torch.no_grad():
+        raw = backbone.vit.forward_intermediates(IMAGES, indices=[0, 2], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
+        (first, first_prefix), (patches, prefix) = raw
+        norm = backbone.norm
+        expected = {
+            "cls": norm(prefix[:, 0]),
+            "gap": norm(patches).mean(1),
+            "gap/pre": patches.mean(1),
+            "gap/pooled": norm(patches.mean(1)),
+            "register": norm(prefix[:, 1:3]).mean(1),
+            "register1": norm(prefix[:, 2]),
+            "cls+gap": torch.cat([norm(prefix[:, 0]), norm(patches).mean(1)], dim=1),
+            "cls@block0": norm(first_prefix[:, 0]),
+            "gap@block0/pre": first.mean(1),
+        }
+        for text, value in expected.items():
+            spec = ReadoutSpec.parse(text)
+            torch.testing.assert_close(readout(text)(backbone(IMAGES, blocks=spec.blocks)), value, rtol=0, atol=1e-6)
+        assert (expected["gap"] - expected["gap/pooled"]).abs().max() > 1e-3
+
+
+def test_last_n_goes_from_shallow_to_deep(backbone: Backbone) -> None:
+    tokens = backbone(IMAGES, blocks=(-3, -2, -1))
+    assert torch.equal(readout("cls@last3")(tokens), torch.cat([readout(f"cls@block{k}")(tokens) for k in range(3)], dim=1))
+
+
+def test_a_block_that_was_not_kept_is_an_error(backbone: Backbone) -> None:
+    with pytest.raises(KeyError, match="block 0 was not kept, only \\[2\\]"):
+        readout("cls@block0")(backbone(IMAGES))
+
+
+def test_reading_normed_tokens_through_the_norm_again_is_an_error(backbone: Backbone) -> None:
+    with pytest.raises(ValueError, match="through the final norm already"):
+        readout("gap/pooled")(backbone(IMAGES).normed)
+
+
+def test_a_new_readout_is_one_function_and_one_entry(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    def strongest(tokens: Tokens) -> torch.Tensor:
+        return tokens.patches.amax(dim=1)
+
+    monkeypatch.setitem(READOUTS, "strongest", Entry(strongest, of="patches"))
+    tokens = backbone(IMAGES)
+    assert torch.equal(readout("strongest")(tokens), backbone.norm(tokens.patches).amax(dim=1))
+    assert readout("cls+strongest@last2/pre")(backbone(IMAGES, blocks=(-2, -1))).shape == (5, 72)
+
+
+def test_one_register_and_cls_are_exchangeable() -> None:
+    """The study's null control: with one register and no positions for either, swapping the two tokens swaps the two readouts."""
+    from dataclasses import replace
+
+    model = build_backbone(replace(TINY, registers=1)).eval()
+    before = model(IMAGES)
+    with torch.no_grad():
+        kept = model.vit.cls_token.clone()
+        model.vit.cls_token.copy_(model.vit.reg_token)
+        model.vit.reg_token.copy_(kept)
+    after = model(IMAGES)
+    torch.testing.assert_close(after.cls, before.registers, rtol=0, atol=1e-5)
+    torch.testing.assert_close(after.registers, before.cls, rtol=0, atol=1e-5)
