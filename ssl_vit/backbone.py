@@ -17,8 +17,9 @@ from ssl_vit.errors import UsageError, one_of
 from ssl_vit.readout import ReadoutSpec
 from ssl_vit.tokens import Tokens
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+Channels = tuple[float, float, float]
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class BackboneConfig:
         if self.image_size % self.patch:
             near = round(self.image_size / self.patch) * self.patch or self.patch
             raise UsageError(
-                f"backbone.image_size {self.image_size} is not divisible by backbone.patch {self.patch}; set image_size to {near} or change patch"
+                f"backbone.image_size {self.image_size} is not divisible by backbone.patch {self.patch}; "
+                f"set image_size to {near} or change patch"
             )
         if self.cls_tokens not in (0, 1):
             raise UsageError(f"backbone.cls_tokens is {self.cls_tokens}; choose 0 or 1")
@@ -74,10 +76,11 @@ class Backbone(nn.Module):
     trained_readout, the spec that its loss was attached to (None for a model that is not from here).
     """
 
-    def __init__(self, vit: nn.Module, image_size: int, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD) -> None:
+    def __init__(self, vit: nn.Module, image_size: int, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD) -> None:
         super().__init__()
-        self.vit: Any = vit
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.vit: Any
+        self.vit = vit
+        self.mean, self.std = mean, std
         self.image_size = image_size
         self.trained_readout: str | None = None
         self.width: int = self.vit.embed_dim
@@ -105,7 +108,9 @@ class Backbone(nn.Module):
         """UsageError unless this model can be read as `spec` says."""
         spec.check(self.cls_tokens, self.registers, self.depth, change=name)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], blocks: tuple[int, ...] = (-1,), keep: Int64[Tensor, "b k"] | None = None) -> Tokens:
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], blocks: tuple[int, ...] = (-1,), keep: Int64[Tensor, "b k"] | None = None
+    ) -> Tokens:
         """Tokens before the final norm.
 
         images: normalised by mean and std. blocks: which blocks to keep, negative from the last.
@@ -133,7 +138,7 @@ class Backbone(nn.Module):
     def _forward_kept(self, images: Tensor, wanted: list[int], keep: Tensor) -> list[tuple[Tensor, Tensor]]:
         vit = self.vit
         if not isinstance(vit, VisionTransformer):
-            raise UsageError(f"masked forward needs a plain Vision Transformer of timm, got {type(vit).__name__}; choose one such as vit_base_patch16_224")
+            raise UsageError(f"masked forward needs a plain ViT of timm, got {type(vit).__name__}; choose one such as vit_base_patch16_224")
         convolution = vit.patch_embed.proj  # as a matrix product on the kept patches, the same numbers for a fraction of the cost
         kept = patchify(images, self.patch).gather(1, keep[:, :, None].expand(-1, -1, 3 * self.patch**2))
         x = vit.patch_embed.norm(F.linear(kept, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias))
@@ -163,7 +168,9 @@ class Backbone(nn.Module):
     def _notice_other_size(self, images: Tensor) -> None:
         size = (images.shape[-2], images.shape[-1])
         if any(side % self.patch for side in size):
-            raise UsageError(f"images of {size[0]} x {size[1]} px are not divisible by the patch of {self.patch} px; resize them to {self.image_size}")
+            raise UsageError(
+                f"images of {size[0]} x {size[1]} px are not divisible by the patch of {self.patch} px; resize them to {self.image_size}"
+            )
         # Smaller crops are a part of training (DINO's local views); in evaluation another size is never silent.
         if not self.training and size != (self.image_size, self.image_size) and size not in self._notified:
             self._notified.add(size)
@@ -186,7 +193,9 @@ def build_backbone(config: BackboneConfig, drop_path: float | None = None) -> Ba
     names = [name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_")]
     if config.name not in names:
         near = one_of(config.name, names).split(" choose one of")[0]
-        raise UsageError(f"backbone.name {config.name!r} is not a Vision Transformer of timm; {near} list them with timm.list_models('vit_*')")
+        raise UsageError(
+            f"backbone.name {config.name!r} is not a Vision Transformer of timm; {near} list them with timm.list_models('vit_*')"
+        )
     sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
     try:
         vit = timm.create_model(

@@ -16,7 +16,6 @@ from timm.models import is_model
 from ssl_vit.backbone import Backbone, BackboneConfig, build_backbone
 from ssl_vit.errors import Failure, UsageError, one_of
 
-
 FORMAT = 1  # of a checkpoint's "ssl_vit" entry
 
 
@@ -34,12 +33,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        raise Failure(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); give a *.ckpt that ssl-vit pretrain wrote") from error
+        raise Failure(
+            f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); give a *.ckpt that ssl-vit pretrain wrote"
+        ) from error
     if not isinstance(checkpoint, dict) or "ssl_vit" not in checkpoint or "state_dict" not in checkpoint:
         raise Failure(f"{path} is not a checkpoint of ssl-vit; give a *.ckpt that ssl-vit pretrain wrote")
-    written = checkpoint["ssl_vit"]["format"]
-    if written != FORMAT:
-        raise Failure(f"{path} has checkpoint format {written}, this version reads {FORMAT}; use the version that wrote it: {checkpoint['ssl_vit']['versions']}")
+    ours = checkpoint["ssl_vit"]
+    if ours["format"] != FORMAT:
+        raise Failure(f"{path} has checkpoint format {ours['format']}, this version reads {FORMAT}; it was written by {ours['versions']}")
     return checkpoint
 
 
@@ -73,7 +74,7 @@ def load_backbone(source: str | Path, pretrained: bool = True, which: Literal["t
         state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
         backbone.load_state_dict(state)
         backbone.trained_readout = ours["readout"]
-    backbone.mean, backbone.std = tuple(ours["mean"]), tuple(ours["std"])
+    backbone.mean, backbone.std = (ours["mean"][0], ours["mean"][1], ours["mean"][2]), (ours["std"][0], ours["std"][1], ours["std"][2])
     return backbone.eval()
 
 
@@ -124,6 +125,8 @@ def _quick_offline_error(what: str, online: bool) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if not online or not constants.HF_HUB_OFFLINE:
             raise
-        raise Failure(f"cannot fetch {what}: no network, and they are not in the cache; fetch them where there is one, or use pretrained=False") from error
+        raise Failure(
+            f"cannot fetch {what}: no network, and they are not in the cache; fetch them where there is one, or use pretrained=False"
+        ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline

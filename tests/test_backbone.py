@@ -121,7 +121,9 @@ def test_class_token_and_registers_start_alike(backbone: Backbone) -> None:
     ],
 )
 def test_token_layout_is_read_from_timm_models(name: str, cls_tokens: int, registers: int) -> None:
-    model = load_backbone(f"timm:{name}", pretrained=False, depth=1) if "beit" not in name else load_backbone(f"timm:{name}", pretrained=False)
+    model = (
+        load_backbone(f"timm:{name}", pretrained=False, depth=1) if "beit" not in name else load_backbone(f"timm:{name}", pretrained=False)
+    )
     tokens = model(torch.randn(1, 3, model.image_size, model.image_size))
     assert (tokens.cls.shape[1], tokens.registers.shape[1]) == (cls_tokens, registers)
     assert tokens.patches.shape[1] == (model.image_size // model.patch) ** 2

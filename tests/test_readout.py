@@ -75,7 +75,9 @@ def test_values_by_hand(backbone: Backbone) -> None:
     """Against timm's own forward, sliced by hand: CLS, then registers, then patches."""
     torch.nn.init.uniform_(backbone.norm.weight)  # so that the order of norm and mean matters
     with torch.no_grad():
-        raw = backbone.vit.forward_intermediates(IMAGES, indices=[0, 2], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
+        raw = backbone.vit.forward_intermediates(
+            IMAGES, indices=[0, 2], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        )
         (first, first_prefix), (patches, prefix) = raw
         norm = backbone.norm
         expected = {

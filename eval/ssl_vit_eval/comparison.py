@@ -1,0 +1,258 @@
+"""Rows arranged for comparison: trained-with × read-with tables, each cell paired with its own random-initialised backbone.
+
+Image-level intervals come from the per-image predictions. They hold for one seed; over several seeds a cell shows mean and spread of the
+seeds instead, since an interval over images says nothing about another pretraining.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from ssl_vit.errors import Failure
+from ssl_vit_eval.models import PIXELS
+from ssl_vit_eval.rows import Key, Row, RowStore, find_rows
+from ssl_vit_eval.runs import Run, find_runs, recipe_name
+from ssl_vit_eval.stats import PairedDifference, paired_difference
+
+FIRST = ("cls", "gap", "register")  # then the others as they come
+MISSING = "–"
+ZERO = "○"  # marks a gain whose interval includes zero
+
+
+class Arm(NamedTuple):
+    """One line of a table; its seeds are averaged.
+
+    recipe: what its runs are called without readout and seed, of other sources their name. trained_with: None for what was not
+    trained here; the random initialisation of a recipe has its method and name.
+    """
+
+    method: str
+    recipe: str
+    trained_with: str | None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Points of top-1 over the random-initialised backbone read the same way, paired by image and averaged over seeds.
+
+    low, high: 95 % bootstrap interval over images for one seed, the smallest and the largest seed for several.
+    """
+
+    points: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def includes_zero(self) -> bool:
+        """As shown, with one decimal: a bound that rounds to zero counts as zero."""
+        return round(self.low, 1) <= 0 <= round(self.high, 1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Top-1 and macro top-1 as fractions, means over seeds; ci: interval over images for one seed; spread: deviation of several."""
+
+    top1: float
+    macro: float | None
+    ci: tuple[float, float] | None
+    spread: float | None
+    seeds: int
+    gain: Gain | None
+
+
+class Setting(NamedTuple):
+    """What must be equal for two numbers to stand in one table."""
+
+    dataset: str
+    data: str
+    transform: str
+    protocol: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """All numbers of one setting: cells by arm and read-with."""
+
+    setting: Setting
+    n_test: int
+    cells: dict[tuple[Arm, str], Cell]
+
+    def arms(self) -> list[Arm]:
+        return list(dict.fromkeys(arm for arm, _ in self.cells))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tables in order of appearance; sections are (method, recipe) of what was trained here; notes say what is missing or kept apart."""
+
+    tables: list[Table]
+    sections: list[tuple[str, str]]
+    trained_with: list[str]
+    read_with: list[str]
+    rows: list[Row]
+    runs: list[Run]
+    notes: list[str]
+
+    def trained(self, table: Table) -> list[Arm]:
+        """The lines of table B: every recipe with every trained-with, missing ones too, then its random initialisation."""
+        arms = [Arm(*section, spec) for section in self.sections for spec in [*self.trained_with, None]]
+        return arms if any(arm.trained_with for arm in table.arms()) else [arm for arm in arms if arm in table.arms()]
+
+    def others(self, table: Table) -> list[Arm]:
+        """The lines of table A: what was not trained here, and random backbones that nothing here started from."""
+        return [arm for arm in table.arms() if arm.trained_with is None and arm[:2] not in self.sections and arm.method != PIXELS]
+
+
+def build(folders: Sequence[str | Path]) -> Comparison:
+    """Compare every row below the folders. UsageError for folders without rows, Failure where predictions cannot be read."""
+    found = find_rows(folders)
+    rows = [row for row, _ in found]
+    names = _names(rows)
+    inits: dict[str, dict[Arm, None]] = defaultdict(dict)  # the initialisation of a shared start is shown in every recipe that has it
+    for row in rows:
+        if row.trained_with and row.init:
+            inits[row.init][names[_weights(row)]._replace(trained_with=None)] = None
+
+    grouped: dict[Setting, dict[tuple[Arm, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        setting = Setting(row.dataset, row.data, row.transform, row.protocol, row.protocol_version)
+        arms = inits.get(row.checkpoint) if row.method == "random" else None
+        for arm in arms or [names[_weights(row)]]:
+            grouped[setting][arm, row.read_with].append(row)
+
+    gains = _Gains(found)
+    tables = []
+    for setting, places in grouped.items():
+        cells = {place: _cell(of, gains) for place, of in places.items() if any(row.metric == "top1" for row in of)}
+        n_test = next(row.n_test for of in places.values() for row in of)
+        tables.append(Table(setting, n_test, cells))
+    order = list(dict.fromkeys(row.dataset for row in rows))
+    tables.sort(key=lambda table: order.index(table.setting.dataset))  # stable: the protocols of a data set stay together
+    trained = [arm for arm in names.values() if arm.trained_with]
+    return Comparison(
+        tables,
+        sections=list(dict.fromkeys(arm[:2] for arm in trained)),
+        trained_with=_ordered(arm.trained_with for arm in trained if arm.trained_with),
+        read_with=_ordered(row.read_with for row in rows if row.method != PIXELS),
+        rows=rows,
+        runs=find_runs(folders),
+        notes=_notes(tables),
+    )
+
+
+def score_text(cell: Cell) -> str:
+    """Top-1 in %, over several seeds with their standard deviation and number: `71.2`, `71.2 ± 0.4, n = 3`."""
+    spread = "" if cell.spread is None else f" ± {100 * cell.spread:.1f}, n = {cell.seeds}"
+    return f"{100 * cell.top1:.1f}{spread}"
+
+
+def under_text(cell: Cell) -> str:
+    """What stands below the score: the gain where there is one, else the interval over images, as points and %."""
+    if cell.gain:
+        return gain_text(cell.gain)
+    return "" if cell.ci is None else f"[{100 * cell.ci[0]:.1f}, {100 * cell.ci[1]:.1f}]"
+
+
+def gain_text(gain: Gain) -> str:
+    """`+6.1 [4.4, 7.8]`; ○ behind it where the interval, or the range of several seeds, includes zero."""
+    return f"{signed(gain.points)} {bounds_text(gain)}" + (f" {ZERO}" if gain.includes_zero else "")
+
+
+def bounds_text(gain: Gain) -> str:
+    """`[4.4, 7.8]`, the interval of one seed, or `(5.0 … 7.1)`, the range of several."""
+    low, high = signed(gain.low).lstrip("+"), signed(gain.high).lstrip("+")
+    return f"[{low}, {high}]" if gain.seeds == 1 else f"({low} … {high})"
+
+
+def signed(points: float) -> str:
+    """One decimal with its sign; zero, also a rounded one, has none."""
+    text = f"{points:+.1f}".replace("-", "−")
+    return text[1:] if text[1:] == "0.0" else text
+
+
+def _weights(row: Row) -> tuple[str, str]:
+    return row.checkpoint, row.transform  # raw pixels have no weights, and their size is in the transform
+
+
+def _names(rows: Sequence[Row]) -> dict[tuple[str, str], Arm]:
+    """The arm of all weights. Two checkpoints of one arm and seed are not seeds of one thing: their hashes keep them apart."""
+    names = {_weights(row): Arm(row.method, recipe_name(row.source, row.trained_with, row.seed), row.trained_with) for row in rows}
+    same = defaultdict(set)
+    for row in rows:
+        same[names[_weights(row)], row.seed].add(row.checkpoint)
+    clashing = {arm for (arm, _), checkpoints in same.items() if len(checkpoints) > 1}
+    return {key: arm._replace(recipe=f"{arm.recipe} {key[0][:8]}") if arm in clashing else arm for key, arm in names.items()}
+
+
+class _Gains:
+    """Pairs a row with the random-initialised backbone that its checkpoint started from: same images, protocol and readout."""
+
+    def __init__(self, found: Sequence[tuple[Row, RowStore]]) -> None:
+        self._found = {row.key: (row, store) for row, store in found if row.metric == "top1"}
+
+    def over_random(self, row: Row) -> PairedDifference | None:
+        """None where that backbone was not evaluated so."""
+        baseline = row.key._replace(checkpoint=row.init) if row.trained_with and row.init else None
+        if baseline is None or baseline not in self._found:
+            return None
+        return paired_difference(self._correct(row.key), self._correct(baseline))
+
+    def _correct(self, key: Key) -> Bool[Tensor, " n"]:
+        row, store = self._found[key]
+        predictions, labels = store.predictions(row)
+        if len(labels) != row.n_test:
+            raise Failure(f"{store.folder / row.predictions} has {len(labels)} predictions, its row {row.n_test} images: evaluate again")
+        return torch.eq(predictions, labels)
+
+
+def _cell(rows: Sequence[Row], gains: _Gains) -> Cell:
+    top1 = [row for row in rows if row.metric == "top1"]
+    macro = [row.value for row in rows if row.metric == "top1_macro"]
+    values = [row.value for row in top1]
+    differences = [difference for row in top1 if (difference := gains.over_random(row))]
+    gain = None
+    if len(differences) == 1:
+        gain = Gain(*differences[0], seeds=1)
+    elif differences:
+        points = [difference.points for difference in differences]
+        gain = Gain(fmean(points), min(points), max(points), len(points))
+    one = len(values) == 1
+    return Cell(
+        top1=fmean(values),
+        macro=fmean(macro) if macro else None,
+        ci=(top1[0].ci_low, top1[0].ci_high) if one else None,
+        spread=None if one else stdev(values),
+        seeds=len(values),
+        gain=gain,
+    )
+
+
+def _ordered(specs: Iterable[str]) -> list[str]:
+    found = dict.fromkeys(specs)
+    return [spec for spec in FIRST if spec in found] + [spec for spec in found if spec not in FIRST]
+
+
+def _notes(tables: Sequence[Table]) -> list[str]:
+    """Settings that differ only in version, data or transform, and trained cells without their baseline."""
+    notes = []
+    for dataset, protocol in dict.fromkeys((table.setting.dataset, table.setting.protocol) for table in tables):
+        apart = [table.setting for table in tables if (table.setting.dataset, table.setting.protocol) == (dataset, protocol)]
+        differs = {"protocol version": "version", "data": "data", "transform": "transform"}
+        what = " and ".join(name for name, field in differs.items() if len({getattr(setting, field) for setting in apart}) > 1)
+        if what:
+            notes.append(f"{dataset}, {protocol}: {len(apart)} tables, because of different {what}; never averaged, not comparable")
+    trained = [cell for table in tables for (arm, _), cell in table.cells.items() if arm.trained_with]
+    if lacking := sum(cell.gain is None for cell in trained):
+        notes.append(f"{lacking} of {len(trained)} trained cells have no gain: evaluate random:RECIPE, seeded alike, on the same data")
+    if partly := sum(cell.gain is not None and cell.gain.seeds < cell.seeds for cell in trained):
+        notes.append(f"{partly} cells have a gain over fewer seeds than their score: evaluate random:RECIPE with the other seeds")
+    return notes

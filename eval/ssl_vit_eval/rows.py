@@ -1,0 +1,190 @@
+"""Rows: one line of `rows.jsonl` for each number, and beside it the per-image predictions that paired tests are computed from."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ssl_vit.errors import Failure, UsageError
+
+FORMAT = 1  # of a line; one with a higher number was written by a later version
+
+
+class Key(NamedTuple):
+    """What an evaluation depends on: two with the same key give the same predictions."""
+
+    checkpoint: str
+    data: str
+    transform: str
+    protocol: str
+    protocol_version: int
+    read_with: str
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that name the evaluation."""
+        return hashlib.sha256(json.dumps(list(self)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number and what it is of. Values, intervals and oracle are fractions in [0, 1]; `seconds` is the probe's time."""
+
+    method: str  # "dino", "mae"; of the controls "random" or "pixels"
+    trained_with: str | None  # the readout spec in the checkpoint; None for controls
+    read_with: str
+    dataset: str
+    protocol: str
+    protocol_version: int
+    metric: str
+    value: float
+    ci_low: float
+    ci_high: float
+    n_train: int
+    n_test: int
+    seed: int | None  # of pretraining, or of the initialisation of a random backbone
+    selected: dict[str, Any]
+    grid: dict[str, Any] | None
+    edge_of_grid: bool | None
+    oracle: float | None  # the best of the grid on test, never used
+    deviations: list[str]  # from the paper that the protocol is named after
+    seconds: float
+    checkpoint: str  # hashes, as are the next three; this one of the weights
+    recipe: str | None
+    init: str | None  # of the weights that the training started from: a random row with this `checkpoint` is its baseline
+    data: str
+    transform: str
+    git: str | None
+    source: str  # as the user named it; of a path the last part only
+    predictions: str = ""  # file below the store's folder; filled in by `RowStore.append`
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _fits(value, field.type):
+                raise ValueError(f"{field.name} is {value!r}, not of type {getattr(field.type, '__name__', field.type)}")
+
+    @property
+    def key(self) -> Key:
+        """The evaluation that this number comes from."""
+        return Key(*(getattr(self, name) for name in Key._fields))
+
+    @property
+    def id(self) -> str:
+        """Evaluation and metric: rows of equal id are the same number, measured again."""
+        return f"{self.key.digest}-{self.metric}"
+
+
+class RowStore:
+    """`rows.jsonl` and `predictions/` in one folder, which the first `append` creates."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.file = self.folder / "rows.jsonl"
+
+    def append(self, rows: Sequence[Row], predictions: Int64[Tensor, " n"], labels: Int64[Tensor, " n"]) -> list[Row]:
+        """Add the rows of one evaluation (one for each metric) and its answers; the rows come back with `predictions` filled in.
+
+        The predictions are complete before a row names them, and the rows are one write: a kill leaves whole lines, or one cut
+        last line, which is ignored on reading and cleared away by the next append.
+        """
+        if len({row.key for row in rows}) != 1:
+            raise ValueError("append takes the rows of exactly one evaluation")
+        name = f"predictions/{rows[0].key.digest}.parquet"
+        rows = [replace(row, predictions=name) for row in rows]
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        columns = {"image": range(len(labels)), "label": labels.tolist(), "prediction": predictions.tolist()}
+        partial = path.with_name(f"{path.name}.partial")
+        pq.write_table(pa.table({column: pa.array(values, pa.int64()) for column, values in columns.items()}), partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+        lines = [json.dumps({"format": FORMAT, "id": row.id, **asdict(row)}, allow_nan=False) + "\n" for row in rows]
+        text, cut = self._read()
+        with open(self.file, "ab") as file:
+            file.truncate(len(text) - len(cut))
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        return rows
+
+    def rows(self) -> list[Row]:
+        """Every row, the last of those with the same id; Failure for a line that is not a row of a known format."""
+        text, cut = self._read()
+        if cut:
+            warnings.warn(f"{self.file}: the last line was cut short and is ignored; evaluate again to have it back", stacklevel=2)
+        lines = text.removesuffix(cut).decode(errors="replace").split("\n")[:-1]
+        rows = [_parse(line, f"{self.file}, line {number}") for number, line in enumerate(lines, 1)]
+        return list({row.id: row for row in rows}.values())
+
+    def has(self, key: Key, metric: str) -> bool:
+        """Whether this number is there, with its predictions."""
+        return any(row.key == key and row.metric == metric and (self.folder / row.predictions).is_file() for row in self.rows())
+
+    def predictions(self, row: Row) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+        """Predicted and true class indices of the test images, in the order of the test set; Failure where the file is gone or corrupt."""
+        path = self.folder / row.predictions
+        try:
+            table = pq.read_table(path)
+            prediction, label = (torch.tensor(table[column].to_pylist(), dtype=torch.int64) for column in ("prediction", "label"))
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise Failure(f"cannot read the predictions {path}: {error}; remove the row or evaluate again") from error
+        return prediction, label
+
+    def _read(self) -> tuple[bytes, bytes]:
+        """The file's bytes, and the end of them that follows the last complete line."""
+        text = self.file.read_bytes() if self.file.exists() else b""
+        return text, text[text.rfind(b"\n") + 1 :]
+
+
+def find_rows(folders: Sequence[str | Path]) -> list[tuple[Row, RowStore]]:
+    """Every row in and below the folders, with the store that has its predictions; of equal ids the last one found.
+
+    UsageError for a folder that does not exist or has no rows.
+    """
+    found: dict[str, tuple[Row, RowStore]] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder {str(folder)!r}: give folders that `ssl-vit eval` or `ssl-vit study` wrote to")
+        stores = [RowStore(file.parent) for file in sorted(folder.rglob("rows.jsonl"))]
+        pairs = [(row, store) for store in stores for row in store.rows()]
+        if not pairs:
+            raise UsageError(f"folder {str(folder)!r} holds no rows (rows.jsonl): run `ssl-vit eval SOURCE --out {folder}` first")
+        found.update({row.id: (row, store) for row, store in pairs})
+    return list(found.values())
+
+
+def _parse(line: str, where: str) -> Row:
+    try:
+        values = json.loads(line)
+        version = values.pop("format")
+        values.pop("id")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Failure(f"{where} is not a row: remove this line") from error
+    if version != FORMAT:
+        raise Failure(f"{where} has row format {version}, this version of ssl_vit reads {FORMAT}: update ssl_vit or evaluate again")
+    try:
+        return Row(**values)
+    except (TypeError, ValueError) as error:
+        raise Failure(f"{where} is not a row ({error}): remove this line") from error
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    """Whether `value` has the type, one of the types of a union; of a `dict[...]` or `list[...]` only the container is looked at."""
+    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if isinstance(value, bool):
+        return bool in options
+    return any(isinstance(value, get_origin(option) or option) for option in options)

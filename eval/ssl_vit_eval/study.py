@@ -1,0 +1,142 @@
+"""`ssl-vit study`: a grid of recipes x trained-with x seeds is pretrained, evaluated and compared; what is finished is skipped."""
+
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ssl_vit.assets import find_asset
+from ssl_vit.errors import UsageError, one_of
+from ssl_vit.pretrain import parse_recipe, pretrain
+from ssl_vit.readout import ReadoutSpec
+from ssl_vit.sources import load_split
+from ssl_vit_eval.compare import compare
+from ssl_vit_eval.evaluate import evaluate, open_sources
+from ssl_vit_eval.models import random_source
+from ssl_vit_eval.pictures import save_reconstructions
+from ssl_vit_eval.protocols import load_protocol
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file. Every arm is the recipe with one field changed, `readout`, and the seed.
+
+    recipes: names or files; trained_with: readout specs; seeds; data, protocols, read_with: what every arm is evaluated on and how.
+    """
+
+    recipes: list[str]
+    trained_with: list[str]
+    seeds: list[int]
+    data: list[str]
+    protocols: list[str]
+    read_with: list[str]
+
+    @classmethod
+    def load(cls, name: str) -> "Study":
+        """UsageError for an unknown study and for an unknown or missing key."""
+        content = yaml.safe_load(find_asset("studies", name).read_text())
+        keys = [field.name for field in fields(cls)]
+        if not isinstance(content, dict):
+            raise UsageError(f"study {name} is not a mapping; give the keys {', '.join(keys)}")
+        for key in content:
+            if key not in keys:
+                raise UsageError(f"study {name}: unknown key {key!r}; {one_of(str(key), keys)}")
+        for key in keys:
+            if not isinstance(content.get(key), list) or not content[key]:
+                raise UsageError(f"study {name}: {key} is {content.get(key)!r}; give a list of at least one, in brackets")
+        return cls(**content)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pretraining of a study."""
+
+    recipe: str
+    readout: str
+    seed: int
+    folder: Path
+
+    @property
+    def options(self) -> list[str]:
+        # One device: a study is a loop over small runs; what is spread over several GPUs is pretrained by `ssl-vit pretrain`.
+        return ["--readout", self.readout, "--seed", str(self.seed), "--trainer.devices", "1", "--out", str(self.folder)]
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "run.json").exists()
+
+
+def run_study(name: str, out: str | None) -> Path:
+    """Run what is missing of a study, and return the path of its report. Wrong names end it before anything trains."""
+    start = time.monotonic()
+    study = Study.load(name)
+    folder = Path(out or Path("runs") / Path(name).stem)
+    cells = [
+        Cell(recipe, str(ReadoutSpec.parse(spec)), seed, folder / "cells" / f"{Path(recipe).stem}-{ReadoutSpec.parse(spec).slug}-s{seed}")
+        for recipe in study.recipes
+        for spec in study.trained_with
+        for seed in study.seeds
+    ]
+    for cell in cells:
+        parse_recipe(cell.recipe, cell.options)
+    for protocol in study.protocols:
+        load_protocol(protocol)
+    randoms = [random_source(recipe, ["--seed", str(seed)]) for recipe in study.recipes for seed in study.seeds]
+    for source in randoms:
+        source.readouts(study.read_with)
+    _open_folder(folder, study)
+
+    for number, cell in enumerate(cells, 1):
+        what = f"[{number}/{len(cells)}] {cell.recipe}, trained with {cell.readout}, seed {cell.seed}"
+        print(f"{what}: done before" if cell.finished else what, flush=True)
+        if not cell.finished:
+            _pretrain(cell)
+        _draw_reconstructions(cell)
+    sizes = dict.fromkeys(source.image_size for source in randoms)
+    controls = [*open_sources([f"pixels:{size}" for size in sizes]), *randoms]
+    trained = open_sources([str(cell.folder / "last.ckpt") for cell in cells])
+    evaluate([*controls, *trained], study.data, study.protocols, study.read_with, folder / "eval")
+    report = compare([folder], folder)
+    print(f"{time.monotonic() - start:.0f} s in all; a second run skips what is done")
+    return report
+
+
+def _open_folder(folder: Path, study: Study) -> None:
+    """Create the study's folder, or find the same study in it."""
+    plan = folder / "study.yaml"
+    if plan.exists():
+        before: Any = yaml.safe_load(plan.read_text())
+        changed = [key for key, value in asdict(study).items() if value != before.get(key)]
+        if changed:
+            raise UsageError(f"{folder} holds a study with other {', '.join(changed)}; name another folder with --out")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} already holds something else; name another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.write_text(yaml.safe_dump(asdict(study), sort_keys=False))
+
+
+def _pretrain(cell: Cell) -> None:
+    """Train a cell, from its last checkpoint if it was interrupted."""
+    if (cell.folder / "last.ckpt").exists():
+        pretrain(cell.recipe, [*cell.options, "--resume"])
+        return
+    for name in ("recipe.yaml", "metrics.jsonl"):  # of a start that was killed before its first checkpoint
+        (cell.folder / name).unlink(missing_ok=True)
+    pretrain(cell.recipe, cell.options)
+
+
+def _draw_reconstructions(cell: Cell) -> None:
+    """What a masked autoencoder fills in, on the first pictures of its own training set, for the report."""
+    picture = cell.folder / "reconstructions.png"
+    recipe = yaml.safe_load((cell.folder / "recipe.yaml").read_text())
+    if recipe["method"] != "mae" or picture.exists():
+        return
+    data = recipe["data"]
+    split = load_split(
+        data["source"], data["split"], image_column=data["image_column"], size=recipe["backbone"]["image_size"], progress=False
+    )
+    images, _ = split.images.batch(torch.linspace(0, len(split.images) - 1, 8).long())
+    save_reconstructions(cell.folder / "last.ckpt", images, picture)

@@ -1,0 +1,42 @@
+"""Recipes, studies, protocols and suites by name: inside the packages as the wheel has them, else beside them as a checkout does."""
+
+from pathlib import Path
+from typing import Literal
+
+from ssl_vit.errors import UsageError, one_of
+
+Kind = Literal["recipes", "studies", "protocols", "suites"]
+
+_ROOT = Path(__file__).resolve().parent.parent  # what holds the packages: site-packages, or the checkout
+# in the wheel, in the checkout. An editable install has no first one, so that a stale copy can never win over the source.
+_FOLDERS: dict[Kind, tuple[str, str]] = {
+    "recipes": ("ssl_vit/recipes", "recipes"),
+    "studies": ("ssl_vit/recipes/studies", "recipes/studies"),
+    "protocols": ("ssl_vit_eval/protocols", "eval/protocols"),
+    "suites": ("ssl_vit_eval/suites", "eval/suites"),
+}
+_SINGULAR: dict[Kind, str] = {"recipes": "recipe", "studies": "study", "protocols": "protocol", "suites": "suite"}
+
+
+def find_asset(kind: Kind, name: str) -> Path:
+    """The YAML file of `name`: one that exists at this path, or one that comes with ssl_vit, with or without `.yaml`.
+
+    UsageError for an unknown name, with the nearest one that is known.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    shipped = _folder(kind) / f"{name.removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    raise UsageError(f"unknown {_SINGULAR[kind]} {name!r}: give the path of a YAML file, or {one_of(name, list_assets(kind))}")
+
+
+def list_assets(kind: Kind) -> list[str]:
+    """The names of the assets of a kind that come with ssl_vit, sorted, without `.yaml`."""
+    return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
+
+
+def _folder(kind: Kind) -> Path:
+    installed, checkout = (_ROOT / folder for folder in _FOLDERS[kind])
+    return installed if installed.is_dir() else checkout

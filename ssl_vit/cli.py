@@ -1,0 +1,169 @@
+"""`ssl-vit COMMAND`: dispatch only. The one module that knows both packages; it imports the judging side where a command needs it."""
+
+import argparse
+import os
+import sys
+import warnings
+from typing import NoReturn
+
+from ssl_vit.errors import Failure, UsageError, one_of
+
+USAGE = """\
+usage: ssl-vit COMMAND ...
+
+  quickstart  [--out DIR]                       pretrain, evaluate and compare on embedded data; ends with a report
+  pretrain    RECIPE [--trainer.devices 8 ...]  any Lightning Trainer flag, any recipe field; RECIPE --help lists them
+  eval        SOURCE... [--data D...]           how well every readout of checkpoints and controls transfers
+  compare     DIR... [--out DIR]                evaluated folders as one table and one report
+  study       STUDY [--out DIR]                 pretrain x eval x compare over a grid of readouts and seeds; resumable
+
+`ssl-vit COMMAND --help` tells more. Exit codes: 0, 2 for wrong usage, 1 for failures; --debug shows the traceback.
+"""
+COMMANDS = ("quickstart", "pretrain", "eval", "compare", "study")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses abbreviations and answers a wrong option with the nearest one, in one line."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"ssl-vit {command}", description=description, allow_abbrev=False)
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        values, unknown = self.parse_known_args(arguments)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            raise UsageError(f"unknown argument {unknown[0]!r}; {one_of(unknown[0].split('=')[0], options)}")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main() -> NoReturn:
+    """The console script."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments or bool(os.environ.get("SSL_VIT_DEBUG"))
+    sys.exit(run([argument for argument in arguments if argument != "--debug"], debug))
+
+
+def run(arguments: list[str], debug: bool = False) -> int:
+    """Run one command; the exit code."""
+    _quiet_the_libraries()
+    try:
+        dispatch(arguments)
+        return 0
+    except (UsageError, Failure) as error:
+        code, message = (2 if isinstance(error, UsageError) else 1), str(error)
+        raised: BaseException = error
+    except KeyboardInterrupt as error:
+        code, message, raised = 130, "interrupted", error
+    except SystemExit as error:  # argparse's --help, --print_config; Lightning after a second Ctrl-C
+        return int(error.code or 0)
+    except Exception as error:
+        from ssl_vit.callbacks import Interrupted
+
+        interrupted = isinstance(error, Interrupted)
+        code, raised = (130 if interrupted else 1), error
+        message = str(error) if interrupted else f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
+    if debug:
+        raise raised
+    print(f"ssl-vit: {message}", file=sys.stderr)
+    return code
+
+
+def dispatch(arguments: list[str]) -> None:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+    elif command == "--version":
+        import importlib.metadata
+
+        print(importlib.metadata.version("ssl-vit"))
+    elif command == "pretrain":
+        pretrain(rest)
+    elif command == "eval":
+        evaluate(rest)
+    elif command == "compare":
+        compare(rest)
+    elif command == "study":
+        study(rest)
+    elif command == "quickstart":
+        quickstart(rest)
+    else:
+        raise UsageError(f"unknown command {command!r}; {one_of(command, COMMANDS)}")
+
+
+def pretrain(arguments: list[str]) -> None:
+    from ssl_vit.assets import list_assets
+
+    names = ", ".join(list_assets("recipes"))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: ssl-vit pretrain RECIPE [options]; RECIPE is a YAML file or one of: {names}")
+        print("ssl-vit pretrain RECIPE --help lists the options, --print_config the resolved recipe")
+        if not arguments:
+            raise UsageError(f"which recipe? give a YAML file or one of: {names}")
+        return
+    if arguments[0].startswith("-"):
+        raise UsageError(f"the recipe comes first, got {arguments[0]!r}; give a YAML file or one of: {names}")
+    from ssl_vit.pretrain import pretrain as run_pretrain
+
+    run_pretrain(arguments[0], arguments[1:])
+
+
+def evaluate(arguments: list[str]) -> None:
+    parser = Parser("eval", "Read every source in every way on every dataset; rows and per-image predictions land in the output folder.")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="checkpoint, timm:NAME, random:RECIPE, pixels or pixels:SIZE")
+    parser.add_argument("--data", nargs="+", metavar="D", help="hub id, local folder or builtin:NAME; default: builtin:photos")
+    parser.add_argument("--protocols", nargs="+", default=["knn", "logreg"], metavar="P", help="names or YAML files (default: knn logreg)")
+    parser.add_argument("--readouts", nargs="+", metavar="R", help="specs, or 'trained' (default: every single one that the source has)")
+    parser.add_argument("--out", default="runs/eval", metavar="DIR", help="default: runs/eval")
+    for name in ("train-split", "test-split", "image-column", "label-column"):
+        parser.add_argument(f"--{name}", metavar="NAME", help="found by itself where the dataset follows the usual names")
+    values = parser.parse(arguments)
+    from ssl_vit_eval.evaluate import DataOptions, open_sources
+    from ssl_vit_eval.evaluate import evaluate as run_evaluate
+
+    columns = DataOptions(values.train_split, values.test_split, values.image_column, values.label_column)
+    run_evaluate(open_sources(values.sources), values.data or ["builtin:photos"], values.protocols, values.readouts, values.out, columns)
+
+
+def compare(arguments: list[str]) -> None:
+    parser = Parser("compare", "One table and one report from the rows found below the given folders.")
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="what eval or study wrote")
+    parser.add_argument("--out", metavar="DIR", help="where report.html goes; default: the first folder")
+    values = parser.parse(arguments)
+    from ssl_vit_eval.compare import compare as run_compare
+
+    run_compare(values.folders, values.out)
+
+
+def study(arguments: list[str]) -> None:
+    parser = Parser("study", "Pretrain, evaluate and compare every cell of a grid; finished cells are skipped.")
+    parser.add_argument("study", metavar="STUDY", help="a YAML file or a name")
+    parser.add_argument("--out", metavar="DIR", help="default: runs/STUDY")
+    values = parser.parse(arguments)
+    from ssl_vit_eval.study import run_study
+
+    run_study(values.study, values.out)
+
+
+def quickstart(arguments: list[str]) -> None:
+    parser = Parser("quickstart", "The study `quickstart`: DINO and MAE, each under CLS, GAP and registers, in minutes on a CPU.")
+    parser.add_argument("--out", metavar="DIR", help="default: runs/quickstart")
+    values = parser.parse(arguments)
+    from ssl_vit_eval.study import run_study
+
+    run_study("quickstart", values.out)
+
+
+def _quiet_the_libraries() -> None:
+    """What the libraries say about themselves is not for our users; what they warn of in our code is for our tests."""
+    import logging
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: (
+            not record.getMessage().startswith(("GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped"))
+        )
+    )
+    if "pytest" not in sys.modules:
+        warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse)\.")

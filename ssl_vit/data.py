@@ -1,0 +1,96 @@
+"""The pretraining data: decoded pictures in memory, and an endless stream of global batches whose order is a function of (seed, step)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning
+import torch
+
+from ssl_vit.errors import UsageError
+from ssl_vit.images import ImageStore
+from ssl_vit.methods.base import Batch
+from ssl_vit.rng import permutation
+from ssl_vit.sources import load_split
+
+
+class Stream:
+    """One epoch of batches at a time, this rank's share of each: `for batch in stream`.
+
+    Sample p of the stream is picture `permutation(seed, p // n)[p % n]`, with n the pictures of an epoch (whole global batches).
+    So neither the number of ranks nor a resume changes which picture meets which random numbers.
+    Lightning saves and restores `state_dict`, the step that comes next.
+    """
+
+    def __init__(self, images: ImageStore, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.rank, self.share = rank, batch_size // ranks
+        self.step = 0
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, first = divmod(self.step, len(self))
+        order = permutation(self.seed, epoch, len(self.images))
+        for number in range(first, len(self)):
+            start = number * self.batch_size + self.rank * self.share
+            inside = torch.arange(start, start + self.share)
+            images, sizes = self.images.batch(order[inside])
+            self.step = epoch * len(self) + number + 1
+            yield Batch(images, sizes, inside + epoch * len(self) * self.batch_size, self.step - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+class ImageData(lightning.LightningDataModule):
+    """Pictures for pretraining, decoded once; labels are never read.
+
+    Args:
+        source: a Hugging Face dataset id, a local imagefolder, Parquet or Arrow folder, or builtin:NAME.
+        batch_size: images in a global batch, over all devices.
+        split: which split to train on.
+        image_column: the column that holds the pictures; found by its type if not given.
+        max_side: pictures whose shorter side is longer are stored at this one, in pixels.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        batch_size: int = 256,
+        split: str = "train",
+        image_column: str | None = None,
+        max_side: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UsageError(f"data.batch_size is {batch_size}; it must be at least 1")
+        self.source, self.batch_size, self.split = source, batch_size, split
+        self.image_column, self.max_side, self.seed = image_column, max_side, seed
+        self.images: ImageStore | None = None
+        self.fingerprint = ""
+
+    def setup(self, stage: str) -> None:
+        if self.images is None:
+            assert self.trainer is not None
+            loaded = load_split(
+                self.source, self.split, image_column=self.image_column, max_side=self.max_side, progress=self.trainer.is_global_zero
+            )
+            self.images, self.fingerprint = loaded.images, loaded.fingerprint
+            for notice in loaded.notices:
+                lightning.pytorch.utilities.rank_zero_info(notice)
+
+    def train_dataloader(self) -> Any:
+        assert self.images is not None
+        assert self.trainer is not None
+        ranks = self.trainer.world_size
+        if self.batch_size % ranks:
+            raise UsageError(f"data.batch_size {self.batch_size} is not divisible by {ranks} devices; change one of them")
+        if self.batch_size > len(self.images):
+            raise UsageError(f"data.batch_size is {self.batch_size}, but {self.source} holds {len(self.images)} pictures; lower it")
+        return Stream(self.images, self.batch_size, self.seed, self.trainer.global_rank, ranks)

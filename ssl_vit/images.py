@@ -1,0 +1,228 @@
+"""Pictures of every kind become correct RGB uint8, and the pictures of a split are held decoded in memory.
+
+Rules: EXIF orientation is applied; transparency is composited on white; of an animation the first frame is taken; grey of 16 bits is
+scaled to 8; floating-point grey is scaled by 255 when within 0 ... 1 and kept when within 0 ... 255; grey beyond these ranges is
+stretched from its own minimum ... maximum.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Shaped, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_vit.errors import Failure
+
+# PIL's own warning level; above it a file of a few kilobytes may decode to gigabytes
+MAX_PIXELS = 1024**3 // 4 // 3
+# the rest of PIL's formats are no picture sets, and one of them (EPS) starts an interpreter
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
+EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".jp2"])
+
+# decoded pictures are gathered in pieces of this many bytes, so that the single pictures' memory is soon used again
+_PIECE = 64 * 2**20
+
+
+def decode(picture: bytes | Path | Image.Image, name: str = "picture") -> Image.Image:
+    """Encoded bytes, a file or a PIL image of any mode -> an upright PIL image of mode RGB.
+
+    `name` says in errors which picture it is. Raises Failure for an empty, truncated or corrupt picture, for what is no picture,
+    and, from its header alone, for one of more than `MAX_PIXELS` pixels.
+    """
+    with warnings.catch_warnings():
+        # PIL's, about large pictures (refused here) and unreadable EXIF blocks (such a picture counts as upright)
+        warnings.simplefilter("ignore")
+        opened = _open(picture, name)
+        try:
+            opened.load()
+            return _rgb(_upright(opened))
+        # a damaged file makes PIL raise OSError, SyntaxError, ValueError, struct.error, ..., each format its own
+        except Exception as error:
+            raise Failure(f"{name} is corrupt: {_reason(error)}; remove or replace it") from error
+
+
+def header_size(picture: bytes | Path | Image.Image, name: str = "picture") -> tuple[int, int]:
+    """(height, width) by the header, not decoded and before EXIF orientation; raises Failure as `decode` does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opened = _open(picture, name)
+    return opened.height, opened.width
+
+
+def to_tensor(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
+    """An RGB PIL image as a contiguous tensor."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def eval_transform(picture: Image.Image, size: int) -> Image.Image:
+    """A picture for a model of `size` px: unchanged if of that size, else the shorter side resized to size * 256 / 224, centre cut out.
+
+    Bicubic with antialiasing on 8-bit pixels, as in the evaluation of DINO (Caron et al. 2021, official k-NN and linear protocols).
+    """
+    if picture.size == (size, size):
+        return picture
+    picture = _resize_shorter(picture, round(size * 256 / 224))
+    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
+    return picture.crop((left, top, left + size, top + size))
+
+
+def limit_side(picture: Image.Image, max_side: int) -> Image.Image:
+    """A picture whose shorter side is at most `max_side` px: reduced (bicubic, antialiased) if it was longer, else unchanged."""
+    return _resize_shorter(picture, max_side) if min(picture.size) > max_side else picture
+
+
+class ImageStore:
+    """The decoded pictures of a split: one flat buffer of [3 h w] pictures one after the other, and their sizes.
+
+    Pictures of one size are a view of that buffer as [n 3 h w].
+    """
+
+    def __init__(self, pixels: UInt8[Tensor, "bytes"], sizes: Int64[Tensor, "n 2"]) -> None:
+        """`sizes` are (height, width) in px."""
+        self.sizes = sizes
+        self._pixels = pixels
+        self._ends = (3 * sizes.prod(dim=1)).cumsum(dim=0)
+        uniform = len(sizes) > 0 and bool((sizes == sizes[0]).all())
+        self._stack = pixels.view(len(sizes), 3, *sizes[0].tolist()) if uniform else None
+
+    @classmethod
+    def stacked(cls, images: UInt8[Tensor, "n 3 h w"]) -> "ImageStore":
+        """The store of pictures of one size."""
+        return cls(images.reshape(-1), torch.tensor(images.shape[2:]).repeat(len(images), 1))
+
+    @classmethod
+    def decoded(cls, pictures: Iterable[UInt8[Tensor, "3 _ _"]], count: int, title: str, progress: bool) -> "ImageStore":
+        """The store of `count` pictures as they come, with a progress bar `title`; peak memory is the pixels and one piece."""
+        sizes = torch.empty(count, 2, dtype=torch.int64)
+        pieces: list[Tensor] = []
+        waiting: list[Tensor] = []
+        waiting_bytes = 0
+        for i, picture in enumerate(tqdm(pictures, total=count, desc=title, unit="img", disable=not progress)):
+            sizes[i, 0], sizes[i, 1] = picture.shape[1], picture.shape[2]
+            waiting.append(picture.view(-1))
+            waiting_bytes += picture.numel()
+            if waiting_bytes >= _PIECE:
+                pieces.append(torch.cat(waiting))
+                waiting, waiting_bytes = [], 0
+        if waiting:
+            pieces.append(torch.cat(waiting))
+        # the system commits this buffer's pages as they are written, while the pieces are given back one by one
+        pixels = torch.empty(int(3 * sizes.prod(dim=1).sum()), dtype=torch.uint8)
+        start = 0
+        pieces.reverse()
+        while pieces:
+            piece = pieces.pop()
+            pixels[start : start + len(piece)] = piece
+            start += len(piece)
+        return cls(pixels, sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> UInt8[Tensor, "3 h w"]:
+        height, width = self.sizes[index].tolist()
+        end = int(self._ends[index])
+        return self._pixels[end - 3 * height * width : end].view(3, height, width)
+
+    def batch(self, indices: Int64[Tensor, "b"]) -> tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, "b 2"]]:
+        """The pictures `indices`, zero-padded at the right and bottom to the largest of the batch, and their true (height, width)."""
+        sizes = self.sizes[indices]
+        if self._stack is not None:
+            return self._stack.index_select(0, indices), sizes
+        height, width = sizes.amax(dim=0).tolist()
+        images = torch.zeros(len(indices), 3, height, width, dtype=torch.uint8)
+        for image, index, (h, w) in zip(images, indices.tolist(), sizes.tolist(), strict=True):
+            image[:, :h, :w] = self[index]
+        return images, sizes
+
+
+def check_memory(pixel_bytes: int, title: str) -> None:
+    """Raises Failure when `pixel_bytes` of decoded pictures exceed half of the memory that is available (bytes)."""
+    free = available_memory()
+    if pixel_bytes > free / 2:
+        raise Failure(
+            f"{title} needs about {pixel_bytes / 2**30:.1f} GiB decoded, {free / 2**30:.1f} GiB of memory are available and half of that "
+            "may be used; sets that do not fit into memory are not supported yet: choose a smaller split or a smaller max_side"
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: the system's, or its control group's if that is less."""
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not meminfo.exists():  # not Linux: the physical memory is the best that the standard library knows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def _open(picture: bytes | Path | Image.Image, name: str) -> Image.Image:
+    try:
+        data = picture.read_bytes() if isinstance(picture, Path) else picture
+    except OSError as error:
+        raise Failure(f"{name} cannot be read: {_reason(error)}") from error
+    if data == b"":
+        raise Failure(f"{name} is empty (0 bytes); remove or replace it")
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
+    except Image.DecompressionBombError as error:
+        raise Failure(f"{name} is refused unread: it has more than the {MAX_PIXELS:,} pixels allowed; make it smaller") from error
+    except Exception as error:
+        start = data[:16] if isinstance(data, bytes) else b""
+        raise Failure(
+            f"{name} is no readable picture (it begins with {start!r}); allowed: {', '.join(FORMATS)}; remove or replace it"
+        ) from error
+    if opened.width * opened.height > MAX_PIXELS:
+        raise Failure(f"{name} is refused unread: it has more than the {MAX_PIXELS:,} pixels allowed; make it smaller")
+    return opened
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # an unreadable EXIF block names no orientation
+        return picture
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = Image.fromarray(_to_8_bits(np.asarray(picture)))
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _to_8_bits(grey: Shaped[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    """Grey values of more than 8 bits by the rules of this file's head; PIL's own conversion would saturate them."""
+    values = grey.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("some pixels are not finite")
+    low, high = values.min(), values.max()
+    ranges = (1.0, 255.0) if grey.dtype.kind == "f" else (65535.0,)
+    if low >= 0 and high <= ranges[-1]:
+        low, high = 0.0, next(top for top in ranges if high <= top)
+    levels: np.ndarray = np.rint((values - low) * 255 / max(high - low, np.finfo(np.float64).tiny)).astype(np.uint8)
+    return levels
+
+
+def _resize_shorter(picture: Image.Image, side: int) -> Image.Image:
+    """The shorter side becomes `side` px and the longer one keeps the ratio, rounded down as torchvision does."""
+    short = min(picture.size)
+    if short == side:
+        return picture
+    width, height = (side if length == short else int(side * length / short) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)

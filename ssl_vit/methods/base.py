@@ -1,0 +1,107 @@
+"""What DINO and MAE share as LightningModules: optimiser, per-step schedules, logging, and what a checkpoint carries."""
+
+import dataclasses
+import importlib.metadata
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from ssl_vit.backbone import Backbone
+from ssl_vit.checkpoint import FORMAT
+from ssl_vit.errors import Failure
+from ssl_vit.optim import OptimConfig, adamw
+from ssl_vit.readout import ReadoutSpec
+from ssl_vit.schedules import cosine
+
+
+class Batch(NamedTuple):
+    """One rank's share of a global batch, as decoded: padded to the largest picture, with the true sizes."""
+
+    images: UInt8[Tensor, "b 3 h w"]
+    sizes: Int64[Tensor, "b 2"]
+    positions: Int64[Tensor, "b"]  # in the stream of samples; what every random number is drawn from
+    step: int  # of the global batch, the same on all ranks
+
+
+class Method(lightning.LightningModule):
+    """Base of the methods. A method sets `name` and `backbone` (the one being trained) and implements `views` and `training_step`.
+
+    Attributes: spec, the readout its loss is attached to; recipe, the run as a plain dict (the CLI adds data and trainer);
+    ramp_offset, the step by which the warm-up of the learning rate is shorter than `warmup` (see schedules.cosine).
+    """
+
+    name: str
+    backbone: Backbone
+    ramp_offset = 0
+
+    def __init__(self, spec: ReadoutSpec, optim: OptimConfig, seed: int, **recipe: Any) -> None:
+        super().__init__()
+        self.spec, self.optim, self.seed = spec, optim, seed
+        self.recipe: dict[str, Any] = {"method": self.name, "readout": str(spec), **plain({**recipe, "optim": optim, "seed": seed})}
+        self.init: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
+        self.now: dict[str, float] = {}  # the scheduled values of this step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adamw(self, self.optim)
+
+    def epochs(self, epochs: float) -> int:
+        """Epochs in optimiser steps, at most the whole run."""
+        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        return min(round(epochs * per_epoch), self.total_steps)
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """Every scheduled value at an optimiser step; a method adds its own."""
+        batch_size = self.trainer.datamodule.batch_size * self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        warmup = self.epochs(self.optim.warmup_epochs)
+        lr = self.optim.lr * batch_size / 256
+        return {
+            "lr": cosine(step, self.total_steps, lr, self.optim.min_lr, warmup, warmup - self.ramp_offset),
+            "weight_decay": cosine(step, self.total_steps, self.optim.weight_decay, self.optim.weight_decay_end),
+        }
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.now = self.schedule(self.trainer.global_step)
+        optimizer = self.optimizers()
+        for group in optimizer.param_groups:  # type: ignore[union-attr]
+            group["lr"] = self.now["lr"]
+            if group["name"] == "decay":
+                group["weight_decay"] = self.now["weight_decay"]
+
+    def report(self, loss: Float[Tensor, ""], **metrics: Tensor | float) -> None:
+        """Log the loss, the schedules and the method's own metrics; stop on a loss that is not a number."""
+        if not torch.isfinite(loss.detach()):
+            raise Failure(
+                f"the loss is {loss.item()} at step {self.trainer.global_step}; lower optim.lr or use --trainer.precision bf16-mixed"
+            )
+        self.log("loss", loss.detach(), prog_bar=True)
+        self.log_dict({**metrics, **self.now})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ssl_vit"] = {
+            "format": FORMAT,
+            "recipe": self.recipe,
+            "readout": str(self.spec),
+            "init": self.init,
+            "mean": list(self.backbone.mean),
+            "std": list(self.backbone.std),
+            "image_size": self.recipe["backbone"]["image_size"],
+            "versions": {name: importlib.metadata.version(name) for name in ("ssl-vit", "torch", "lightning", "timm")},
+        }
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts and tuples as lists: what YAML shows and `torch.load(weights_only=True)` takes."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

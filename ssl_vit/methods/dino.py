@@ -1,0 +1,271 @@
+"""DINO (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers"), its loss attached to a chosen readout."""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from jaxtyping import Float
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+
+from ssl_vit.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_vit.errors import UsageError
+from ssl_vit.methods.base import Batch, Method
+from ssl_vit.optim import OptimConfig, clip_each
+from ssl_vit.readout import Readout, ReadoutSpec
+from ssl_vit.schedules import cosine, linear
+from ssl_vit.transforms import normalise
+from ssl_vit.views import MultiCrop, multi_crop
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The projection head (section 3.1, appendix C): a 3-layer MLP, L2 normalisation, a weight-normalised last layer.
+
+    Args:
+        hidden: width of the two hidden layers.
+        bottleneck: width before the prototypes.
+        prototypes: number of outputs k (`out_dim`).
+        norm_last_layer: keep the prototypes' norms fixed at 1; the authors recommend false for ViT-S.
+        freeze_epochs: epochs at the start without updates of the last layer.
+    """
+
+    hidden: int = 2048
+    bottleneck: int = 256
+    prototypes: int = 65536
+    norm_last_layer: bool = True
+    freeze_epochs: float = 1.0
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The teacher (section 3.1) and its sharpening and centring.
+
+    Args:
+        momentum: of the moving average at the first step; cosine to 1.
+        temperature: teacher temperature after its warm-up.
+        warmup_temperature: teacher temperature at the first step.
+        warmup_epochs: epochs of the temperature's linear warm-up.
+        center_momentum: of the centre's moving average.
+    """
+
+    momentum: float = 0.996
+    temperature: float = 0.04
+    warmup_temperature: float = 0.04
+    warmup_epochs: float = 0.0
+    center_momentum: float = 0.9
+
+
+class Head(nn.Module):
+    """[b width] -> [b k] logits before the temperature."""
+
+    def __init__(self, width: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.hidden),
+            nn.GELU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.GELU(),
+            nn.Linear(config.hidden, config.bottleneck),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last = weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))
+        gain = self.last.parametrizations.weight.original0
+        nn.init.ones_(gain)
+        gain.requires_grad = not config.norm_last_layer
+
+    def forward(self, z: Float[Tensor, "b width"]) -> Float[Tensor, "b k"]:
+        logits: Tensor = self.last(F.normalize(self.mlp(z), dim=-1))
+        return logits
+
+
+class Arm(nn.Module):
+    """Student or teacher: backbone, readout, head."""
+
+    def __init__(self, backbone: BackboneConfig, spec: ReadoutSpec, head: HeadConfig, drop_path: float) -> None:
+        super().__init__()
+        self.backbone = build_backbone(backbone, drop_path=drop_path)
+        self.backbone.check(spec)
+        self.readout = Readout(spec)
+        self.head = Head(spec.width(self.backbone.width), head)
+        if not spec.uses_norm:  # without a gradient DDP would wait for it forever
+            self.backbone.norm.requires_grad_(False)
+
+    def forward(self, images: Float[Tensor, "v b 3 s s"]) -> Float[Tensor, "v b k"]:
+        views = images.flatten(0, 1)
+        logits: Tensor = self.head(self.readout(self.backbone(views, blocks=self.readout.spec.blocks)))
+        return logits.view(*images.shape[:2], -1)
+
+
+class DINO(Method):
+    """Self-distillation without labels.
+
+    Args:
+        readout: the spec whose vector goes into the head; the same for student and teacher.
+        backbone: the ViT; drop_path applies to the student only.
+        head: the projection head.
+        crops: the two global and the local views.
+        teacher: moving average, temperature and centre.
+        student_temperature: temperature of the student's softmax.
+        clip_grad: bound of each parameter's gradient norm, 0 for none.
+        optim: AdamW.
+        seed: of the weights, the views and the order of the data.
+    """
+
+    name = "dino"
+    ramp_offset = 1  # the official table of learning rates reaches the base rate one step before the warm-up ends
+    default_optim = OptimConfig(lr=5e-4, min_lr=1e-6, warmup_epochs=10.0, weight_decay=0.04, weight_decay_end=0.4)
+
+    def __init__(
+        self,
+        readout: str = "cls",
+        backbone: BackboneConfig = BackboneConfig(drop_path=0.1),
+        head: HeadConfig = HeadConfig(),
+        crops: MultiCrop = MultiCrop(),
+        teacher: TeacherConfig = TeacherConfig(),
+        student_temperature: float = 0.1,
+        clip_grad: float = 3.0,
+        optim: OptimConfig = default_optim,
+        seed: int = 0,
+    ) -> None:
+        spec = ReadoutSpec.parse(readout)
+        super().__init__(
+            spec,
+            optim,
+            seed,
+            backbone=backbone,
+            head=head,
+            crops=crops,
+            teacher=teacher,
+            student_temperature=student_temperature,
+            clip_grad=clip_grad,
+        )
+        if -1 not in spec.blocks:
+            raise UsageError(f"readout {readout!r} leaves out the last block, which would then not be trained; choose one that reads it")
+        check_crops(crops, backbone)
+        self.head_config, self.crops, self.teacher_config = head, crops, teacher
+        self.student_temperature, self.clip_grad = student_temperature, clip_grad
+        self.student = Arm(backbone, spec, head, drop_path=backbone.drop_path)
+        self.teacher = Arm(backbone, spec, head, drop_path=0.0)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.center: Tensor
+        self.register_buffer("center", torch.zeros(head.prototypes))
+        self._collapsed_steps = 0
+
+    @property
+    def backbone(self) -> Backbone:  # type: ignore[override]
+        return self.student.backbone
+
+    def views(self, batch: Batch) -> tuple[Float[Tensor, "2 b 3 s s"], Float[Tensor, "v b 3 m m"]]:
+        """Two global and v local views of each image (section 3.1, "multi-crop"), normalised."""
+        views = multi_crop(batch.images, batch.sizes, batch.positions, batch.step, self.seed, self.crops)
+        mean, std = self.backbone.mean, self.backbone.std
+        return normalise(views[0], mean, std), normalise(views[1], mean, std)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        large, small = self.views(batch)
+        with torch.no_grad():
+            teacher = self.teacher(large).float()
+        student = self.student(large)
+        if len(small):
+            student = torch.cat([student, self.student(small)])
+        targets = teacher_targets(teacher, self.center, self.now["teacher_temperature"])
+        loss = dino_loss(targets, student.float(), self.student_temperature)
+        self.update_center(teacher)
+        self.report(loss, **self.monitor_collapse(targets))
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher: Float[Tensor, "2 b k"]) -> None:
+        """Equation 4: a moving average of the teacher's output over the global batch, after the loss has used the old one."""
+        mean = teacher.mean(dim=(0, 1))
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean)
+            mean /= torch.distributed.get_world_size()
+        self.center.lerp_(mean, 1 - self.teacher_config.center_momentum)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The teacher follows here, after the step: a callback's turn comes after the checkpoint's, which would lose one update."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            teacher: list[Tensor] = [*self.teacher.parameters()]
+            student: list[Tensor] = [*self.student.parameters()]
+            torch._foreach_lerp_(teacher, student, 1 - self.now["teacher_momentum"])
+
+    def schedule(self, step: int) -> dict[str, float]:
+        teacher = self.teacher_config
+        warmup = self.epochs(teacher.warmup_epochs)
+        return {
+            **super().schedule(step),
+            "teacher_momentum": cosine(step, self.total_steps, teacher.momentum, 1.0),
+            "teacher_temperature": linear(step, warmup, teacher.warmup_temperature, teacher.temperature),
+        }
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
+        """Each parameter's own norm is bounded, and the last layer stands still at first (`freeze_last_layer`)."""
+        if self.clip_grad:
+            clip_each(self.student.parameters(), self.clip_grad)
+        if self.trainer.global_step < self.epochs(self.head_config.freeze_epochs):
+            for parameter in self.student.head.last.parameters():
+                parameter.grad = None
+        if gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def monitor_collapse(self, targets: Float[Tensor, "2 b k"]) -> dict[str, Tensor]:
+        """H(mean) - mean H of the teacher's output, in units of ln k: near 0 when all images get the same answer, be it uniform
+        or one prototype. Needs no labels, and tells what the loss cannot. Warns once when it stays there."""
+        of_mean, mean = entropy(targets.mean(dim=(0, 1))), entropy(targets).mean()
+        information = (of_mean - mean) / math.log(targets.shape[-1])
+        self._collapsed_steps = self._collapsed_steps + 1 if information < COLLAPSED else 0
+        if self._collapsed_steps == COLLAPSED_STEPS:
+            log.warning(
+                "the teacher gives all images the same answer (%.4f of ln k between images for %d steps, entropy %.2f of ln k): collapsed; "
+                "change teacher.temperature, teacher.center_momentum or optim.lr",
+                information,
+                COLLAPSED_STEPS,
+                mean / math.log(targets.shape[-1]),
+            )
+        return {"teacher_entropy": mean, "teacher_information": information}
+
+
+COLLAPSED, COLLAPSED_STEPS = 1e-3, 50
+
+
+def teacher_targets(teacher: Float[Tensor, "t b k"], center: Float[Tensor, " k"], temperature: float) -> Float[Tensor, "t b k"]:
+    """Equation 1 with centring and sharpening: softmax((g_t - c) / temperature)."""
+    return F.softmax((teacher - center) / temperature, dim=-1)
+
+
+def dino_loss(targets: Float[Tensor, "t b k"], student: Float[Tensor, "v b k"], temperature: float) -> Float[Tensor, ""]:
+    """Equation 3: cross-entropy between teacher view i and student view j, mean over the pairs i != j and the batch.
+
+    The first t student views are the teacher's views, in the same order."""
+    log_probs = F.log_softmax(student / temperature, dim=-1)
+    pairs = -torch.einsum("tbk,vbk->tv", targets, log_probs) / targets.shape[1]
+    t, v = pairs.shape
+    loss: Tensor = (pairs.sum() - pairs.diagonal().sum()) / (t * v - min(t, v))
+    return loss
+
+
+def entropy(probabilities: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+    total: Tensor = torch.special.entr(probabilities).sum(dim=-1)
+    return total
+
+
+def check_crops(crops: MultiCrop, backbone: BackboneConfig) -> None:
+    """UsageError unless the views fit the backbone."""
+    if crops.global_size != backbone.image_size:
+        raise UsageError(f"crops.global_size is {crops.global_size}, backbone.image_size {backbone.image_size}; set both to the same")
+    if crops.n_local and crops.local_size % backbone.patch:
+        raise UsageError(f"crops.local_size {crops.local_size} is not divisible by backbone.patch {backbone.patch}; change one of them")

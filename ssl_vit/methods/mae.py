@@ -1,0 +1,181 @@
+"""MAE (He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners"), the decoder's one global token being a chosen readout."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ssl_vit.backbone import BackboneConfig, build_backbone, patchify
+from ssl_vit.errors import UsageError
+from ssl_vit.methods.base import Batch, Method
+from ssl_vit.optim import OptimConfig
+from ssl_vit.readout import Readout, ReadoutSpec
+from ssl_vit.rng import uniform
+from ssl_vit.tokens import Tokens
+from ssl_vit.transforms import normalise
+from ssl_vit.views import SingleCrop, single_crop
+
+MASK_STREAM = 0  # of the random numbers; those of the views are at 1000 and above
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The decoder (section 3): small, and thrown away after pretraining.
+
+    Args:
+        width: token width, a multiple of `heads` and of 4.
+        depth: number of blocks.
+        heads: attention heads.
+    """
+
+    width: int = 512
+    depth: int = 8
+    heads: int = 16
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 4:
+            raise UsageError(f"decoder.width {self.width} must be a multiple of decoder.heads ({self.heads}) and of 4")
+
+
+class Decoder(nn.Module):
+    """One global token and the visible patches -> pixels of all patches."""
+
+    def __init__(self, width: int, grid: int, patch: int, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, config.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.position: Tensor
+        self.register_buffer("position", sincos_positions(config.width, grid), persistent=False)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.Sequential(*[Block(config.width, config.heads, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)])
+        self.norm = norm(config.width)
+        self.pixels = nn.Linear(config.width, patch * patch * 3)
+
+    def forward(self, token: Float[Tensor, "b d"], visible: Float[Tensor, "b k d"], keep: Int64[Tensor, "b k"]) -> Float[Tensor, "b n p"]:
+        x = self.embed(torch.cat([token[:, None], visible], dim=1))
+        b, width = len(x), x.shape[-1]
+        full = self.mask_token.to(x.dtype).expand(b, self.position.shape[1], width)
+        full = full.scatter(1, keep[:, :, None].expand(-1, -1, width), x[:, 1:])
+        x = torch.cat([x[:, :1], full + self.position], dim=1)  # the global token's slot has zero position, as the paper's CLS
+        out: Tensor = self.pixels(self.norm(self.blocks(x)))
+        return out[:, 1:]
+
+
+class MAE(Method):
+    """Masked autoencoding.
+
+    Args:
+        readout: the spec, as wide as one token, whose vector is the decoder's global token beside the visible patches.
+        backbone: the ViT; its positions are fixed sine-cosines.
+        decoder: the decoder.
+        crop: the one view of each image.
+        mask_ratio: share of the patches that the encoder does not see.
+        norm_pixels: predict patches normalised by their own mean and variance.
+        optim: AdamW.
+        seed: of the weights, the views, the masks and the order of the data.
+    """
+
+    name = "mae"
+    default_optim = OptimConfig(lr=1.5e-4, min_lr=0.0, warmup_epochs=40.0, weight_decay=0.05, weight_decay_end=0.05, betas=(0.9, 0.95))
+
+    def __init__(
+        self,
+        readout: str = "cls",
+        backbone: BackboneConfig = BackboneConfig(name="vit_base_patch16_224"),
+        decoder: DecoderConfig = DecoderConfig(),
+        crop: SingleCrop = SingleCrop(),
+        mask_ratio: float = 0.75,
+        norm_pixels: bool = True,
+        optim: OptimConfig = default_optim,
+        seed: int = 0,
+    ) -> None:
+        spec = ReadoutSpec.parse(readout)
+        super().__init__(spec, optim, seed, backbone=backbone, decoder=decoder, crop=crop, mask_ratio=mask_ratio, norm_pixels=norm_pixels)
+        if spec.width(1) != 1 or spec.blocks != (-1,):
+            raise UsageError(
+                f"readout {readout!r} cannot be MAE's global token: it must be one token wide and read the last block, "
+                "e.g. cls, gap or register"
+            )
+        if crop.size != backbone.image_size:
+            raise UsageError(f"crop.size is {crop.size}, backbone.image_size {backbone.image_size}; set both to the same")
+        grid = backbone.image_size // backbone.patch
+        self.n_patches, self.n_keep = grid**2, int(grid**2 * (1 - mask_ratio))
+        if not 0 < self.n_keep < self.n_patches:
+            raise UsageError(f"mask_ratio {mask_ratio} keeps {self.n_keep} of {self.n_patches} patches; it must keep some and mask some")
+        self.crop, self.norm_pixels = crop, norm_pixels
+        self.backbone = build_backbone(backbone)
+        self.backbone.check(spec)
+        self.readout = Readout(spec)
+        self.decoder = Decoder(self.backbone.width, grid, backbone.patch, decoder)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """The authors' start: Xavier for every matrix, the patch embedding as a Linear over the flattened kernel, fixed positions."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        kernel = self.backbone.vit.patch_embed.proj.weight
+        nn.init.xavier_uniform_(kernel.data.view(len(kernel), -1))
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
+        grid = self.backbone.vit.patch_embed.grid_size[0]
+        self.backbone.vit.pos_embed.data.copy_(sincos_positions(self.backbone.width, grid))
+        self.backbone.vit.pos_embed.requires_grad_(False)
+
+    def views(self, batch: Batch) -> Float[Tensor, "b 3 s s"]:
+        """One random resized crop, flipped or not; nothing else (section 4, "data augmentation"); normalised."""
+        return normalise(
+            single_crop(batch.images, batch.sizes, batch.positions, self.seed, self.crop), self.backbone.mean, self.backbone.std
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images = self.views(batch)
+        keep = random_keep(self.seed, batch.positions, self.n_patches, self.n_keep)
+        loss = mae_loss(self.predict_pixels(images, keep).float(), self.targets(images), masked(keep, self.n_patches))
+        self.report(loss)
+        return loss
+
+    def predict_pixels(self, images: Float[Tensor, "b 3 s s"], keep: Int64[Tensor, "b k"]) -> Float[Tensor, "b n p"]:
+        """Encode the kept patches, decode all (section 3)."""
+        tokens: Tokens = self.backbone(images, keep=keep)
+        prediction: Tensor = self.decoder(self.readout(tokens), tokens.normed.patches, keep)
+        return prediction
+
+    def targets(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n p"]:
+        """The patches' pixels, each patch normalised by its own mean and unbiased variance (section 4, "reconstruction target")."""
+        patches = patchify(images, self.backbone.patch)
+        if not self.norm_pixels:
+            return patches
+        return (patches - patches.mean(dim=-1, keepdim=True)) / (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def random_keep(seed: int, positions: Int64[Tensor, "b"], n: int, k: int) -> Int64[Tensor, "b k"]:
+    """Per image, k of n patches without replacement: the first of an argsort of noise (section 3, "simple implementation")."""
+    noise = uniform(seed, positions, MASK_STREAM, n)
+    return noise.argsort(dim=1, stable=True)[:, :k]
+
+
+def masked(keep: Int64[Tensor, "b k"], n: int) -> Bool[Tensor, "b n"]:
+    """True where a patch is hidden from the encoder."""
+    return torch.ones(len(keep), n, dtype=torch.bool, device=keep.device).scatter(1, keep, False)
+
+
+def mae_loss(prediction: Float[Tensor, "b n p"], target: Float[Tensor, "b n p"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, ""]:
+    """Mean squared error, over the masked patches only (section 3, "reconstruction target")."""
+    error = ((prediction - target) ** 2).mean(dim=-1)
+    return (error * mask).sum() / mask.sum()
+
+
+def sincos_positions(width: int, grid: int) -> Float[Tensor, "1 n d"]:
+    """Fixed 2-D sine-cosine positions, row-major: the first half of the channels encodes the column, the second the row."""
+    if width % 4:
+        raise UsageError(f"sine-cosine positions need a width that is a multiple of 4, got {width}; change backbone.width")
+    omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid d/2]
+    columns, rows = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
+    return torch.cat([columns, rows], dim=1).float()[None]

@@ -1,0 +1,168 @@
+"""Rows and predictions on disk: what is written comes back, a kill costs at most the last line, and bad lines are named."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit_eval.rows import FORMAT, Row, RowStore, find_rows
+
+PREDICTIONS, LABELS = torch.tensor([1, 0, 2]), torch.tensor([1, 1, 2])
+
+
+def row(**changes: object) -> Row:
+    values: dict[str, object] = {
+        "method": "dino",
+        "trained_with": "cls",
+        "read_with": "gap",
+        "dataset": "builtin:photos",
+        "protocol": "logreg",
+        "protocol_version": 1,
+        "metric": "top1",
+        "value": 2 / 3,
+        "ci_low": 0.2,
+        "ci_high": 0.9,
+        "n_train": 90,
+        "n_test": 3,
+        "seed": 0,
+        "selected": {"C": 0.1},
+        "grid": {"C": [0.01, 0.1]},
+        "edge_of_grid": True,
+        "oracle": 0.7,
+        "deviations": ["k is capped"],
+        "seconds": 1.5,
+        "checkpoint": "aa",
+        "recipe": "bb",
+        "data": "cc",
+        "transform": "dd",
+        "git": None,
+        "source": "last.ckpt",
+    }
+    return Row(**{**values, **changes})
+
+
+def test_rows_and_predictions_come_back(tmp_path: Path) -> None:
+    store = RowStore(tmp_path / "eval")
+    assert store.rows() == []
+    written = store.append([row(), row(metric="macro", value=0.5)], PREDICTIONS, LABELS)
+    assert store.rows() == written
+    assert [replace(r, predictions="") for r in written] == [row(), row(metric="macro", value=0.5)]
+    assert written[0].predictions == written[1].predictions
+    predictions, labels = store.predictions(written[0])
+    assert predictions.tolist() == [1, 0, 2]
+    assert labels.tolist() == [1, 1, 2]
+    line = json.loads(store.file.read_text().splitlines()[0])
+    assert line == {"format": FORMAT, "id": written[0].id, **asdict(written[0])}
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == sorted([Path(written[0].predictions).name, "rows.jsonl"])
+
+
+def test_what_is_there_is_known(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    assert not store.has(row().key, "top1")
+    (written,) = store.append([row()], PREDICTIONS, LABELS)
+    assert store.has(row(value=0.1, seconds=9.0).key, "top1")
+    assert not store.has(row().key, "macro")
+    for name in ("checkpoint", "data", "transform", "protocol", "read_with"):
+        assert not store.has(row(**{name: "other"}).key, "top1")
+    assert not store.has(row(protocol_version=2).key, "top1")
+    (tmp_path / written.predictions).unlink()
+    assert not store.has(row().key, "top1")
+
+
+def test_the_last_of_equal_ids_wins(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    store.append([row(value=0.1)], PREDICTIONS, LABELS)
+    store.append([row(read_with="cls")], PREDICTIONS, LABELS)
+    store.append([row(value=0.2)], LABELS, LABELS)
+    assert {r.read_with: r.value for r in store.rows()} == {"gap": 0.2, "cls": 2 / 3}
+    assert store.predictions(row(predictions=store.rows()[0].predictions))[0].tolist() == LABELS.tolist()
+
+
+def test_a_kill_at_any_byte_costs_the_last_line_only(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    store.append([row()], PREDICTIONS, LABELS)
+    first = len(store.file.read_bytes())
+    store.append([row(read_with="cls")], PREDICTIONS, LABELS)
+    whole = store.file.read_bytes()
+    for size in (first + 1, first + 100, len(whole) - 1):
+        store.file.write_bytes(whole[:size])
+        with pytest.warns(UserWarning, match="last line was cut short"):
+            assert [r.read_with for r in store.rows()] == ["gap"]
+        store.append([row(read_with="cls")], PREDICTIONS, LABELS)
+        assert store.file.read_bytes() == whole
+    store.file.write_bytes(whole[: first // 2])
+    store.append([row(read_with="cls")], PREDICTIONS, LABELS)
+    assert [r.read_with for r in store.rows()] == ["cls"]
+
+
+def test_a_failed_write_of_predictions_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    store = RowStore(tmp_path)
+    store.append([row(value=0.1)], PREDICTIONS, LABELS)
+    monkeypatch.setattr("ssl_vit_eval.rows.pq.write_table", full)
+    with pytest.raises(OSError, match="no space"):
+        store.append([row(value=0.2)], LABELS, LABELS)
+    assert [r.value for r in store.rows()] == [0.1]
+    assert store.predictions(store.rows()[0])[0].tolist() == PREDICTIONS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("<html>", "line 2 is not a row"),
+        ("[1, 2]", "line 2 is not a row"),
+        ('{"loss": 1.0}', "line 2 is not a row"),
+        ('{"format": 2, "id": "x", "shape": "unknown"}', "line 2 has row format 2, this version of ssl_vit reads 1"),
+        ('{"format": 1, "id": "x", "method": "dino"}', "line 2 is not a row .*missing"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str, message: str) -> None:
+    store = RowStore(tmp_path)
+    store.append([row()], PREDICTIONS, LABELS)
+    store.file.write_text(store.file.read_text() + line + "\n")
+    with pytest.raises(Failure, match=message):
+        store.rows()
+
+
+def test_a_field_of_the_wrong_type_is_named(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    store.append([row()], PREDICTIONS, LABELS)
+    store.file.write_text(store.file.read_text().replace('"n_test": 3', '"n_test": "three"'))
+    with pytest.raises(Failure, match="line 1 is not a row"):
+        store.rows()
+
+
+def test_corrupt_predictions_are_named(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    (written,) = store.append([row()], PREDICTIONS, LABELS)
+    (tmp_path / written.predictions).write_bytes(b"PAR1 cut")
+    with pytest.raises(Failure, match="cannot read the predictions"):
+        store.predictions(written)
+
+
+def test_rows_of_two_evaluations_are_not_mixed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="exactly one evaluation"):
+        RowStore(tmp_path).append([row(), row(read_with="cls")], PREDICTIONS, LABELS)
+
+
+def test_rows_are_found_below_the_folders_once(tmp_path: Path) -> None:
+    RowStore(tmp_path / "a" / "deep").append([row(value=0.1)], PREDICTIONS, LABELS)
+    RowStore(tmp_path / "b").append([row(value=0.2)], LABELS, LABELS)
+    RowStore(tmp_path / "b").append([row(read_with="cls")], PREDICTIONS, LABELS)
+    found = find_rows([tmp_path / "a", str(tmp_path / "b"), tmp_path / "b"])
+    assert {r.read_with: r.value for r, _ in found} == {"gap": 0.2, "cls": 2 / 3}
+    for r, store in found:
+        assert store.predictions(r)[0].tolist() == (LABELS if r.read_with == "gap" else PREDICTIONS).tolist()
+
+
+def test_folders_without_rows_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no rows"):
+        find_rows([tmp_path / "empty"])
+    with pytest.raises(UsageError, match="there is no folder"):
+        find_rows([tmp_path / "nowhere"])
