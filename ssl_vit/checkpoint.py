@@ -33,9 +33,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        raise Failure(
-            f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:120]}); give a *.ckpt that ssl-vit pretrain wrote"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise Failure(f"{path} is not a readable checkpoint ({reason}); give a *.ckpt that ssl-vit pretrain wrote") from error
     if not isinstance(checkpoint, dict) or "ssl_vit" not in checkpoint or "state_dict" not in checkpoint:
         raise Failure(f"{path} is not a checkpoint of ssl-vit; give a *.ckpt that ssl-vit pretrain wrote")
     ours = checkpoint["ssl_vit"]

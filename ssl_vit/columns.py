@@ -145,7 +145,7 @@ def with_classes_of(train: Records, test: Records) -> tuple[Records, tuple[str, 
 
 def _root(source: str) -> Path:
     """The folder that a source's files must lie in."""
-    path = Path(source).expanduser()
+    path = Path(source).expanduser().resolve()
     if path.exists():
         return path if path.is_dir() else path.parent
     return Path(hf_datasets().config.HF_CACHE_HOME)

@@ -1,10 +1,10 @@
 """The pretraining data: decoded pictures in memory, and an endless stream of global batches whose order is a function of (seed, step)."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from ssl_vit.errors import UsageError
 from ssl_vit.images import ImageStore
@@ -14,7 +14,7 @@ from ssl_vit.sources import load_split
 
 
 class Stream:
-    """One epoch of batches at a time, this rank's share of each: `for batch in stream`.
+    """Endless global batches, this rank's share of each; an epoch has `len(stream)` of them.
 
     Sample p of the stream is picture `permutation(seed, p // n)[p % n]`, with n the pictures of an epoch (whole global batches).
     So neither the number of ranks nor a resume changes which picture meets which random numbers.
@@ -30,13 +30,15 @@ class Stream:
         return len(self.images) // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = divmod(self.step, len(self))
-        order = permutation(self.seed, epoch, len(self.images))
-        for number in range(first, len(self)):
+        ordered, order = -1, torch.empty(0, dtype=torch.int64)
+        while True:
+            epoch, number = divmod(self.step, len(self))
+            if epoch != ordered:
+                ordered, order = epoch, permutation(self.seed, epoch, len(self.images))
             start = number * self.batch_size + self.rank * self.share
             inside = torch.arange(start, start + self.share)
             images, sizes = self.images.batch(order[inside])
-            self.step = epoch * len(self) + number + 1
+            self.step += 1
             yield Batch(images, sizes, inside + epoch * len(self) * self.batch_size, self.step - 1)
 
     def state_dict(self) -> dict[str, int]:
@@ -73,24 +75,21 @@ class ImageData(lightning.LightningDataModule):
         self.source, self.batch_size, self.split = source, batch_size, split
         self.image_column, self.max_side, self.seed = image_column, max_side, seed
         self.images: ImageStore | None = None
-        self.fingerprint = ""
 
     def setup(self, stage: str) -> None:
-        if self.images is None:
-            assert self.trainer is not None
-            loaded = load_split(
-                self.source, self.split, image_column=self.image_column, max_side=self.max_side, progress=self.trainer.is_global_zero
-            )
-            self.images, self.fingerprint = loaded.images, loaded.fingerprint
-            for notice in loaded.notices:
-                lightning.pytorch.utilities.rank_zero_info(notice)
-
-    def train_dataloader(self) -> Any:
-        assert self.images is not None
         assert self.trainer is not None
-        ranks = self.trainer.world_size
-        if self.batch_size % ranks:
-            raise UsageError(f"data.batch_size {self.batch_size} is not divisible by {ranks} devices; change one of them")
+        if self.batch_size % self.trainer.world_size:
+            raise UsageError(f"data.batch_size {self.batch_size} is not divisible by {self.trainer.world_size} devices; change one of them")
+        if self.images is None:
+            progress = self.trainer.is_global_zero
+            loaded = load_split(self.source, self.split, image_column=self.image_column, max_side=self.max_side, progress=progress)
+            self.images = loaded.images
+            for notice in loaded.notices:
+                rank_zero_info(notice)
         if self.batch_size > len(self.images):
             raise UsageError(f"data.batch_size is {self.batch_size}, but {self.source} holds {len(self.images)} pictures; lower it")
-        return Stream(self.images, self.batch_size, self.seed, self.trainer.global_rank, ranks)
+
+    def train_dataloader(self) -> Stream:
+        assert self.images is not None
+        assert self.trainer is not None
+        return Stream(self.images, self.batch_size, self.seed, self.trainer.global_rank, self.trainer.world_size)

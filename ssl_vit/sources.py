@@ -139,7 +139,7 @@ def _builtin(source: str, split: str, labels: bool, size: int | None, max_side: 
 def _tables(source: str) -> Tables:
     path = Path(source).expanduser()
     if path.exists():
-        return local_tables(path)
+        return local_tables(path.resolve())
     if source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source) or path.suffix in (".parquet", ".arrow"):
         raise UsageError(
             f"no such folder: {source}; give a local folder, a Hugging Face dataset id (owner/name), or {' or '.join(_BUILTINS)}"

@@ -249,7 +249,7 @@ def _notes(tables: Sequence[Table]) -> list[str]:
         differs = {"protocol version": "version", "data": "data", "transform": "transform"}
         what = " and ".join(name for name, field in differs.items() if len({getattr(setting, field) for setting in apart}) > 1)
         if what:
-            notes.append(f"{dataset}, {protocol}: {len(apart)} tables, because of different {what}; never averaged, not comparable")
+            notes.append(f"{dataset}, {protocol}: {len(apart)} tables that differ in {what}: never averaged, not comparable")
     trained = [cell for table in tables for (arm, _), cell in table.cells.items() if arm.trained_with]
     if lacking := sum(cell.gain is None for cell in trained):
         notes.append(f"{lacking} of {len(trained)} trained cells have no gain: evaluate random:RECIPE, seeded alike, on the same data")

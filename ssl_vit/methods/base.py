@@ -67,6 +67,7 @@ class Method(lightning.LightningModule):
         }
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        torch.manual_seed(hash((self.seed, batch.step, self.trainer.global_rank)))  # drop path, the same after a resume
         self.now = self.schedule(self.trainer.global_step)
         optimizer = self.optimizers()
         for group in optimizer.param_groups:  # type: ignore[union-attr]

@@ -1,0 +1,140 @@
+"""Pictures of what a pretraining did: its curves, and what a masked autoencoder makes of masked images."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from jaxtyping import Float, Int64, UInt8
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ssl_vit.backbone import BackboneConfig, patchify
+from ssl_vit.checkpoint import read_checkpoint
+from ssl_vit.errors import UsageError
+from ssl_vit.methods.mae import MAE, DecoderConfig, masked, random_keep
+from ssl_vit.transforms import normalise
+from ssl_vit.views import SingleCrop
+from ssl_vit_eval.runs import Run
+
+CURVES = {"loss": "loss", "teacher_information": "teacher information (share of ln k)"}  # drawn where a method logs them
+POINTS = 400  # of a curve at most, so that long runs do not make the report large
+COLOURS = ("#2f6db3", "#c8641b", "#2e8b68", "#8a5ba8", "#7a6a4f", "#b3436a")
+
+MASK_SEED = 0
+MASK_GREY = 0.55
+TILE = 96  # px: small pictures are enlarged to it by a whole factor, large ones reduced
+GAP, LABEL = 4, 128
+ROWS = ("original", "masked", "reconstruction", "with visible patches")
+
+
+def training_curves(runs: Sequence[Run]) -> list[str]:
+    """One SVG element for each recipe and logged curve; a line for each run, coloured by its trained-with, seeds alike."""
+    recipes = dict.fromkeys((run.recipe["method"], run.name) for run in runs)
+    specs = list(dict.fromkeys(run.recipe["readout"] for run in runs))
+    drawings = []
+    for method, name in recipes:
+        of = [run for run in runs if (run.recipe["method"], run.name) == (method, name)]
+        for key, text in CURVES.items():
+            logged = [(run.recipe["readout"], [(line["step"], line[key]) for line in run.metrics if key in line]) for run in of]
+            if curves := [(spec, points) for spec, points in logged if points]:
+                drawings.append(_curves(f"{method} ({name}): {text}", specs, curves))
+    return drawings
+
+
+def _curves(title: str, specs: list[str], curves: list[tuple[str, list[tuple[int, float]]]]) -> str:
+    # names are shown as they are, not as mathematics
+    style: Any = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": title}
+    style |= {"font.size": 9, "axes.grid": True, "grid.color": "#e6e8eb"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.1, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        lines = {}
+        for spec, points in curves:
+            thinned = points[:: max(1, len(points) // POINTS)]
+            colour = COLOURS[specs.index(spec) % len(COLOURS)]
+            (lines[f"trained with {spec}"],) = axes.plot(*zip(*thinned, strict=True), color=colour, linewidth=1.3, alpha=0.9)
+        axes.set_title(title, fontsize=9.5, loc="left")
+        axes.set_xlabel("optimiser step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(lines.values(), lines.keys(), frameon=False, fontsize=8.5)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save_reconstructions(checkpoint: Path, images: UInt8[Tensor, "n 3 s s"], path: Path) -> None:
+    """Draw what the masked autoencoder in `checkpoint` makes of the images (one column each, under a fixed mask) as a PNG.
+
+    Where the target is normalised by patch, the prediction gets each patch's own true mean and deviation back: the model predicts
+    the structure inside a patch and is told its brightness and contrast. UsageError for a checkpoint that is not MAE's and for
+    images that are not of its size.
+    """
+    model = _load_mae(checkpoint)
+    size = model.backbone.image_size
+    if images.shape[-1] != size:
+        raise UsageError(
+            f"pictures of {images.shape[-1]} px came for {checkpoint}, which was trained at {size} px: resize them to {size} px"
+        )
+    pictures = images.float() / 255
+    x = normalise(pictures, model.backbone.mean, model.backbone.std)
+    keep = random_keep(MASK_SEED, torch.arange(len(images)), model.n_patches, model.n_keep)
+    hidden = masked(keep, model.n_patches)[:, :, None]
+    predicted = _predicted_pixels(model, x, keep)
+    true = patchify(pictures, model.backbone.patch)
+    rows = [true, torch.where(hidden, MASK_GREY, true), predicted, torch.where(hidden, predicted, true)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _draw([_unpatchify(row, model.backbone.patch) for row in rows]).save(path, optimize=True)
+
+
+def _load_mae(path: Path) -> MAE:
+    checkpoint = read_checkpoint(path)
+    recipe: dict[str, Any] = checkpoint["ssl_vit"]["recipe"]
+    if recipe["method"] != "mae":
+        raise UsageError(f"{path} was trained by {recipe['method']}: reconstructions need a checkpoint of method mae")
+    parts = {"backbone": BackboneConfig, "decoder": DecoderConfig, "crop": SingleCrop}
+    # a checkpoint holds lists where the configs have tuples
+    configs = {
+        name: config(**{key: tuple(value) if isinstance(value, list) else value for key, value in recipe[name].items()})
+        for name, config in parts.items()
+    }
+    model = MAE(recipe["readout"], mask_ratio=recipe["mask_ratio"], norm_pixels=recipe["norm_pixels"], seed=recipe["seed"], **configs)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.eval()
+
+
+@torch.no_grad()
+def _predicted_pixels(model: MAE, x: Float[Tensor, "b 3 s s"], keep: Int64[Tensor, "b k"]) -> Float[Tensor, "b n p"]:
+    """The prediction as RGB in [0, 1]; x is normalised by the backbone's mean and std."""
+    predicted = model.predict_pixels(x, keep)
+    if model.norm_pixels:
+        patches = patchify(x, model.backbone.patch)
+        predicted = predicted * (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt() + patches.mean(dim=-1, keepdim=True)
+    repeats = predicted.shape[-1] // 3  # a patch is pixel after pixel, of three channels each
+    std, mean = (x.new_tensor(values).repeat(repeats) for values in (model.backbone.std, model.backbone.mean))
+    return (predicted * std + mean).clamp(0, 1)
+
+
+def _unpatchify(patches: Float[Tensor, "b n p"], patch: int) -> Float[Tensor, "b 3 s s"]:
+    """The inverse of `patchify`, for square images."""
+    b, n, _ = patches.shape
+    side = round(n**0.5)
+    return patches.reshape(b, side, side, patch, patch, 3).permute(0, 5, 1, 3, 2, 4).reshape(b, 3, side * patch, side * patch)
+
+
+def _draw(rows: list[Float[Tensor, "n 3 s s"]]) -> Image.Image:
+    size = rows[0].shape[-1]
+    tile = size * max(1, round(TILE / size)) if size <= TILE else TILE
+    resample = Image.Resampling.NEAREST if size <= TILE else Image.Resampling.LANCZOS
+    sheet = Image.new("RGB", (LABEL + len(rows[0]) * (tile + GAP), len(rows) * (tile + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, row) in enumerate(zip(ROWS, rows, strict=True)):
+        top = i * (tile + GAP)
+        draw.text((0, top + tile // 2), name, fill="#30363d", font=ImageFont.load_default(12), anchor="lm")
+        for j, picture in enumerate((row * 255).round().byte().permute(0, 2, 3, 1).numpy()):
+            sheet.paste(Image.fromarray(picture).resize((tile, tile), resample), (LABEL + j * (tile + GAP), top))
+    return sheet

@@ -1,0 +1,285 @@
+"""`ssl-vit pretrain` as its users meet it: recipes, options, refusals, interruption, resume, two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ssl_vit import load_backbone
+from ssl_vit.assets import list_assets
+from ssl_vit.callbacks import RunFolder
+from ssl_vit.checkpoint import read_checkpoint
+from ssl_vit.cli import run
+from ssl_vit.pretrain import build_method, parse_recipe
+
+BACKBONE = {"name": "vit_tiny_patch16_224", "image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2, "registers": 2}
+RECIPES: dict[str, dict[str, Any]] = {
+    "dino": {
+        "method": "dino",
+        "backbone": BACKBONE,
+        "head": {"hidden": 32, "bottleneck": 16, "prototypes": 64, "freeze_epochs": 0.5},
+        "crops": {"global_size": 16, "local_size": 8, "n_local": 1, "blur_sigma": [0.1, 0.5]},
+        "optim": {"lr": 0.02, "warmup_epochs": 1.0},
+        "trainer": {"max_steps": 7},
+    },
+    "mae": {
+        "method": "mae",
+        "readout": "gap",
+        "backbone": BACKBONE,
+        "decoder": {"width": 16, "depth": 1, "heads": 2},
+        "crop": {"size": 16},
+        "optim": {"lr": 0.02, "warmup_epochs": 1.0},
+        "trainer": {"max_steps": 7},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """26 pictures, three batches an epoch, and the two recipes, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Path("pictures").mkdir()
+    for number in range(26):
+        pixels = rng.integers(0, 256, (16 + number % 3, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"pictures/{number:02}.png")
+    for name, recipe in RECIPES.items():
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "data": {"source": "./pictures", "batch_size": 8}}))
+
+
+def pretrain(*options: str) -> int:
+    return run(["pretrain", *options, "--trainer.accelerator", "cpu"])
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return dict(read_checkpoint(Path(folder) / "last.ckpt")["state_dict"])
+
+
+@pytest.mark.parametrize("recipe", [name for name in list_assets("recipes") if name.endswith("smoke")])
+def test_smoke_recipes(recipe: str) -> None:
+    assert pretrain(recipe) == 0
+    assert json.loads(Path(f"runs/{recipe}/run.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("recipe", list_assets("recipes"))
+def test_shipped_recipes_parse_and_are_short(recipe: str) -> None:
+    _, config = parse_recipe(recipe, [])
+    text = Path(__file__).parents[1].joinpath("recipes", f"{recipe}.yaml").read_text()
+    assert len(text.splitlines()) <= 30
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("# ")][:3] == ["command", "cost", "score"]
+    assert config.method == recipe.split("_")[0]
+
+
+def test_paper_settings_are_the_defaults() -> None:
+    """Spot checks of the defaults against the official scripts, by a recipe that names nothing but the method."""
+    Path("dino_paper.yaml").write_text("method: dino\ndata: {source: ./pictures}\n")
+    Path("mae_paper.yaml").write_text("method: mae\ndata: {source: ./pictures}\n")
+    _, dino = parse_recipe("dino_paper.yaml", [])
+    _, mae = parse_recipe("mae_paper.yaml", [])
+    assert (dino.head.prototypes, dino.head.hidden, dino.head.bottleneck, dino.teacher.momentum) == (65536, 2048, 256, 0.996)
+    assert (dino.crops.n_local, dino.crops.local_size, dino.crops.global_scale, dino.clip_grad) == (8, 96, (0.4, 1.0), 3.0)
+    assert (dino.optim.lr, dino.optim.weight_decay_end, dino.backbone.drop_path, dino.backbone.patch) == (5e-4, 0.4, 0.1, 16)
+    assert (mae.mask_ratio, mae.decoder.width, mae.decoder.depth, mae.decoder.heads, mae.norm_pixels) == (0.75, 512, 8, 16, True)
+    assert (mae.optim.lr, mae.optim.betas, mae.optim.warmup_epochs, mae.crop.scale) == (1.5e-4, (0.9, 0.95), 40.0, (0.2, 1.0))
+
+
+def test_a_run_folder_and_its_checkpoint() -> None:
+    assert pretrain("dino.yaml", "--readout", "gap/pre", "--out", "run", "--trainer.log_every_n_steps", "1") == 0
+    assert sorted(p.name for p in Path("run").iterdir()) == ["last.ckpt", "metrics.jsonl", "recipe.yaml", "run.json"]
+    ours = read_checkpoint("run/last.ckpt")["ssl_vit"]
+    recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    assert ours["recipe"] == recipe
+    assert (ours["readout"], recipe["readout"], recipe["data"]["batch_size"], recipe["trainer"]) == ("gap/pre", "gap/pre", 8, {"max_steps": 7})
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 8))
+    assert {"loss", "lr", "weight_decay", "teacher_momentum", "teacher_temperature", "teacher_information"} <= records[0].keys()
+    state = weights("run")
+    for which in ("teacher", "student"):
+        backbone = load_backbone("run/last.ckpt", which=which)
+        assert backbone.trained_readout == "gap/pre"
+        assert torch.equal(backbone.vit.cls_token, state[f"{which}.backbone.vit.cls_token"])
+    assert not torch.equal(state["teacher.backbone.vit.cls_token"], state["student.backbone.vit.cls_token"])
+    fresh = load_backbone("run/last.ckpt", pretrained=False)
+    assert fresh.trained_readout is None
+
+
+def test_a_fixed_seed_decides_everything_and_arms_differ_in_nothing_else() -> None:
+    """Fair arms: same parameters, same first weights, same sequence length, same first batch; another seed differs."""
+    modules = {}
+    for name, options in {"cls": [], "gap": ["--readout=gap"], "register": ["--readout=register"], "seed": ["--seed=1"]}.items():
+        parser, config = parse_recipe("dino.yaml", options)
+        modules[name] = build_method(config, parser.instantiate(config))
+    states = {name: module.state_dict() for name, module in modules.items()}
+    for arm in ("gap", "register"):
+        assert states[arm].keys() == states["cls"].keys()
+        assert all(torch.equal(states[arm][key], value) for key, value in states["cls"].items())
+        assert modules[arm].init == modules["cls"].init
+    assert modules["seed"].init != modules["cls"].init
+
+
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_resume_at_every_step_is_exact(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after any step, ends of epochs included, a resumed run ends in the same weights, bit for bit."""
+    assert pretrain(f"{method}.yaml", "--out", "whole") == 0
+    expected = weights("whole")
+    original = RunFolder.on_train_batch_end
+    for step in range(1, 7):
+
+        def interrupted(self: RunFolder, trainer: Any, *args: Any, stop: int = step) -> None:
+            self._interrupted = trainer.global_step == stop
+            original(self, trainer, *args)
+
+        monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)
+        assert pretrain(f"{method}.yaml", "--out", f"cut{step}") == 130
+        monkeypatch.setattr(RunFolder, "on_train_batch_end", original)
+        assert pretrain(f"{method}.yaml", "--out", f"cut{step}", "--resume") == 0
+        state = weights(f"cut{step}")
+        assert [key for key in expected if not torch.equal(state[key], expected[key])] == [], step
+
+
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_two_gloo_processes_equal_one(method: str) -> None:
+    """Real processes: the same global batch, crops and masks, so the same weights up to the order of float additions."""
+    command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", f"{method}.yaml", "--trainer.accelerator", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = [*command, "--out", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--backbone.drop_path", "0"]
+    done = subprocess.run(both, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert pretrain(f"{method}.yaml", "--out", "one", "--backbone.drop_path", "0") == 0
+    assert json.loads(Path("two/run.json").read_text())["devices"] == "2 x cpu"
+    one, two = weights("one"), weights("two")
+    assert one.keys() == two.keys()
+    parser, config = parse_recipe(f"{method}.yaml", [])
+    start = build_method(config, parser.instantiate(config)).state_dict()
+    # AdamW turns the last bits of a gradient near 0 into visible steps, so all weights are taken together; another crop or mask
+    # on one rank gives a difference of the order of the movement itself
+    difference, movement = (sum((other[key] - one[key]).square().sum().item() for key in one) for other in (two, start))
+    assert difference < 1e-5 * movement
+
+
+def test_ctrl_c_saves_and_resume_goes_on() -> None:
+    """A real process and a real signal."""
+    import signal
+    import time
+
+    command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", "mae.yaml", "--trainer.max_steps", "100000", "--out", "long"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not Path("long/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.rstrip().splitlines()[-1].startswith("ssl-vit: stopped at step ")
+    assert "Traceback" not in errors
+    assert read_checkpoint("long/last.ckpt")["global_step"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["dino_photo"], 2, "did you mean 'dino_photos'?"),
+        (["dino.yaml", "--backbone.widht", "3"], 2, "unknown key 'backbone.widht'; did you mean 'backbone.width'?"),
+        (["dino.yaml", "--back.width", "3"], 2, "unknown key 'back.width'"),
+        (["dino.yaml", "--trainer.device", "2"], 2, "did you mean 'trainer.devices'?"),
+        (["dino.yaml", "--res"], 2, "unknown key 'res'"),
+        (["dino.yaml", "--backbone.width", "wide"], 2, "backbone.width"),
+        (["dino.yaml", "--readout", "rgister"], 2, "did you mean 'register'?"),
+        (["dino.yaml", "--readout", "register", "--backbone.registers", "0"], 2, "needs registers > 0, got 0; set backbone.registers"),
+        (["dino.yaml", "--backbone.image_size", "18"], 2, "not divisible by backbone.patch 4"),
+        (["dino.yaml", "--data.source", "./nowhere"], 2, "nowhere"),
+        (["dino.yaml", "--data.source", "builtin:photo"], 2, "did you mean 'builtin:photos'?"),
+        (["dino.yaml", "--data.source", "some/dataset"], 1, "some/dataset"),
+        (["dino.yaml", "--data.split", "trian"], 2, "trian"),
+        (["dino.yaml", "--data.batch_size", "64"], 2, "holds 26 pictures"),
+        (["dino.yaml", "--trainer.max_steps", "-1"], 2, "set trainer.max_epochs or trainer.max_steps"),
+        (["dino.yaml", "--out", "pictures"], 2, "already holds something else"),
+        (["dino.yaml", "--out", "none", "--resume"], 2, "nothing to resume"),
+        (["mae.yaml", "--readout", "cls+gap"], 2, "must be one token wide"),
+        (["--readout", "cls"], 2, "the recipe comes first"),
+        ([], 2, "which recipe?"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path().rglob("*"))
+    assert run(["pretrain", *options]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssl-vit: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert sorted(Path().rglob("*")) == before  # nothing written
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: dino\nreadot: gap\n", "unknown key 'readot'; did you mean 'readout'?"),
+        ("method: dino\nbackbone: {widht: 96}\n", "unknown key 'backbone.widht'; did you mean 'backbone.width'?"),
+        ("method: dion\n", "did you mean 'dino'?"),
+        ("readout: cls\n", "choose one of: dino, mae"),
+        ("a: [\n", "is not YAML"),
+        ("- 1\n", "choose one of: dino, mae"),
+    ],
+)
+def test_bad_recipes_are_one_line(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text(text)
+    assert run(["pretrain", "bad.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_an_existing_run_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain("mae.yaml", "--out", "run", "--trainer.max_steps", "1") == 0
+    before = Path("run/last.ckpt").read_bytes()
+    assert pretrain("mae.yaml", "--out", "run", "--trainer.max_steps", "1") == 2
+    assert "run already holds a run; add --resume" in capsys.readouterr().err
+    assert pretrain("mae.yaml", "--out", "run", "--resume", "--optim.lr", "0.5", "--trainer.max_steps", "1") == 2
+    assert "cannot resume run/last.ckpt with another recipe (optim.lr 0.02 -> 0.5)" in capsys.readouterr().err
+    assert pretrain("mae.yaml", "--out", "run", "--resume", "--trainer.max_steps", "1") == 0
+    assert Path("run/last.ckpt").read_bytes() == before
+
+
+def test_checkpoints_that_are_none() -> None:
+    Path("empty.ckpt").write_bytes(b"")
+    Path("text.ckpt").write_text("hello")
+    torch.save({"state_dict": {}}, "other.ckpt")
+    torch.save({"ssl_vit": {"format": 99, "versions": {"ssl-vit": "9.0"}}, "state_dict": {}}, "newer.ckpt")
+    import pickle
+
+    Path("evil.ckpt").write_bytes(pickle.dumps(_Payload()))
+    torch.save(_Payload(), "evil2.ckpt")
+    for name, message in {
+        "empty": "not a readable checkpoint",
+        "text": "not a readable checkpoint",
+        "other": "not a checkpoint of ssl-vit",
+        "newer": "format 99",
+        "evil": "not a readable checkpoint",
+        "evil2": "not a readable checkpoint",
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            read_checkpoint(f"{name}.ckpt")
+    assert not Path("executed").exists()
+    with pytest.raises(ValueError, match="there is no checkpoint nowhere"):
+        read_checkpoint("nowhere.ckpt")
+    with pytest.raises(ValueError, match="is a folder, not a checkpoint"):
+        read_checkpoint("pictures")
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch executed",))
+
+
+def test_print_config_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "mae.yaml", "--mask_ratio", "0.5", "--print_config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["mask_ratio"], shown["readout"], shown["backbone"]["width"]) == (0.5, "gap", 24)
+    assert "devices" in shown["trainer"]
