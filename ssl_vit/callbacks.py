@@ -75,7 +75,7 @@ class RunFolder(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.is_global_zero and step % every == 0:
+        if trainer.is_global_zero and (step % every == 0 or step == module.total_steps):
             record = {"step": step, **{key: float(value) for key, value in trainer.callback_metrics.items()}}
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")

@@ -160,10 +160,8 @@ def _quiet_the_libraries() -> None:
     """What the libraries say about themselves is not for our users; what they warn of in our code is for our tests."""
     import logging
 
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: (
-            not record.getMessage().startswith(("GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped"))
-        )
-    )
+    chatter = ("GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped", "Restor")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(chatter))
     if "pytest" not in sys.modules:
         warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse)\.")

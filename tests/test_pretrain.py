@@ -97,7 +97,12 @@ def test_a_run_folder_and_its_checkpoint() -> None:
     ours = read_checkpoint("run/last.ckpt")["ssl_vit"]
     recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
     assert ours["recipe"] == recipe
-    assert (ours["readout"], recipe["readout"], recipe["data"]["batch_size"], recipe["trainer"]) == ("gap/pre", "gap/pre", 8, {"max_steps": 7})
+    assert (ours["readout"], recipe["readout"], recipe["data"]["batch_size"], recipe["trainer"]) == (
+        "gap/pre",
+        "gap/pre",
+        8,
+        {"max_steps": 7},
+    )
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 8))
     assert {"loss", "lr", "weight_decay", "teacher_momentum", "teacher_temperature", "teacher_information"} <= records[0].keys()

@@ -43,7 +43,8 @@ def evaluate(
 
     readouts None: each single readout that a source has. Raises UsageError before any work for names that are wrong."""
     rules = [load_protocol(name) for name in protocols]
-    wanted = [source.readouts(readouts or single_readouts(source)) for source in sources]
+    trained = [source.trained_with for source in sources if source.trained_with]
+    wanted = [source.readouts(readouts or single_readouts(source), trained) for source in sources]
     store = open_store(out)
     for source in sources:
         if source.backbone is not None and source.trained_with:
@@ -56,14 +57,13 @@ def evaluate(
                 for notice in splits[source.image_size][0].notices:
                     say(notice)
             train, test = splits[source.image_size]
-            evaluate_source(source, dataset, train, test, rules, specs, store, say)
+            evaluate_source(source, train, test, rules, specs, store, say)
     say(f"rows: {store.file}")
     return store
 
 
 def evaluate_source(
     source: Source,
-    dataset: str,
     train: Split,
     test: Split,
     rules: Sequence[Protocol],
@@ -79,24 +79,24 @@ def evaluate_source(
 
     missing = [(rule, spec) for spec in specs for rule in rules if not all(store.has(key(rule, spec), metric) for metric in METRICS)]
     if not missing:
-        say(f"{source.name} on {dataset}: done before")
+        say(f"{source.name} on {train.dataset}: done before")
         return
     needed = [spec for spec in specs if any(spec == other for _, other in missing)]
-    x_train = extract(source, train.images, needed, f"{source.name}: {dataset} train")
-    x_test = extract(source, test.images, needed, f"{source.name}: {dataset} test")
+    x_train = extract(source, train.images, needed, f"{source.name}: {train.dataset} train")
+    x_test = extract(source, test.images, needed, f"{source.name}: {test.dataset} test")
     assert train.labels is not None
     assert test.labels is not None
     for rule, spec in missing:
         result = run_protocol(rule, x_train[spec], train.labels, x_test[spec], test.labels, train.selection)
-        rows = make_rows(source, dataset, key(rule, spec), result, train, test)
+        rows = make_rows(source, key(rule, spec), result, train, test)
         store.append(rows, result.predictions, test.labels)
         what = source.name if spec == PIXELS else f"{source.name} read with {spec}"
         percent, low, high = (100 * number for number in (rows[0].value, rows[0].ci_low, rows[0].ci_high))
         edge = "  (the selected value is on the edge of its grid)" if result.edge_of_grid else ""
-        say(f"{what}, {dataset}, {rule.name}: {percent:.1f} % [{low:.1f}, {high:.1f}]{edge}")
+        say(f"{what}, {train.dataset}, {rule.name}: {percent:.1f} % [{low:.1f}, {high:.1f}]{edge}")
 
 
-def make_rows(source: Source, dataset: str, key: Key, result: Result, train: Split, test: Split) -> list[Row]:
+def make_rows(source: Source, key: Key, result: Result, train: Split, test: Split) -> list[Row]:
     """The two numbers of one evaluation: top-1 over images (Wilson interval) and over classes (bootstrap within classes)."""
     assert test.labels is not None
     correct = result.predictions == test.labels
@@ -107,7 +107,7 @@ def make_rows(source: Source, dataset: str, key: Key, result: Result, train: Spl
             method=source.method,
             trained_with=source.trained_with,
             read_with=key.read_with,
-            dataset=dataset if dataset.startswith("builtin:") or not Path(dataset).exists() else Path(dataset).resolve().name,
+            dataset=train.dataset,
             protocol=key.protocol,
             protocol_version=key.protocol_version,
             metric=metric,

@@ -34,21 +34,19 @@ class Source:
     init: str | None  # hash of the weights that its training started from
     backbone: Backbone | None
 
-    def readouts(self, asked: Sequence[str]) -> list[str]:
-        """The asked specs in canonical form; UsageError if this source cannot be read in one of them."""
+    def readouts(self, asked: Sequence[str], trained: Sequence[str] = ()) -> list[str]:
+        """The asked specs in canonical form; UsageError if this source cannot be read in one of them.
+
+        `trained` among the asked is this source's own readout; for a control, those of the checkpoints that it stands beside."""
         if self.backbone is None:
             return [PIXELS]
-        specs = [ReadoutSpec.parse(self._resolve(text)) for text in asked]
+        own = [self.trained_with] if self.trained_with else list(trained)
+        if "trained" in asked and not own:
+            raise UsageError(f"{self.name} was not trained with a readout here; name one instead of 'trained', e.g. cls or gap")
+        specs = [ReadoutSpec.parse(spec) for text in asked for spec in (own if text == "trained" else [text])]
         for spec in specs:
             self.backbone.check(spec, name=self.name)
         return list(dict.fromkeys(map(str, specs)))
-
-    def _resolve(self, text: str) -> str:
-        if text != "trained":
-            return text
-        if self.trained_with is None:
-            raise UsageError(f"{self.name} was not trained with a readout here; name one instead of 'trained', e.g. cls or gap")
-        return self.trained_with
 
     def features(self, images: UInt8[Tensor, "b 3 s s"], specs: Sequence[str]) -> dict[str, Float[Tensor, "b _"]]:
         """All readouts of a batch from one forward pass."""

@@ -49,7 +49,8 @@ PAGE = """<!doctype html>
 def write_report(comparison: Comparison, path: Path) -> None:
     """Write the report; the folder of `path` must exist."""
     gains = [abs(cell.gain.points) for table in comparison.tables for cell in table.cells.values() if cell.gain]
-    scale = max(gains, default=0.0)  # the gain in points that has full colour, the same in all tables
+    # the gain in points that has full colour, the same in all tables; at least 5, so that no trifle is painted as a gain
+    scale = max(5.0, *gains) if gains else 0.0
     body = [
         "<h1>Which token should carry the image?</h1>",
         INTRODUCTION.format(zero=ZERO, missing=MISSING),
@@ -178,7 +179,7 @@ def _macro(cell: Cell | None, span: int) -> str:
 def _curves(runs: Sequence[Run]) -> str:
     drawings = training_curves(runs)
     if not drawings:
-        return '<p class="soft">No run folders lie in or below the compared folders, so there are no training curves to show.</p>'
+        return '<p class="soft">The compared folders hold no run folders with logged steps, so there are no training curves.</p>'
     note = (
         "Lines are runs, coloured by what they were trained with. Losses are not comparable between methods. Teacher information (DINO) is "
         "H(mean teacher output) − mean H(teacher output) as a share of ln k, without labels: near 0 the teacher has collapsed."

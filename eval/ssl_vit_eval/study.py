@@ -10,7 +10,7 @@ import yaml
 
 from ssl_vit.assets import find_asset
 from ssl_vit.errors import UsageError, one_of
-from ssl_vit.pretrain import parse_recipe, pretrain
+from ssl_vit.pretrain import build_method, parse_recipe, pretrain
 from ssl_vit.readout import ReadoutSpec
 from ssl_vit.sources import load_split
 from ssl_vit_eval.compare import compare
@@ -81,7 +81,8 @@ def run_study(name: str, out: str | None) -> Path:
         for seed in study.seeds
     ]
     for cell in cells:
-        parse_recipe(cell.recipe, cell.options)
+        parser, config = parse_recipe(cell.recipe, cell.options)
+        build_method(config, parser.instantiate(config))
     for protocol in study.protocols:
         load_protocol(protocol)
     randoms = [random_source(recipe, ["--seed", str(seed)]) for recipe in study.recipes for seed in study.seeds]
@@ -98,7 +99,8 @@ def run_study(name: str, out: str | None) -> Path:
     sizes = dict.fromkeys(source.image_size for source in randoms)
     controls = [*open_sources([f"pixels:{size}" for size in sizes]), *randoms]
     trained = open_sources([str(cell.folder / "last.ckpt") for cell in cells])
-    evaluate([*controls, *trained], study.data, study.protocols, study.read_with, folder / "eval")
+    print(f"evaluating {len(trained)} backbones and {len(controls)} controls on {', '.join(study.data)}", flush=True)
+    evaluate([*controls, *trained], study.data, study.protocols, study.read_with, folder / "eval", say=lambda line: None)
     report = compare([folder], folder)
     print(f"{time.monotonic() - start:.0f} s in all; a second run skips what is done")
     return report

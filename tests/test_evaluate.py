@@ -1,0 +1,226 @@
+"""`ssl-vit eval`, `compare` and `study` as commands: rows, controls, skipping, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score
+
+from ssl_vit.cli import run
+from ssl_vit.images import ImageStore
+from ssl_vit.readout import readout
+from ssl_vit_eval.features import extract
+from ssl_vit_eval.knn import KNNProbe
+from ssl_vit_eval.models import open_source
+from ssl_vit_eval.rows import RowStore
+from tests.test_pretrain import RECIPES
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pictures/{train,test}/{dark,light,mid}` of 16 px, and a MAE recipe on them, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 12)):
+        for level, name in ((105, "dark"), (120, "mid"), (135, "light")):
+            folder = Path("pictures") / split / name
+            folder.mkdir(parents=True)
+            for number in range(count // 3):
+                noise = rng.normal(level, 60, (16, 16, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(noise).save(folder / f"{number:02}.png")
+    for name, recipe in RECIPES.items():
+        fields: dict[str, Any] = {**recipe, "trainer": {"max_steps": 3}, "data": {"source": "./pictures", "batch_size": 8}}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(fields))
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssl-vit: ")]
+
+
+def test_rows_of_a_checkpoint_and_its_controls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "mae.yaml", "--out", "run", "--trainer.accelerator", "cpu"]) == 0
+    command = ["eval", "run/last.ckpt", "random:mae.yaml", "pixels:16", "--data", "./pictures", "--out", "out"]
+    assert run([*command, "--readouts", "trained", "cls+gap@last2"]) == 0
+    assert "run: mae, trained with gap" in capsys.readouterr().out
+    store = RowStore("out")
+    rows = {(row.method, row.read_with, row.protocol, row.metric): row for row in store.rows()}
+    readouts = ["gap", "cls+gap@last2"]
+    expected = {("mae", r, p, metric) for r in readouts for p in ("knn", "logreg") for metric in ("top1", "top1_macro")}
+    assert {key for key in rows if key[0] == "mae"} == expected
+    assert {key[1:3] for key in rows if key[0] == "pixels"} == {("pixels", "knn")}  # a floor, for k-NN only
+    trained, start = rows["mae", "gap", "knn", "top1"], rows["random", "gap", "knn", "top1"]
+    assert (trained.trained_with, start.trained_with, trained.seed) == ("gap", None, 0)
+    assert trained.init == start.checkpoint != trained.checkpoint
+    assert (trained.n_train, trained.n_test, trained.dataset, trained.source) == (30, 12, "pictures", "run")
+    assert rows["mae", "gap", "logreg", "top1"].grid is not None
+
+    # against scikit-learn's scores and a feature pass by hand
+    predictions, labels = store.predictions(trained)
+    assert trained.value == pytest.approx((predictions == labels).float().mean().item())
+    macro = rows["mae", "gap", "knn", "top1_macro"].value
+    assert macro == pytest.approx(balanced_accuracy_score(labels.numpy(), predictions.numpy()))
+    assert trained.ci_low < trained.value < trained.ci_high
+    source = open_source("run/last.ckpt")
+    assert source.backbone is not None
+    features = {}
+    for split in ("train", "test"):
+        files = sorted(Path("pictures", split).rglob("*.png"))
+        images = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files]).float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (source.backbone.mean, source.backbone.std))
+        with torch.no_grad():
+            features[split] = readout("gap")(source.backbone((images - mean) / std))
+    order = ["dark", "light", "mid"]
+    y = {split: torch.tensor([order.index(f.parent.name) for f in sorted(Path("pictures", split).rglob("*.png"))]) for split in features}
+    assert torch.equal(y["test"], labels)
+    assert torch.equal(KNNProbe(20).fit(features["train"], y["train"]).predict(features["test"]), predictions)
+
+
+def test_a_second_run_skips_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "random:mae.yaml", "--data", "./pictures", "--out", "out", "--protocols", "knn"]
+    assert run([*command, "--readouts", "cls"]) == 0
+    before = Path("out/rows.jsonl").read_text()
+    assert run([*command, "--readouts", "cls"]) == 0
+    assert "done before" in capsys.readouterr().out
+    assert Path("out/rows.jsonl").read_text() == before
+    assert run([*command, "--readouts", "cls", "gap"]) == 0
+    after = Path("out/rows.jsonl").read_text()
+    assert after.startswith(before)
+    assert after.count("\n") == before.count("\n") + 2
+
+
+def test_by_default_every_single_readout_is_read() -> None:
+    assert run(["eval", "random:mae.yaml", "--data", "./pictures", "--out", "out", "--protocols", "knn"]) == 0
+    assert [row.read_with for row in RowStore("out").rows() if row.metric == "top1"] == ["cls", "gap", "register"]
+
+
+def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
+    source = open_source("random:mae.yaml")
+    images = ImageStore.stacked(torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8))
+    together = extract(source, images, ["cls", "gap/pre", "register1@block0", "cls+gap"], "", progress=False)
+    for spec, values in together.items():
+        alone = extract(source, images, [spec], "", progress=False)[spec]
+        torch.testing.assert_close(values, alone, rtol=0, atol=1e-6)
+        assert len(values) == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["eval"], 2, "SOURCE"),
+        (["eval", "nowhere.ckpt"], 2, "there is no checkpoint nowhere.ckpt"),
+        (["eval", "mae.yaml"], 1, "mae.yaml is not a readable checkpoint"),
+        (["eval", "random:mea.yaml"], 2, "unknown recipe 'mea.yaml'"),
+        (["eval", "pixels:big"], 2, "needs a side in pixels"),
+        (["eval", "timm:vit_tiny_patch16_24"], 2, "did you mean 'vit_tiny_patch16_224'"),
+        (["eval", "random:mae.yaml", "--readouts", "clss"], 2, "did you mean 'cls'?"),
+        (["eval", "random:mae.yaml", "--readouts", "trained"], 2, "was not trained with a readout here"),
+        (["eval", "random:mae.yaml", "--readouts", "gap@block7"], 2, "got 2; blocks count from 0 to 1"),
+        (["eval", "random:mae.yaml", "--protocols", "knnn"], 2, "did you mean 'knn'?"),
+        (["eval", "random:mae.yaml", "--data", "./empty"], 2, "holds no pictures"),
+        (["eval", "random:mae.yaml", "--data", "builtin:foto"], 2, "builtin:photos"),
+        (["eval", "random:mae.yaml", "--data", "owner/name"], 1, "owner/name"),
+        (["eval", "random:mae.yaml", "--data", "./pictures", "--test-split", "tset"], 2, "did you mean 'test'?"),
+        (["eval", "random:mae.yaml", "--data", "./pictures", "--label-column", "lable"], 2, "did you mean 'label'?"),
+        (["eval", "random:mae.yaml", "--data", "./broken"], 1, "3.png"),
+        (["eval", "random:mae.yaml", "--out", "pictures"], 2, "already holds something else"),
+        (["eval", "random:mae.yaml", "--protocol", "knn"], 2, "unknown argument '--protocol'; did you mean '--protocols'?"),
+        (["compare", "pictures"], 2, "holds no rows"),
+        (["compare", "nowhere"], 2, "there is no folder 'nowhere'"),
+        (["study", "quickstrat"], 2, "did you mean 'quickstart'?"),
+        (["study", "bad.yaml"], 2, "unknown key 'recipe'; did you mean 'recipes'?"),
+        (["evaluate"], 2, "unknown command 'evaluate'"),
+        (["quickstart", "--steps", "3"], 2, "unknown argument '--steps'"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    Path("bad.yaml").write_text("recipe: [mae.yaml]\n")
+    for name in ("a", "b"):
+        Path("broken", name).mkdir(parents=True)
+        for number in range(6):
+            Path("broken", name, f"{number}.png").write_bytes(Path("pictures/train/dark/00.png").read_bytes())
+    Path("broken/b/3.png").write_text("<html>404</html>")
+    before = sorted(Path().rglob("*"))
+    assert run(arguments) == code
+    lines = errors(capsys)
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert sorted(Path().rglob("*")) == before
+
+
+STUDY = {
+    "recipes": ["dino.yaml", "mae.yaml"],
+    "trained_with": ["cls", "gap"],
+    "seeds": [0],
+    "data": ["./pictures"],
+    "protocols": ["knn"],
+    "read_with": ["cls", "gap"],
+}
+
+
+def test_a_study_is_resumed_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import ssl_vit_eval.study as study
+
+    Path("study.yaml").write_text(yaml.safe_dump(STUDY))
+    trained: list[str] = []
+    original = study.pretrain
+
+    def counted(recipe: str, options: list[str]) -> Path:
+        trained.append(options[options.index("--out") + 1])
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return original(recipe, options)
+
+    monkeypatch.setattr(study, "pretrain", counted)
+    assert run(["study", "study.yaml", "--out", "out"]) == 130
+    assert not Path("out/report.html").exists()
+    finished = {cell: cell.stat().st_mtime_ns for cell in Path("out/cells").glob("*/last.ckpt")}
+    assert len(finished) == 2
+    assert run(["study", "study.yaml", "--out", "out"]) == 0
+    assert len(trained) == 5  # two, the interrupted one twice, the last
+    assert all(cell.stat().st_mtime_ns == when for cell, when in finished.items())
+
+    text = capsys.readouterr().out
+    rows = [json.loads(line) for line in Path("out/eval/rows.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows) == 2 * (1 + (4 + 2) * 2)  # metrics x (pixels + (cells + random) x readouts)
+    assert "mae trained with gap, read with gap" in text
+    assert "over its random initialisation" in text
+    report = Path("out/report.html").read_text()
+    assert "data:image/png;base64" in report  # the reconstructions
+    assert "<svg" in report  # the curves
+    before = Path("out/eval/rows.jsonl").read_text()
+    assert run(["study", "study.yaml", "--out", "out"]) == 0
+    assert len(trained) == 5
+    assert Path("out/eval/rows.jsonl").read_text() == before
+    assert run(["compare", "out", "--out", "elsewhere"]) == 0
+    assert Path("elsewhere/report.html").exists()
+
+
+def test_a_study_refuses_before_anything_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {
+        "did you mean 'gap'?": {"trained_with": ["cls", "gpa"]},
+        "needs registers > 5, got 2": {"trained_with": ["register5"]},
+        "needs registers > 7, got 2": {"read_with": ["register7"]},
+        "unknown recipe 'mea.yaml'": {"recipes": ["mae.yaml", "mea.yaml"]},
+        "unknown protocol 'nkn'": {"protocols": ["nkn"]},
+        "seeds is 0; give a list": {"seeds": 0},
+    }
+    for message, change in wrong.items():
+        Path("study.yaml").write_text(yaml.safe_dump({**STUDY, **change}))
+        assert run(["study", "study.yaml", "--out", "out"]) == 2, message
+        lines = errors(capsys)
+        assert len(lines) == 1, message
+        assert message in lines[0]
+        assert not Path("out").exists()
+    Path("study.yaml").write_text(yaml.safe_dump(STUDY))
+    assert run(["study", "study.yaml", "--out", "pictures"]) == 2
+    assert "already holds something else" in errors(capsys)[0]
+    Path("out").mkdir()
+    Path("out/study.yaml").write_text(yaml.safe_dump({**STUDY, "seeds": [1]}))
+    assert run(["study", "study.yaml", "--out", "out"]) == 2
+    assert "holds a study with other seeds" in errors(capsys)[0]
