@@ -1,7 +1,9 @@
 """Recipes, studies, protocols and suites by name: inside the packages as the wheel has them, else beside them as a checkout does."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from ssl_vit.errors import UsageError, one_of
 
@@ -35,6 +37,17 @@ def find_asset(kind: Kind, name: str) -> Path:
 def list_assets(kind: Kind) -> list[str]:
     """The names of the assets of a kind that come with ssl_vit, sorted, without `.yaml`."""
     return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UsageError, in one line, for what is none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds {content!r}, not keys with values; write KEY: VALUE lines")
+    return content
 
 
 def _folder(kind: Kind) -> Path:

@@ -1,5 +1,6 @@
 """The backbone: a timm Vision Transformer that answers with named Tokens. All index arithmetic on the token sequence is here."""
 
+import difflib
 import hashlib
 import warnings
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.errors import UsageError, one_of
+from ssl_vit.errors import UsageError, require
 from ssl_vit.readout import ReadoutSpec
 from ssl_vit.tokens import Tokens
 
@@ -51,16 +52,15 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         for key, least in {"image_size": 1, "patch": 1, "width": 1, "depth": 1, "heads": 1, "registers": 0}.items():
             value = getattr(self, key)
-            if value is not None and value < least:
-                raise UsageError(f"backbone.{key} is {value}; it must be at least {least}")
+            require(value is None or value >= least, f"backbone.{key}", value, f"at least {least}")
+        require(0 <= self.drop_path < 1, "backbone.drop_path", self.drop_path, "from 0 to below 1")
+        require(self.cls_tokens in (0, 1), "backbone.cls_tokens", self.cls_tokens, "0 or 1")
         if self.image_size % self.patch:
             near = round(self.image_size / self.patch) * self.patch or self.patch
             raise UsageError(
                 f"backbone.image_size {self.image_size} is not divisible by backbone.patch {self.patch}; "
                 f"set image_size to {near} or change patch"
             )
-        if self.cls_tokens not in (0, 1):
-            raise UsageError(f"backbone.cls_tokens is {self.cls_tokens}; choose 0 or 1")
         if self.width and self.heads and self.width % self.heads:
             raise UsageError(f"backbone.width {self.width} is not divisible by backbone.heads {self.heads}; change one of them")
 
@@ -86,7 +86,8 @@ class Backbone(nn.Module):
         self.width: int = self.vit.embed_dim
         self.depth = len(self.vit.blocks)
         self.patch: int = self.vit.patch_embed.patch_size[0]
-        self.registers: int = getattr(self.vit, "num_reg_tokens", 0)
+        register_token = getattr(self.vit, "reg_token", None)  # not every family of timm counts them (`num_reg_tokens`)
+        self.registers: int = 0 if register_token is None else register_token.shape[1]
         self.cls_tokens: int = self.vit.num_prefix_tokens - self.registers
         self._notified: set[tuple[int, int]] = set()
 
@@ -192,9 +193,9 @@ def build_backbone(config: BackboneConfig, drop_path: float | None = None) -> Ba
     """
     names = [name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_")]
     if config.name not in names:
-        near = one_of(config.name, names).split(" choose one of")[0]
+        near = difflib.get_close_matches(config.name, names, n=3, cutoff=0.3)
         raise UsageError(
-            f"backbone.name {config.name!r} is not a Vision Transformer of timm; {near} list them with timm.list_models('vit_*')"
+            f"backbone.name {config.name!r} is not a Vision Transformer of timm; choose one such as {', '.join(near or names[:3])}"
         )
     sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
     try:

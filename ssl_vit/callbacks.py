@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,19 @@ class Interrupted(Exception):
 
 
 class RunFolder(Checkpoint):
-    """`recipe.yaml`, `last.ckpt` (every five minutes, at Ctrl-C and at the end), `metrics.jsonl`, and `run.json` when finished."""
+    """`recipe.yaml`, `last.ckpt` (every five minutes, at the end, and at Ctrl-C in a single process), `metrics.jsonl`, and `run.json`
+    once all steps are done."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
         self.checkpoint = folder / "last.ckpt"
-        self._interrupted = False
+        self.interrupted = False
+        self._total: int | None = None
+        self._step = -1  # the last one seen; micro-batches of an accumulated step repeat it
         self._seconds_before = 0.0
+        self._start = time.monotonic()
+        self._previous: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._seconds_before + time.monotonic() - self._start}
@@ -63,23 +69,28 @@ class RunFolder(Checkpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "recipe.yaml").write_text(yaml.safe_dump(module.recipe, sort_keys=False))
-        if trainer.world_size == 1:  # ranks of a group may stand at different steps; they end as Lightning ends them
-            self._previous = signal.signal(signal.SIGINT, self._interrupt) if _in_main_thread() else None
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            # ranks of a group may stand at different steps; they end as Lightning ends them
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, Method)
+        self._total, self._step = module.total_steps, trainer.global_step
         metrics = self.folder / "metrics.jsonl"
         if trainer.is_global_zero and metrics.exists():  # a resumed run writes the steps behind its checkpoint again
-            lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= trainer.global_step))
+            metrics.write_text("".join(json.dumps(record) + "\n" for record in self._records() if record["step"] <= self._step))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.is_global_zero and (step % every == 0 or step == module.total_steps):
+        if step == self._step:  # gradients are still being accumulated; a checkpoint would not hold them
+            return
+        self._step = step
+        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if trainer.is_global_zero and (step % every == 0 or step == self._total):
             record = {"step": step, **{key: float(value) for key, value in trainer.callback_metrics.items()}}
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        if self._interrupted:
+        if self.interrupted:
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
             raise Interrupted(f"stopped at step {step} and saved {self.checkpoint}; go on with --resume")
         if step % CHECK_EVERY_STEPS == 0 and trainer.strategy.broadcast(time.monotonic() - self._saved > CHECKPOINT_SECONDS):
@@ -88,35 +99,39 @@ class RunFolder(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         trainer.save_checkpoint(self.checkpoint, weights_only=False)
+
+    def finish(self, trainer: Trainer, module: Method) -> bool:
+        """After the fit: write `run.json` if all steps are done, also when a resumed run found nothing left to do."""
+        if self._total is not None and trainer.global_step < self._total:
+            return False
+        records = self._records()
+        summary = {
+            "steps": trainer.global_step,
+            "images": trainer.global_step * module.recipe["data"]["batch_size"] * trainer.accumulate_grad_batches,
+            "seconds": round(self.state_dict()["seconds"], 2),
+            "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+            "recipe_hash": recipe_hash(module.recipe),
+            "git": git_revision(),
+            "metrics": records[-1] if records else {},
+        }
         if trainer.is_global_zero:
-            assert isinstance(module, Method)
-            batch_size = module.recipe["data"]["batch_size"]
-            summary = {
-                "steps": trainer.global_step,
-                "images": trainer.global_step * batch_size * trainer.accumulate_grad_batches,
-                "seconds": round(self.state_dict()["seconds"], 2),
-                "devices": f"{trainer.world_size} x {module.device.type}",
-                "recipe_hash": recipe_hash(module.recipe),
-                "git": git_revision(),
-                "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
-            }
             (self.folder / "run.json").write_text(json.dumps(summary, indent=1) + "\n")
+        return True
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if getattr(self, "_previous", None) is not None:
+        if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
 
+    def _records(self) -> list[dict[str, Any]]:
+        """The whole lines of metrics.jsonl; a kill can cut the last one."""
+        file = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
     def _interrupt(self, signum: int, frame: Any) -> None:
-        if self._interrupted:  # a second Ctrl-C does not wait for the step
+        if self.interrupted:  # a second Ctrl-C does not wait for the step
             raise KeyboardInterrupt
-        self._interrupted = True
-
-
-def _in_main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
+        self.interrupted = True
 
 
 class Progress(ProgressBar):
@@ -125,14 +140,10 @@ class Progress(ProgressBar):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self._enabled = True
         self._bar: tqdm[Any] | None = None
 
     def disable(self) -> None:
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
+        """Lightning's way of silencing ranks above 0; `on_train_start` asks for the rank itself."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, Method)
@@ -146,7 +157,7 @@ class Progress(ProgressBar):
             unit_scale=True,
             dynamic_ncols=terminal,
             mininterval=0.5 if terminal else 20.0,  # a log wants few lines
-            disable=not (self._enabled and trainer.is_global_zero),
+            disable=not trainer.is_global_zero,
         )
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -159,10 +170,10 @@ class Progress(ProgressBar):
         self._close(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close(trainer)
 
     def _close(self, trainer: Trainer) -> None:
-        assert self._bar is not None
-        self._bar.set_postfix(loss=f"{float(trainer.callback_metrics['loss']):.3f}")
-        self._bar.close()
+        if self._bar is not None:
+            if "loss" in trainer.callback_metrics:
+                self._bar.set_postfix(loss=f"{float(trainer.callback_metrics['loss']):.3f}")
+            self._bar.close()

@@ -1,18 +1,23 @@
 """Checkpoints and timm names, turned into a Backbone; nothing is ever unpickled."""
 
+import difflib
 import hashlib
+import inspect
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlparse
 
 import timm
 import torch
+from huggingface_hub import constants
 from timm.models import is_model
 
 from ssl_vit.backbone import Backbone, BackboneConfig, build_backbone
-from ssl_vit.errors import Failure, UsageError, one_of
+from ssl_vit.errors import Failure, UsageError, one_of, require
 
 FORMAT = 1  # of a checkpoint's "ssl_vit" entry
 
@@ -58,6 +63,7 @@ def load_backbone(source: str | Path, pretrained: bool = True, which: Literal["t
 
     Raises UsageError for an unknown name or path, Failure for a file that is not a checkpoint or weights that cannot be fetched.
     """
+    require(which in ("teacher", "student"), "which", repr(which), "'teacher' or 'student'")
     text = str(source)
     if text.startswith("timm:"):
         return _load_timm(text.removeprefix("timm:"), pretrained, kwargs).eval()
@@ -77,7 +83,14 @@ def load_backbone(source: str | Path, pretrained: bool = True, which: Literal["t
 
 def _load_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
     if not is_model(name.split(".")[0]):
-        raise UsageError(f"timm has no model {name!r}; {one_of(name, _similar(name))}")
+        raise UsageError(
+            f"timm has no model {name!r}; {one_of(name, difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3))}"
+        )
+    with torch.device("meta"):  # the architecture alone, before any weight is fetched
+        kind = timm.create_model(name, pretrained=False)
+    reads = inspect.signature(kind.forward_intermediates).parameters if hasattr(kind, "forward_intermediates") else ()
+    if "return_prefix_tokens" not in reads or not hasattr(kind.patch_embed, "patch_size"):
+        raise UsageError(f"timm:{name} is not a Vision Transformer that yields tokens; choose one such as timm:vit_small_patch16_224")
     kwargs = {"num_classes": 0, **kwargs}
     while True:
         try:
@@ -90,27 +103,14 @@ def _load_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
                 raise
             warnings.warn(f"timm:{name} does not take {refused[0]}; left out", stacklevel=3)
             kwargs.pop(refused[0])
-    if not hasattr(vit, "blocks") or not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "forward_intermediates"):
-        raise UsageError(f"timm:{name} is not a Vision Transformer that yields tokens; choose one such as timm:vit_small_patch16_224")
     config = vit.pretrained_cfg
     size = getattr(vit.patch_embed, "img_size", None) or config["input_size"][1:]
     return Backbone(vit, size[0], mean=config["mean"], std=config["std"])
 
 
-def _similar(name: str) -> list[str]:
-    import difflib
-
-    return difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3)
-
-
 @contextmanager
 def _quick_offline_error(what: str, online: bool) -> Iterator[None]:
     """Say within seconds that the hub is out of reach, instead of retrying for a minute; weights in the cache still load."""
-    import socket
-    from urllib.parse import urlparse
-
-    from huggingface_hub import constants
-
     offline = constants.HF_HUB_OFFLINE
     if online and not offline:
         try:

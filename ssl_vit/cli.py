@@ -114,17 +114,19 @@ def evaluate(arguments: list[str]) -> None:
     parser = Parser("eval", "Read every source in every way on every dataset; rows and per-image predictions land in the output folder.")
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="checkpoint, timm:NAME, random:RECIPE, pixels or pixels:SIZE")
     parser.add_argument("--data", nargs="+", metavar="D", help="hub id, local folder or builtin:NAME; default: builtin:photos")
+    parser.add_argument("--suite", metavar="S", help="a list of data: a name or a YAML file")
     parser.add_argument("--protocols", nargs="+", default=["knn", "logreg"], metavar="P", help="names or YAML files (default: knn logreg)")
     parser.add_argument("--readouts", nargs="+", metavar="R", help="specs, or 'trained' (default: every single one that the source has)")
     parser.add_argument("--out", default="runs/eval", metavar="DIR", help="default: runs/eval")
     for name in ("train-split", "test-split", "image-column", "label-column"):
         parser.add_argument(f"--{name}", metavar="NAME", help="found by itself where the dataset follows the usual names")
     values = parser.parse(arguments)
-    from ssl_vit_eval.evaluate import DataOptions, open_sources
+    from ssl_vit_eval.evaluate import DataOptions, open_sources, suite
     from ssl_vit_eval.evaluate import evaluate as run_evaluate
 
+    data = [*(values.data or ()), *(suite(values.suite) if values.suite else ())]
     columns = DataOptions(values.train_split, values.test_split, values.image_column, values.label_column)
-    run_evaluate(open_sources(values.sources), values.data or ["builtin:photos"], values.protocols, values.readouts, values.out, columns)
+    run_evaluate(open_sources(values.sources), data or ["builtin:photos"], values.protocols, values.readouts, values.out, columns)
 
 
 def compare(arguments: list[str]) -> None:

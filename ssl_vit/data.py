@@ -6,7 +6,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import UsageError, require
 from ssl_vit.images import ImageStore
 from ssl_vit.methods.base import Batch
 from ssl_vit.rng import permutation
@@ -70,8 +70,8 @@ class ImageData(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UsageError(f"data.batch_size is {batch_size}; it must be at least 1")
+        require(batch_size > 0, "data.batch_size", batch_size, "above 0")
+        require(max_side > 0, "data.max_side", max_side, "above 0")
         self.source, self.batch_size, self.split = source, batch_size, split
         self.image_column, self.max_side, self.seed = image_column, max_side, seed
         self.images: ImageStore | None = None

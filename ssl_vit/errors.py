@@ -17,3 +17,9 @@ def one_of(name: str, options: Iterable[str]) -> str:
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return (f"did you mean {near[0]!r}? " if near else "") + "choose one of: " + ", ".join(known)
+
+
+def require(holds: bool, field: str, value: object, allowed: str) -> None:
+    """UsageError unless `holds`: what `field` is, and what it must be."""
+    if not holds:
+        raise UsageError(f"{field} is {value}; it must be {allowed}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import require
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise UsageError(f"optim.lr is {self.lr}; it must be above 0")
+        require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        for field in ("min_lr", "warmup_epochs", "weight_decay", "weight_decay_end"):
+            require(getattr(self, field) >= 0, f"optim.{field}", getattr(self, field), "0 or more")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers from 0 to below 1")
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, object]]:

@@ -8,32 +8,41 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from lightning import Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
-from ssl_vit.assets import find_asset
+from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.callbacks import AtomicCheckpointIO, Progress, RunFolder
 from ssl_vit.checkpoint import read_checkpoint
 from ssl_vit.data import ImageData
-from ssl_vit.errors import UsageError, one_of
+from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit.methods import METHODS, Method
 from ssl_vit.methods.base import plain
 
-# Of the Trainer's options, those that change the result: they are a part of the recipe, the others of the machine.
-TRAINER_IDENTITY = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
+# Of the Trainer's options, those that change the result, with their defaults: they are a part of the recipe, the others of the machine.
+TRAINER_IDENTITY = {
+    "max_epochs": None,
+    "max_steps": -1,
+    "min_epochs": None,
+    "min_steps": None,
+    "precision": None,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": None,
+    "gradient_clip_algorithm": None,
+    "limit_train_batches": None,
+    "overfit_batches": 0.0,
+}
 
 
 def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentParser, Namespace]:
     """The parser of the recipe's method, and recipe and options parsed; UsageError, in one line, for whatever is wrong in them."""
     path = find_asset("recipes", recipe)
-    try:
-        fields = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {recipe} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict) or fields.get("method") not in METHODS:
-        method = fields.get("method") if isinstance(fields, dict) else fields
+    fields = read_yaml(path)
+    method = fields.get("method")
+    if not isinstance(method, str) or method not in METHODS:
         raise UsageError(f"recipe {recipe} has method {method!r}; {one_of(str(method), METHODS)}")
-    parser = recipe_parser(METHODS[fields["method"]])
+    parser = recipe_parser(METHODS[method])
     known = list(parser.get_defaults().keys())
     for key in _flatten(fields):
         _check_key(key, known, f"recipe {recipe}: ")
@@ -44,8 +53,8 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
         config = parser.parse_args(["--config", str(path), *options])
     except argparse.ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from error
-    if config.method != fields["method"]:
-        raise UsageError(f"--method {config.method} with a recipe for {fields['method']}; choose a recipe of that method")
+    if config.method != method:
+        raise UsageError(f"--method {config.method} with a recipe for {method}; choose a recipe of that method")
     return parser, config
 
 
@@ -70,10 +79,11 @@ def build_method(config: Namespace, values: Namespace) -> Method:
     """The LightningModule of a parsed and instantiated recipe, its weights drawn from the recipe's seed alone."""
     method = METHODS[config.method]
     arguments = {key: values[key] for key in method.__init__.__annotations__ if key in values}
+    require(0 <= config.seed < 2**32, "seed", config.seed, "from 0 to 4294967295")
     seed_everything(config.seed, verbose=False)
     module = method(**arguments)
     module.init = module.backbone.weights_hash()
-    trainer = {key: value for key in TRAINER_IDENTITY if (value := config.trainer[key]) not in (None, -1, 1)}
+    trainer = {key: value for key, default in TRAINER_IDENTITY.items() if (value := config.trainer[key]) != default}
     data = {key: value for key, value in config.data.items() if key != "seed"}
     module.recipe |= {"data": plain(data), "trainer": trainer}
     return module
@@ -83,8 +93,6 @@ def pretrain(recipe: str, options: list[str]) -> Path:
     """Train, and return the path of the checkpoint. A finished run that is resumed is left as it is."""
     parser, config = parse_recipe(recipe, options)
     folder = Path(config.out or Path("runs") / Path(recipe).stem)
-    if config.trainer.max_epochs is None and config.trainer.max_steps == -1:
-        raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
     values = parser.instantiate(config)
     module = build_method(config, values)
     record = RunFolder(folder)
@@ -93,38 +101,61 @@ def pretrain(recipe: str, options: list[str]) -> Path:
     if config.resume and (folder / "run.json").exists():
         rank_zero_info(f"{folder} is finished; nothing to do")
         return record.checkpoint
-    trainer_options = dict(values.trainer)
-    callbacks = trainer_options.pop("callbacks") or []
-    plugins = trainer_options.pop("plugins") or []
-    trainer = Trainer(
-        **trainer_options,
-        callbacks=[*(callbacks if isinstance(callbacks, list) else [callbacks]), record, Progress(folder.name)],
-        plugins=[*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()],
-    )
+    trainer = build_trainer(values.trainer, record, folder.name)
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
-    trainer.fit(module, datamodule=values.data, ckpt_path=str(record.checkpoint) if config.resume else None, weights_only=True)
-    rank_zero_info(f"{record.checkpoint}: {trainer.global_step} steps, trained with {module.spec}")
+    resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
+    trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
+    rest = "" if record.finish(trainer, module) else f" of {module.total_steps}; go on with --resume"
+    rank_zero_info(f"{record.checkpoint}: {trainer.global_step} steps{rest}, trained with {module.spec}")
     return record.checkpoint
+
+
+def build_trainer(options: Namespace, record: RunFolder, name: str) -> Trainer:
+    """Lightning's Trainer with the run folder, the progress bar and whole-file checkpoints; UsageError for options it refuses."""
+    if options.max_epochs in (None, -1) and options.max_steps == -1:
+        raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
+    for key in ("max_epochs", "max_steps", "accumulate_grad_batches", "limit_train_batches", "devices"):
+        value = options[key]
+        if isinstance(value, int | float) and value <= 0 and value != -1:
+            raise UsageError(f"trainer.{key} is {value}; it must be above 0")
+    arguments = dict(options)
+    callbacks, plugins = _as_list(arguments.pop("callbacks")), _as_list(arguments.pop("plugins"))
+    if arguments["enable_progress_bar"] is not False:
+        callbacks.append(Progress(name))
+    try:
+        return Trainer(**arguments, callbacks=[*callbacks, record], plugins=[*plugins, AtomicCheckpointIO()])
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UsageError(f"Lightning's Trainer refuses these options: {' '.join(str(error).split())}") from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
 def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume: bool) -> None:
     """UsageError if the run would overwrite something, or if there is nothing to resume."""
+    ours = (folder / "recipe.yaml").exists()
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            run = "a run" if (folder / "recipe.yaml").exists() else "something else"
-            advice = (
-                "add --resume to go on with it, or name another folder with --out" if run == "a run" else "name another folder with --out"
-            )
-            raise UsageError(f"{folder} already holds {run}; {advice}")
+            what, advice = ("a run", "add --resume to go on with it, or ") if ours else ("something else", "")
+            raise UsageError(f"{folder} already holds {what}; {advice}name another folder with --out")
         return
-    if not checkpoint.exists():
-        raise UsageError(f"nothing to resume: there is no {checkpoint}; leave --resume out to start")
-    before = read_checkpoint(checkpoint)["ssl_vit"]["recipe"]
-    was, now = dict(_flatten(before, values=True)), dict(_flatten(recipe, values=True))
-    changed = [f"{key} {was.get(key)!r} -> {now.get(key)!r}" for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
-    if changed:
-        raise UsageError(f"cannot resume {checkpoint} with another recipe ({', '.join(changed[:4])}); use the same one, or another --out")
+    if not ours:
+        raise UsageError(f"nothing to resume: there is no run in {folder}; leave --resume out to start")
+    # a run that was killed before its first checkpoint has only its recipe, and starts again
+    before = (
+        read_checkpoint(checkpoint)["ssl_vit"]["recipe"] if checkpoint.exists() else yaml.safe_load((folder / "recipe.yaml").read_text())
+    )
+    if changed := recipe_changes(before, recipe):
+        raise UsageError(f"cannot resume {folder} with another recipe ({changed}); use the same one, or another --out")
+
+
+def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """`"optim.lr 0.1 -> 0.2, ..."`, empty if the recipes are the same."""
+    old, new = dict(_flatten(before, values=True)), dict(_flatten(now, values=True))
+    changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return ", ".join(changed[:4])
 
 
 def _flatten(fields: dict[str, Any], prefix: str = "", values: bool = False) -> list[Any]:

@@ -116,18 +116,29 @@ class ReadoutSpec:
         """Raise UsageError unless a model with so many class tokens, registers and blocks can be read this way.
 
         change: what the user can change, for the message (`backbone` of a recipe, or a checkpoint's name)."""
-        have = {"cls": cls, "registers": registers, "patches": 1}
+        have = _present(cls, registers)
         for term in self.terms:
             of = READOUTS[term.name].of
             needs = f"cls tokens > {term.index or 0}" if of == "cls" else f"{of} > {term.index or 0}"
             if have[of] <= (term.index or 0):
                 setting = {"cls": "cls_tokens", "registers": "registers"}[of]
-                possible = [name for name, entry in READOUTS.items() if have[entry.of]]
+                possible = available(cls, registers)
                 advice = f"set backbone.{setting} or " if change == "backbone" else ""
                 raise UsageError(f"readout {str(term)!r} needs {needs}, got {have[of]}; {advice}choose one of: {', '.join(possible)}")
-            deepest = max(block if block >= 0 else -block - 1 for block in term.blocks)
-            if deepest >= depth:
-                raise UsageError(f"readout {str(term)!r} needs more than {deepest} blocks, got {depth}; blocks count from 0 to {depth - 1}")
+            if max(term.blocks) >= depth:
+                raise UsageError(f"readout {str(term)!r} reads block {max(term.blocks)} of {depth}; choose @block0 to @block{depth - 1}")
+            if -min(term.blocks) > depth:
+                raise UsageError(f"readout {str(term)!r} reads {-min(term.blocks)} blocks of {depth}; choose @last1 to @last{depth}")
+
+
+def available(cls: int, registers: int) -> list[str]:
+    """The readouts of a model with so many class tokens and registers."""
+    have = _present(cls, registers)
+    return [name for name, entry in READOUTS.items() if have[entry.of]]
+
+
+def _present(cls: int, registers: int) -> dict[str, int]:
+    return {"cls": cls, "registers": registers, "patches": 1}
 
 
 def _parse_term(text: str, spec: str) -> Term:

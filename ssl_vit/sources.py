@@ -117,10 +117,23 @@ def load_train_test(
     return _decoded(train_rows, size, None, progress, notices), _decoded(test_rows, size, None, progress, more)
 
 
-def _builtin(source: str, split: str, labels: bool, size: int | None, max_side: int | None) -> Split:
-    name = source.removeprefix("builtin:")
-    if name not in photos.NAMES:
+def check_source(source: str) -> None:
+    """UsageError or Failure, as `load_split`, for a name that cannot be one: an unknown builtin, a folder that is not there or holds
+    no pictures. A hub id is asked for when it is loaded."""
+    if source.startswith("builtin:"):
+        _check_builtin(source)
+    elif Path(source).expanduser().exists() or not _HUB_ID.fullmatch(source):
+        _tables(source)
+
+
+def _check_builtin(source: str) -> None:
+    if source not in _BUILTINS:
         raise UsageError(f"no embedded set {source!r}; {one_of(source, _BUILTINS)}")
+
+
+def _builtin(source: str, split: str, labels: bool, size: int | None, max_side: int | None) -> Split:
+    _check_builtin(source)
+    name = source.removeprefix("builtin:")
     if split not in ("train", "test"):
         raise UsageError(f"{source} has no split {split!r}; {one_of(split, ['train', 'test'])}")
     embedded = photos.photos(name)

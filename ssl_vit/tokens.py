@@ -44,10 +44,9 @@ class Tokens:
 
     @cached_property
     def normed(self) -> "Tokens":
-        """The same with the final norm applied to every token (norm first, then pool: `/post`)."""
-        return replace(
-            self, cls=self.norm(self.cls), registers=self.norm(self.registers), patches=self.norm(self.patches), norm=_already_normed
-        )
+        """This block's, with the final norm applied to every token (norm first, then pool: `/post`)."""
+        cls, registers, patches = self.norm(self.cls), self.norm(self.registers), self.norm(self.patches)
+        return replace(self, cls=cls, registers=registers, patches=patches, norm=_already_normed, others={})
 
 
 def _already_normed(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import require
 from ssl_vit.rng import uniform
 from ssl_vit.transforms import CROP_DRAWS, colour_jitter, crop_resize, gaussian_blur, grey, random_resized_crop_boxes, solarise
 
@@ -25,13 +25,8 @@ FLIP, JITTER, FACTORS, GREY, BLUR, SIGMA, SOLARISE = CROP_DRAWS, CROP_DRAWS + 1,
 DRAWS = SOLARISE + 1
 
 
-def _require(holds: bool, field: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise UsageError(f"views.{field} is {value}; set {allowed}")
-
-
 def _require_scale(field: str, scale: tuple[float, float]) -> None:
-    _require(0 < scale[0] <= scale[1] <= 1, field, scale, "two shares of the image's area, low then high, above 0 and up to 1")
+    require(0 < scale[0] <= scale[1] <= 1, field, scale, "two shares of the image's area, low then high, above 0 and up to 1")
 
 
 @dataclass(frozen=True)
@@ -43,9 +38,9 @@ class SingleCrop:
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(self.size > 0, "size", self.size, "a number of pixels above 0")
-        _require_scale("scale", self.scale)
-        _require(0 <= self.flip <= 1, "flip", self.flip, "a probability from 0 to 1")
+        require(self.size > 0, "crop.size", self.size, "a number of pixels above 0")
+        _require_scale("crop.scale", self.scale)
+        require(0 <= self.flip <= 1, "crop.flip", self.flip, "a probability from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -71,16 +66,21 @@ class MultiCrop:
 
     def __post_init__(self) -> None:
         for field in ("global_size", "local_size"):
-            _require(getattr(self, field) > 0, field, getattr(self, field), "a number of pixels above 0")
-        _require_scale("global_scale", self.global_scale)
-        _require_scale("local_scale", self.local_scale)
-        _require(self.n_local >= 0, "n_local", self.n_local, "0 or more")
+            require(getattr(self, field) > 0, f"crops.{field}", getattr(self, field), "a number of pixels above 0")
+        _require_scale("crops.global_scale", self.global_scale)
+        _require_scale("crops.local_scale", self.local_scale)
+        require(self.n_local >= 0, "crops.n_local", self.n_local, "0 or more")
         for field in ("flip", "jitter_p", "grey_p", "solarise_p"):
-            _require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "a probability from 0 to 1")
-        _require(all(0 <= p <= 1 for p in self.blur_p), "blur_p", self.blur_p, "three probabilities from 0 to 1")
-        _require(min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "jitter", self.jitter, "strengths of 0 or more, the last (hue) up to 0.5")
-        _require(
-            0 < self.blur_sigma[0] <= self.blur_sigma[1], "blur_sigma", self.blur_sigma, "two lengths in pixels, low then high, above 0"
+            require(0 <= getattr(self, field) <= 1, f"crops.{field}", getattr(self, field), "a probability from 0 to 1")
+        require(all(0 <= p <= 1 for p in self.blur_p), "crops.blur_p", self.blur_p, "three probabilities from 0 to 1")
+        require(
+            min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "crops.jitter", self.jitter, "strengths of 0 or more, the last (hue) up to 0.5"
+        )
+        require(
+            0 < self.blur_sigma[0] <= self.blur_sigma[1],
+            "crops.blur_sigma",
+            self.blur_sigma,
+            "two lengths in pixels, low then high, above 0",
         )
 
 

@@ -31,6 +31,7 @@ def plant(store: RowStore, correct: Sequence[int] | torch.Tensor, **changes: obj
         "deviations": [],
         "seconds": 1.5,
         "recipe": "recipe-hash",
+        "family": "family-hash",
         "init": "start",
         "data": "data-hash",
         "transform": "resize32",

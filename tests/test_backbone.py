@@ -87,7 +87,7 @@ def test_other_image_sizes_are_said_in_evaluation_only(backbone: Backbone) -> No
     [
         ({"image_size": 30}, "image_size 30 is not divisible by backbone.patch 4; set image_size to 32"),
         ({"width": 25}, "width 25 is not divisible by backbone.heads 2"),
-        ({"cls_tokens": 2}, "choose 0 or 1"),
+        ({"cls_tokens": 2}, "it must be 0 or 1"),
         ({"registers": -1}, "must be at least 0"),
     ],
 )
@@ -97,7 +97,7 @@ def test_impossible_sizes(wrong: dict[str, int], message: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UsageError, match="did you mean 'vit_small_patch16_224'"):
+    with pytest.raises(UsageError, match="such as vit_small_patch16_224"):
         build_backbone(BackboneConfig(name="vit_smal_patch16_224"))
 
 
@@ -118,6 +118,8 @@ def test_class_token_and_registers_start_alike(backbone: Backbone) -> None:
         ("beit_base_patch16_224", 1, 0),
         ("eva02_tiny_patch14_224", 1, 0),
         ("vit_base_patch16_siglip_224", 0, 0),
+        ("vit_small_patch16_dinov3", 1, 4),  # timm's Eva class, which does not say how many registers it has
+        ("vit_base_patch16_rope_reg1_gap_256", 0, 1),
     ],
 )
 def test_token_layout_is_read_from_timm_models(name: str, cls_tokens: int, registers: int) -> None:

@@ -119,7 +119,7 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
         (["eval", "timm:vit_tiny_patch16_24"], 2, "did you mean 'vit_tiny_patch16_224'"),
         (["eval", "random:mae.yaml", "--readouts", "clss"], 2, "did you mean 'cls'?"),
         (["eval", "random:mae.yaml", "--readouts", "trained"], 2, "was not trained with a readout here"),
-        (["eval", "random:mae.yaml", "--readouts", "gap@block7"], 2, "got 2; blocks count from 0 to 1"),
+        (["eval", "random:mae.yaml", "--readouts", "gap@block7"], 2, "choose @block0 to @block1"),
         (["eval", "random:mae.yaml", "--protocols", "knnn"], 2, "did you mean 'knn'?"),
         (["eval", "random:mae.yaml", "--data", "./empty"], 2, "holds no pictures"),
         (["eval", "random:mae.yaml", "--data", "builtin:foto"], 2, "builtin:photos"),
@@ -127,6 +127,9 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
         (["eval", "random:mae.yaml", "--data", "./pictures", "--test-split", "tset"], 2, "did you mean 'test'?"),
         (["eval", "random:mae.yaml", "--data", "./pictures", "--label-column", "lable"], 2, "did you mean 'label'?"),
         (["eval", "random:mae.yaml", "--data", "./broken"], 1, "3.png"),
+        (["eval", "pixels", "--protocols", "logreg"], 2, "raw pixels are a floor for k-NN only"),
+        (["eval", "pixels", "--readouts", "foo"], 2, "unknown readout 'foo'"),
+        (["eval", "random:mae.yaml", "--suite", "fotos"], 2, "did you mean 'photos'?"),
         (["eval", "random:mae.yaml", "--out", "pictures"], 2, "already holds something else"),
         (["eval", "random:mae.yaml", "--protocol", "knn"], 2, "unknown argument '--protocol'; did you mean '--protocols'?"),
         (["compare", "pictures"], 2, "holds no rows"),
@@ -201,6 +204,27 @@ def test_a_study_is_resumed_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch
     assert Path("elsewhere/report.html").exists()
 
 
+def test_a_study_with_a_changed_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("study.yaml").write_text(yaml.safe_dump({**STUDY, "recipes": ["mae.yaml"]}))
+    assert run(["study", "study.yaml", "--out", "out"]) == 0
+    Path("mae.yaml").write_text(Path("mae.yaml").read_text().replace("max_steps: 3", "max_steps: 4"))
+    assert run(["study", "study.yaml", "--out", "out"]) == 2
+    assert "was trained with another recipe (trainer.max_steps 3 -> 4)" in errors(capsys)[0]
+
+
+def test_a_test_set_made_from_train_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", "random:mae.yaml", "--data", "./pictures/train", "--out", "out", "--protocols", "knn"]) == 0
+    assert "train has no split to test on: a stratified 20% of its 'train' (seed 0) is taken out as the test set" in capsys.readouterr().out
+
+
+def test_a_suite_is_a_list_of_data() -> None:
+    Path("mine.yaml").write_text("data: [./pictures, ./pictures/train]\n")
+    assert run(["eval", "pixels:16", "--suite", "mine.yaml", "--out", "out", "--protocols", "knn"]) == 0
+    assert [row.dataset for row in RowStore("out").rows() if row.metric == "top1"] == ["pictures", "train"]
+    assert run(["compare", "out"]) == 0
+    assert "pixels:16" in Path("out/report.html").read_text()
+
+
 def test_a_study_refuses_before_anything_trains(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {
         "did you mean 'gap'?": {"trained_with": ["cls", "gpa"]},
@@ -209,6 +233,9 @@ def test_a_study_refuses_before_anything_trains(capsys: pytest.CaptureFixture[st
         "unknown recipe 'mea.yaml'": {"recipes": ["mae.yaml", "mea.yaml"]},
         "unknown protocol 'nkn'": {"protocols": ["nkn"]},
         "seeds is 0; give a list": {"seeds": 0},
+        "trained_with is [1]; give a list of names": {"trained_with": [1]},
+        "no embedded set 'builtin:typo'": {"data": ["./pictures", "builtin:typo"]},
+        "two recipes of the study are called 'mae-cls-s0'": {"recipes": ["mae.yaml", "./mae.yaml"]},
     }
     for message, change in wrong.items():
         Path("study.yaml").write_text(yaml.safe_dump({**STUDY, **change}))

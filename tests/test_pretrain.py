@@ -130,24 +130,65 @@ def test_a_fixed_seed_decides_everything_and_arms_differ_in_nothing_else() -> No
     assert modules["seed"].init != modules["cls"].init
 
 
-@pytest.mark.parametrize("method", ["dino", "mae"])
-def test_resume_at_every_step_is_exact(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted after any step, ends of epochs included, a resumed run ends in the same weights, bit for bit."""
-    assert pretrain(f"{method}.yaml", "--out", "whole") == 0
+@pytest.mark.parametrize(("method", "options"), [("dino", ()), ("mae", ()), ("mae", ("--trainer.accumulate_grad_batches", "2"))])
+def test_resume_at_every_step_is_exact(method: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after any batch, ends of epochs and the last step included, a resumed run ends in the same weights, bit for bit."""
+    assert pretrain(f"{method}.yaml", "--out", "whole", *options) == 0
     expected = weights("whole")
     original = RunFolder.on_train_batch_end
-    for step in range(1, 7):
+    for stop in range(1, 12 if options else 8):
+        batches = 0
 
-        def interrupted(self: RunFolder, trainer: Any, *args: Any, stop: int = step) -> None:
-            self._interrupted = trainer.global_step == stop
-            original(self, trainer, *args)
+        def interrupted(self: RunFolder, *args: Any, stop: int = stop) -> None:
+            nonlocal batches
+            batches += 1
+            self.interrupted = batches >= stop
+            original(self, *args)
 
         monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)
-        assert pretrain(f"{method}.yaml", "--out", f"cut{step}") == 130
+        assert pretrain(f"{method}.yaml", "--out", f"cut{stop}", *options) == 130
         monkeypatch.setattr(RunFolder, "on_train_batch_end", original)
-        assert pretrain(f"{method}.yaml", "--out", f"cut{step}", "--resume") == 0
-        state = weights(f"cut{step}")
-        assert [key for key in expected if not torch.equal(state[key], expected[key])] == [], step
+        assert pretrain(f"{method}.yaml", "--out", f"cut{stop}", "--resume", *options) == 0
+        state = weights(f"cut{stop}")
+        assert [key for key in expected if not torch.equal(state[key], expected[key])] == [], stop
+        assert json.loads(Path(f"cut{stop}/run.json").read_text())["steps"] == 7
+        logged = [json.loads(line)["step"] for line in Path(f"cut{stop}/metrics.jsonl").read_text().splitlines()]
+        assert logged == [7]
+
+
+def test_resume_of_an_interrupted_last_step_counted_in_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("mae.yaml", "--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--out", "run")
+    original = RunFolder.on_train_batch_end
+
+    def interrupted(self: RunFolder, trainer: Any, *args: Any) -> None:
+        self.interrupted = trainer.global_step == 6
+        original(self, trainer, *args)
+
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)
+    assert pretrain(*options) == 130
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", original)
+    assert pretrain(*options, "--resume") == 0
+    assert json.loads(Path("run/run.json").read_text())["steps"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # of Lightning: the clock itself is not resumed
+def test_a_run_stopped_early_by_the_clock_is_not_finished() -> None:
+    options = ("mae.yaml", "--trainer.max_steps", "400", "--out", "run")
+    assert pretrain(*options, "--trainer.max_time", "00:00:00:01") == 0
+    assert not Path("run/run.json").exists()
+    assert pretrain(*options, "--resume") == 0
+    assert json.loads(Path("run/run.json").read_text())["steps"] == 400
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again() -> None:
+    assert pretrain("mae.yaml", "--out", "run") == 0
+    for name in ("last.ckpt", "run.json"):
+        Path("run", name).unlink()
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # cut by the kill
+    assert pretrain("mae.yaml", "--out", "run", "--resume") == 0
+    assert [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [7]
+    assert Path("run/run.json").exists()
 
 
 @pytest.mark.parametrize("method", ["dino", "mae"])
@@ -209,6 +250,13 @@ def test_ctrl_c_saves_and_resume_goes_on() -> None:
         (["dino.yaml", "--out", "pictures"], 2, "already holds something else"),
         (["dino.yaml", "--out", "none", "--resume"], 2, "nothing to resume"),
         (["mae.yaml", "--readout", "cls+gap"], 2, "must be one token wide"),
+        (["dino.yaml", "--backbone.name", "resnet18"], 2, "is not a Vision Transformer of timm; choose one such as"),
+        (["dino.yaml", "--clip_grad", "-1"], 2, "clip_grad is -1.0; it must be 0 (no clipping) or more"),
+        (["dino.yaml", "--teacher.momentum", "2"], 2, "teacher.momentum"),
+        (["dino.yaml", "--optim.betas", "[2,3]"], 2, "optim.betas"),
+        (["dino.yaml", "--seed", "-1"], 2, "seed is -1; it must be from 0"),
+        (["dino.yaml", "--trainer.strategy", "dpp"], 2, "Lightning's Trainer refuses these options"),
+        (["dino.yaml", "--trainer.max_steps", "0"], 2, "trainer.max_steps is 0; it must be above 0"),
         (["--readout", "cls"], 2, "the recipe comes first"),
         ([], 2, "which recipe?"),
     ],
@@ -230,7 +278,8 @@ def test_bad_input_is_one_line(options: list[str], code: int, message: str, caps
         ("method: dion\n", "did you mean 'dino'?"),
         ("readout: cls\n", "choose one of: dino, mae"),
         ("a: [\n", "is not YAML"),
-        ("- 1\n", "choose one of: dino, mae"),
+        ("- 1\n", "holds [1], not keys with values"),
+        ("method: [mae]\n", "choose one of: dino, mae"),
     ],
 )
 def test_bad_recipes_are_one_line(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +296,7 @@ def test_an_existing_run_is_not_overwritten(capsys: pytest.CaptureFixture[str]) 
     assert pretrain("mae.yaml", "--out", "run", "--trainer.max_steps", "1") == 2
     assert "run already holds a run; add --resume" in capsys.readouterr().err
     assert pretrain("mae.yaml", "--out", "run", "--resume", "--optim.lr", "0.5", "--trainer.max_steps", "1") == 2
-    assert "cannot resume run/last.ckpt with another recipe (optim.lr 0.02 -> 0.5)" in capsys.readouterr().err
+    assert "cannot resume run with another recipe (optim.lr 0.02 -> 0.5)" in capsys.readouterr().err
     assert pretrain("mae.yaml", "--out", "run", "--resume", "--trainer.max_steps", "1") == 0
     assert Path("run/last.ckpt").read_bytes() == before
 

@@ -56,8 +56,8 @@ def test_bad_spec_is_one_clear_line(text: str, message: str) -> None:
     [
         ("register2", "needs registers > 2, got 2"),
         ("cls1", "needs cls tokens > 1, got 1"),
-        ("gap@block3", "needs more than 3 blocks, got 3"),
-        ("cls@last4", "needs more than 3 blocks, got 3"),
+        ("gap@block3", "reads block 3 of 3; choose @block0 to @block2"),
+        ("cls@last4", "reads 4 blocks of 3; choose @last1 to @last3"),
     ],
 )
 def test_what_the_model_lacks_is_refused(backbone: Backbone, text: str, message: str) -> None:

@@ -36,6 +36,8 @@ def row(**changes: object) -> Row:
         "seconds": 1.5,
         "checkpoint": "aa",
         "recipe": "bb",
+        "family": "ff",
+        "init": None,
         "data": "cc",
         "transform": "dd",
         "git": None,

@@ -133,17 +133,17 @@ def test_padding_is_never_seen():
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
-        (V.SingleCrop, {"scale": (1.0, 0.2)}, r"views.scale is \(1.0, 0.2\); set two shares of the image's area, low then high"),
-        (V.SingleCrop, {"size": 0}, "views.size is 0; set a number of pixels above 0"),
-        (V.SingleCrop, {"flip": 1.5}, "views.flip is 1.5; set a probability"),
-        (V.MultiCrop, {"global_scale": (0.4, 1.2)}, "views.global_scale"),
-        (V.MultiCrop, {"local_scale": (0.0, 0.4)}, "views.local_scale"),
-        (V.MultiCrop, {"local_size": -1}, "views.local_size"),
-        (V.MultiCrop, {"n_local": -1}, "views.n_local"),
-        (V.MultiCrop, {"grey_p": -0.1}, "views.grey_p"),
-        (V.MultiCrop, {"blur_p": (1.0, 0.1, 2.0)}, "views.blur_p"),
-        (V.MultiCrop, {"blur_sigma": (0.0, 2.0)}, "views.blur_sigma"),
-        (V.MultiCrop, {"jitter": (0.4, 0.4, 0.2, 0.6)}, "views.jitter"),
+        (V.SingleCrop, {"scale": (1.0, 0.2)}, r"crop.scale is \(1.0, 0.2\); it must be two shares of the image's area, low then high"),
+        (V.SingleCrop, {"size": 0}, "crop.size is 0; it must be a number of pixels above 0"),
+        (V.SingleCrop, {"flip": 1.5}, "crop.flip is 1.5; it must be a probability"),
+        (V.MultiCrop, {"global_scale": (0.4, 1.2)}, "crops.global_scale"),
+        (V.MultiCrop, {"local_scale": (0.0, 0.4)}, "crops.local_scale"),
+        (V.MultiCrop, {"local_size": -1}, "crops.local_size"),
+        (V.MultiCrop, {"n_local": -1}, "crops.n_local"),
+        (V.MultiCrop, {"grey_p": -0.1}, "crops.grey_p"),
+        (V.MultiCrop, {"blur_p": (1.0, 0.1, 2.0)}, "crops.blur_p"),
+        (V.MultiCrop, {"blur_sigma": (0.0, 2.0)}, "crops.blur_sigma"),
+        (V.MultiCrop, {"jitter": (0.4, 0.4, 0.2, 0.6)}, "crops.jitter"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(config, fields, message):

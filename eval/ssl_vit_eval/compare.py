@@ -65,7 +65,7 @@ def _gain(gain: Gain | None, images: int) -> str:
 
 def _table(comparison: Comparison, table: Table) -> str:
     """One setting: trained arms with their random initialisation, pixels, then what was not trained here."""
-    setting, columns = table.setting, comparison.read_with
+    setting, columns = table.setting, comparison.read_with or [PIXELS]
     lines = [["trained with", *(f"read {spec}" for spec in columns)]]
     for arm in comparison.trained(table):
         lines += _lines(label(arm), [table.cells.get((arm, spec)) for spec in columns], [spec == arm.trained_with for spec in columns])

@@ -184,12 +184,14 @@ def _weights(row: Row) -> tuple[str, str]:
 
 
 def _names(rows: Sequence[Row]) -> dict[tuple[str, str], Arm]:
-    """The arm of all weights. Two checkpoints of one arm and seed are not seeds of one thing: their hashes keep them apart."""
+    """The arm of all weights. Checkpoints of one arm and seed, or of two recipes, are not seeds of one thing: hashes keep them apart."""
     names = {_weights(row): Arm(row.method, recipe_name(row.source, row.trained_with, row.seed), row.trained_with) for row in rows}
-    same = defaultdict(set)
+    same, families = defaultdict(set), defaultdict(set)
     for row in rows:
         same[names[_weights(row)], row.seed].add(row.checkpoint)
+        families[names[_weights(row)]].add(row.family)
     clashing = {arm for (arm, _), checkpoints in same.items() if len(checkpoints) > 1}
+    clashing |= {arm for arm, found in families.items() if len(found) > 1}
     return {key: arm._replace(recipe=f"{arm.recipe} {key[0][:8]}") if arm in clashing else arm for key, arm in names.items()}
 
 
@@ -252,7 +254,9 @@ def _notes(tables: Sequence[Table]) -> list[str]:
             notes.append(f"{dataset}, {protocol}: {len(apart)} tables that differ in {what}: never averaged, not comparable")
     trained = [cell for table in tables for (arm, _), cell in table.cells.items() if arm.trained_with]
     if lacking := sum(cell.gain is None for cell in trained):
-        notes.append(f"{lacking} of {len(trained)} trained cells have no gain: evaluate random:RECIPE, seeded alike, on the same data")
+        notes.append(
+            f"{lacking} of {len(trained)} trained cells have no gain: evaluate random:RUN/recipe.yaml, its own start, on the same data"
+        )
     if partly := sum(cell.gain is not None and cell.gain.seeds < cell.seeds for cell in trained):
-        notes.append(f"{partly} cells have a gain over fewer seeds than their score: evaluate random:RECIPE with the other seeds")
+        notes.append(f"{partly} cells have a gain over fewer seeds than their score: evaluate random:RUN/recipe.yaml of the other seeds")
     return notes

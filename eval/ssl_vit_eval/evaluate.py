@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.errors import UsageError
 from ssl_vit.provenance import git_revision
-from ssl_vit.sources import Split, load_train_test
+from ssl_vit.sources import Split, check_source, load_train_test
 from ssl_vit_eval.features import extract
 from ssl_vit_eval.models import PIXELS, Source, open_source
 from ssl_vit_eval.protocols import Protocol, Result, load_protocol, run_protocol
@@ -30,6 +31,14 @@ def open_sources(names: Sequence[str]) -> list[Source]:
     return [open_source(name) for name in names]
 
 
+def suite(name: str) -> list[str]:
+    """The data of a suite; UsageError for an unknown one, or one without a list of names."""
+    data = read_yaml(find_asset("suites", name)).get("data")
+    if not isinstance(data, list) or not data or not all(isinstance(item, str) for item in data):
+        raise UsageError(f"suite {name} has data {data!r}; give a list of names in brackets")
+    return data
+
+
 def evaluate(
     sources: Sequence[Source],
     data: Sequence[str],
@@ -43,8 +52,12 @@ def evaluate(
 
     readouts None: each single readout that a source has. Raises UsageError before any work for names that are wrong."""
     rules = [load_protocol(name) for name in protocols]
+    if all(source.backbone is None for source in sources) and not any(rule.kind == "knn" for rule in rules):
+        raise UsageError(f"raw pixels are a floor for k-NN only, got {', '.join(protocols)}; choose the protocol knn or add a source")
+    for dataset in data:
+        check_source(dataset)
     trained = [source.trained_with for source in sources if source.trained_with]
-    wanted = [source.readouts(readouts or single_readouts(source), trained) for source in sources]
+    wanted = [source.readouts(readouts, trained) for source in sources]
     store = open_store(out)
     for source in sources:
         if source.backbone is not None and source.trained_with:
@@ -54,8 +67,8 @@ def evaluate(
         for source, specs in zip(sources, wanted, strict=True):
             if source.image_size not in splits:
                 splits[source.image_size] = load_train_test(dataset, size=source.image_size, **vars(options))
-                for notice in splits[source.image_size][0].notices:
-                    say(notice)
+                for notice in dict.fromkeys(notice for split in splits[source.image_size] for notice in split.notices):
+                    print(notice, flush=True)
             train, test = splits[source.image_size]
             evaluate_source(source, train, test, rules, specs, store, say)
     say(f"rows: {store.file}")
@@ -125,6 +138,7 @@ def make_rows(source: Source, key: Key, result: Result, train: Split, test: Spli
             seconds=round(result.seconds, 3),
             checkpoint=source.weights,
             recipe=source.recipe,
+            family=source.family,
             init=source.init,
             data=key.data,
             transform=key.transform,
@@ -133,16 +147,6 @@ def make_rows(source: Source, key: Key, result: Result, train: Split, test: Spli
         )
         for metric, (value, interval) in values.items()
     ]
-
-
-def single_readouts(source: Source) -> list[str]:
-    """Every readout of one token kind that the source has."""
-    from ssl_vit.readout import READOUTS
-
-    if source.backbone is None:
-        return [PIXELS]
-    have = {"cls": source.backbone.cls_tokens, "registers": source.backbone.registers, "patches": 1}
-    return [name for name, entry in READOUTS.items() if have[entry.of]]
 
 
 def open_store(out: str | Path) -> RowStore:

@@ -110,7 +110,7 @@ def _setting(comparison: Comparison, table: Table, scale: float) -> str:
         f'<p class="soft">protocol version {setting.version}, {table.n_test:,} test images, {escape(setting.transform)}, '
         f"data <code>{escape(setting.data)}</code></p>",
     ]
-    columns = comparison.read_with
+    columns = comparison.read_with or [PIXELS]
     pixels = {arm: cell for (arm, spec), cell in table.cells.items() if spec == PIXELS}
     lines = [_line(table, arm, columns, "random init") for arm in comparison.trained(table)]
     lines += [Line(arm, "", [cell]) for arm, cell in pixels.items()]

@@ -60,8 +60,9 @@ class Row:
     oracle: float | None  # the best of the grid on test, never used
     deviations: list[str]  # from the paper that the protocol is named after
     seconds: float
-    checkpoint: str  # hashes, as are the next three; this one of the weights
+    checkpoint: str  # hashes, as are the next four; this one of the weights
     recipe: str | None
+    family: str | None  # of the recipe without its readout and seed: what the arms and seeds of one comparison share
     init: str | None  # of the weights that the training started from: a random row with this `checkpoint` is its baseline
     data: str
     transform: str

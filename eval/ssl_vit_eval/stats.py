@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64
-from scipy.stats import binomtest, chi2, norm
+from scipy.stats import binomtest
 from torch import Tensor
 
 from ssl_vit.errors import UsageError
@@ -37,18 +37,8 @@ def wilson_interval(correct: int, n: int) -> Interval:
     """Wilson's score interval of an accuracy, as fractions: sound at 0 and 1 and for few images (Wilson 1927)."""
     if not 0 <= correct <= n or n == 0:
         raise UsageError(f"{correct} of {n} images are right: an interval needs at least one image, and no more right ones than images")
-    z = float(norm.ppf((1 + CONFIDENCE) / 2))
-    accuracy = correct / n
-    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * np.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Interval(max(0.0, centre - half), min(1.0, centre + half))
-
-
-def bootstrap_interval(correct: Bool[Tensor, " n"], seed: int = 0) -> Interval:
-    """Percentile bootstrap interval over images of an accuracy, as fractions."""
-    n = _images(correct)
-    draws = np.random.default_rng(seed).binomial(n, correct.double().mean().item(), DRAWS)
-    return _percentiles(draws / n)
+    interval = binomtest(correct, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(float(interval.low), float(interval.high))
 
 
 def macro_interval(correct: Bool[Tensor, " n"], labels: Int64[Tensor, " n"], seed: int = 0) -> Interval:
@@ -73,18 +63,6 @@ def paired_difference(correct_a: Bool[Tensor, " n"], correct_b: Bool[Tensor, " n
     draws = np.random.default_rng(seed).multinomial(n, [only_a / n, only_b / n, (n - only_a - only_b) / n], DRAWS)
     low, high = _percentiles(100 * (draws[:, 0] - draws[:, 1]) / n)
     return PairedDifference(100 * (only_a - only_b) / n, low, high)
-
-
-def mcnemar(correct_a: Bool[Tensor, " n"], correct_b: Bool[Tensor, " n"]) -> float:
-    """Two-sided p of McNemar's test that A and B are right equally often: exact below 25 discordant images, else chi-square
-    with Edwards' continuity correction. 1 where they never disagree."""
-    only_a, only_b = _discordant(correct_a, correct_b)
-    discordant = only_a + only_b
-    if discordant == 0:
-        return 1.0
-    if discordant < 25:
-        return float(binomtest(only_a, discordant, 0.5).pvalue)
-    return float(chi2.sf(max(0, abs(only_a - only_b) - 1) ** 2 / discordant, 1))
 
 
 def _images(correct: Bool[Tensor, " n"]) -> int:

@@ -3,16 +3,15 @@
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
-from ssl_vit.assets import find_asset
+from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.errors import UsageError, one_of
-from ssl_vit.pretrain import build_method, parse_recipe, pretrain
+from ssl_vit.pretrain import build_method, parse_recipe, pretrain, recipe_changes
 from ssl_vit.readout import ReadoutSpec
-from ssl_vit.sources import load_split
+from ssl_vit.sources import check_source, load_split
 from ssl_vit_eval.compare import compare
 from ssl_vit_eval.evaluate import evaluate, open_sources
 from ssl_vit_eval.models import random_source
@@ -36,17 +35,17 @@ class Study:
 
     @classmethod
     def load(cls, name: str) -> "Study":
-        """UsageError for an unknown study and for an unknown or missing key."""
-        content = yaml.safe_load(find_asset("studies", name).read_text())
+        """UsageError for an unknown study, an unknown or missing key, and a value that is not a list of names (of numbers for seeds)."""
+        content = read_yaml(find_asset("studies", name))
         keys = [field.name for field in fields(cls)]
-        if not isinstance(content, dict):
-            raise UsageError(f"study {name} is not a mapping; give the keys {', '.join(keys)}")
         for key in content:
             if key not in keys:
                 raise UsageError(f"study {name}: unknown key {key!r}; {one_of(str(key), keys)}")
         for key in keys:
-            if not isinstance(content.get(key), list) or not content[key]:
-                raise UsageError(f"study {name}: {key} is {content.get(key)!r}; give a list of at least one, in brackets")
+            values, kind = content.get(key), int if key == "seeds" else str
+            if not isinstance(values, list) or not values or not all(type(value) is kind for value in values):
+                what = "whole numbers" if kind is int else "names"
+                raise UsageError(f"study {name}: {key} is {values!r}; give a list of {what} in brackets")
         return cls(**content)
 
 
@@ -80,21 +79,22 @@ def run_study(name: str, out: str | None) -> Path:
         for spec in study.trained_with
         for seed in study.seeds
     ]
-    for cell in cells:
-        parser, config = parse_recipe(cell.recipe, cell.options)
-        build_method(config, parser.instantiate(config))
+    for dataset in study.data:
+        check_source(dataset)
     for protocol in study.protocols:
         load_protocol(protocol)
     randoms = [random_source(recipe, ["--seed", str(seed)]) for recipe in study.recipes for seed in study.seeds]
     for source in randoms:
         source.readouts(study.read_with)
+    for cell in cells:
+        _check_cell(cell, cells)
     _open_folder(folder, study)
 
     for number, cell in enumerate(cells, 1):
         what = f"[{number}/{len(cells)}] {cell.recipe}, trained with {cell.readout}, seed {cell.seed}"
         print(f"{what}: done before" if cell.finished else what, flush=True)
         if not cell.finished:
-            _pretrain(cell)
+            pretrain(cell.recipe, [*cell.options, "--resume"] if (cell.folder / "recipe.yaml").exists() else cell.options)
         _draw_reconstructions(cell)
     sizes = dict.fromkeys(source.image_size for source in randoms)
     controls = [*open_sources([f"pixels:{size}" for size in sizes]), *randoms]
@@ -110,7 +110,7 @@ def _open_folder(folder: Path, study: Study) -> None:
     """Create the study's folder, or find the same study in it."""
     plan = folder / "study.yaml"
     if plan.exists():
-        before: Any = yaml.safe_load(plan.read_text())
+        before = read_yaml(plan)
         changed = [key for key, value in asdict(study).items() if value != before.get(key)]
         if changed:
             raise UsageError(f"{folder} holds a study with other {', '.join(changed)}; name another folder with --out")
@@ -120,20 +120,21 @@ def _open_folder(folder: Path, study: Study) -> None:
     plan.write_text(yaml.safe_dump(asdict(study), sort_keys=False))
 
 
-def _pretrain(cell: Cell) -> None:
-    """Train a cell, from its last checkpoint if it was interrupted."""
-    if (cell.folder / "last.ckpt").exists():
-        pretrain(cell.recipe, [*cell.options, "--resume"])
-        return
-    for name in ("recipe.yaml", "metrics.jsonl"):  # of a start that was killed before its first checkpoint
-        (cell.folder / name).unlink(missing_ok=True)
-    pretrain(cell.recipe, cell.options)
+def _check_cell(cell: Cell, cells: list[Cell]) -> None:
+    """UsageError for a cell that cannot be trained as its recipe says, or whose folder belongs to another recipe."""
+    if any(other.folder == cell.folder and other != cell for other in cells):
+        raise UsageError(f"two recipes of the study are called {cell.folder.name!r}; rename one of the files")
+    parser, config = parse_recipe(cell.recipe, cell.options)
+    recipe = build_method(config, parser.instantiate(config)).recipe
+    before = cell.folder / "recipe.yaml"
+    if before.exists() and (changed := recipe_changes(read_yaml(before), recipe)):
+        raise UsageError(f"{cell.folder} was trained with another recipe ({changed}); use the same one, or another --out")
 
 
 def _draw_reconstructions(cell: Cell) -> None:
     """What a masked autoencoder fills in, on the first pictures of its own training set, for the report."""
     picture = cell.folder / "reconstructions.png"
-    recipe = yaml.safe_load((cell.folder / "recipe.yaml").read_text())
+    recipe = read_yaml(cell.folder / "recipe.yaml")
     if recipe["method"] != "mae" or picture.exists():
         return
     data = recipe["data"]

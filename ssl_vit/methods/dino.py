@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from ssl_vit.backbone import Backbone, BackboneConfig, build_backbone
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import UsageError, require
 from ssl_vit.methods.base import Batch, Method
 from ssl_vit.optim import OptimConfig, clip_each
 from ssl_vit.readout import Readout, ReadoutSpec
@@ -43,6 +43,11 @@ class HeadConfig:
     norm_last_layer: bool = True
     freeze_epochs: float = 1.0
 
+    def __post_init__(self) -> None:
+        for field in ("hidden", "bottleneck", "prototypes"):
+            require(getattr(self, field) > 0, f"head.{field}", getattr(self, field), "above 0")
+        require(self.freeze_epochs >= 0, "head.freeze_epochs", self.freeze_epochs, "0 or more")
+
 
 @dataclass(frozen=True)
 class TeacherConfig:
@@ -61,6 +66,13 @@ class TeacherConfig:
     warmup_temperature: float = 0.04
     warmup_epochs: float = 0.0
     center_momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        for field in ("momentum", "center_momentum"):
+            require(0 <= getattr(self, field) <= 1, f"teacher.{field}", getattr(self, field), "from 0 to 1")
+        for field in ("temperature", "warmup_temperature"):
+            require(getattr(self, field) > 0, f"teacher.{field}", getattr(self, field), "above 0")
+        require(self.warmup_epochs >= 0, "teacher.warmup_epochs", self.warmup_epochs, "0 or more")
 
 
 class Head(nn.Module):
@@ -153,6 +165,8 @@ class DINO(Method):
         if -1 not in spec.blocks:
             raise UsageError(f"readout {readout!r} leaves out the last block, which would then not be trained; choose one that reads it")
         check_crops(crops, backbone)
+        require(student_temperature > 0, "student_temperature", student_temperature, "above 0")
+        require(clip_grad >= 0, "clip_grad", clip_grad, "0 (no clipping) or more")
         self.head_config, self.crops, self.teacher_config = head, crops, teacher
         self.student_temperature, self.clip_grad = student_temperature, clip_grad
         self.student = Arm(backbone, spec, head, drop_path=backbone.drop_path)

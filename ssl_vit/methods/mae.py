@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ssl_vit.backbone import BackboneConfig, build_backbone, patchify
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import UsageError, require
 from ssl_vit.methods.base import Batch, Method
 from ssl_vit.optim import OptimConfig
 from ssl_vit.readout import Readout, ReadoutSpec
@@ -36,6 +36,8 @@ class DecoderConfig:
     heads: int = 16
 
     def __post_init__(self) -> None:
+        for field in ("width", "depth", "heads"):
+            require(getattr(self, field) > 0, f"decoder.{field}", getattr(self, field), "above 0")
         if self.width % self.heads or self.width % 4:
             raise UsageError(f"decoder.width {self.width} must be a multiple of decoder.heads ({self.heads}) and of 4")
 
