@@ -23,10 +23,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: pyproject.toml | $(BIN)/python
+	@echo "installing into .venv: a few minutes, and several GB where pip brings torch's CUDA build"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml | $(BIN)/python
+	@echo "installing into .venv: a few minutes, and several GB where pip brings torch's CUDA build"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch .venv/.installed $@
 

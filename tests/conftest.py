@@ -1,17 +1,43 @@
 """Small models and batches that the tests share. Nothing here or in the tests waits for a hub."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from ssl_vit.backbone import Backbone, BackboneConfig, build_backbone
 from ssl_vit.methods.base import Batch
 
 TINY = BackboneConfig(name="vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=3, heads=2, registers=2)
+
+BACKBONE = {"name": "vit_tiny_patch16_224", "image_size": 16, "patch": 4, "width": 24, "depth": 2, "heads": 2, "registers": 2}
+RECIPES: dict[str, dict[str, Any]] = {
+    "dino": {
+        "method": "dino",
+        "backbone": BACKBONE,
+        "head": {"hidden": 32, "bottleneck": 16, "prototypes": 64, "freeze_epochs": 0.5},
+        "crops": {"global_size": 16, "local_size": 8, "n_local": 1, "blur_sigma": [0.1, 0.5]},
+        "optim": {"lr": 0.02, "warmup_epochs": 1.0},
+        "trainer": {"max_steps": 7},
+    },
+    "mae": {
+        "method": "mae",
+        "readout": "gap",
+        "backbone": BACKBONE,
+        "decoder": {"width": 16, "depth": 1, "heads": 2},
+        "crop": {"size": 16},
+        "optim": {"lr": 0.02, "warmup_epochs": 1.0},
+        "trainer": {"max_steps": 7},
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +55,16 @@ def backbone() -> Backbone:
 def batch() -> Batch:
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     return Batch(images, torch.full((8, 2), 16), torch.arange(8), 0)
+
+
+@pytest.fixture
+def pictures_and_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """26 pictures, three batches an epoch, and the two recipes, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Path("pictures").mkdir()
+    for number in range(26):
+        pixels = rng.integers(0, 256, (16 + number % 3, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"pictures/{number:02}.png")
+    for name, recipe in RECIPES.items():
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "data": {"source": "./pictures", "batch_size": 8}}))

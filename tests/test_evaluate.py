@@ -18,7 +18,7 @@ from ssl_vit_eval.features import extract
 from ssl_vit_eval.knn import KNNProbe
 from ssl_vit_eval.models import open_source
 from ssl_vit_eval.rows import RowStore
-from tests.test_pretrain import RECIPES
+from tests.conftest import RECIPES
 
 
 @pytest.fixture(autouse=True)

@@ -93,7 +93,9 @@ def random_source(recipe: str, options: list[str]) -> Source:
     parser, config = parse_recipe(recipe, options)
     module = build_method(config, parser.instantiate(config))
     backbone: Backbone = module.backbone.eval()
-    return _of_recipe(f"random:{recipe}", "random", None, module.recipe, None, backbone)
+    file = Path(recipe)  # of a path, the last part that tells something: a run folder's recipe.yaml is named after the folder
+    name = file.parent.name if file.stem == "recipe" and file.parent.name else file.stem
+    return _of_recipe(f"random:{name}", "random", None, module.recipe, None, backbone)
 
 
 def _of_recipe(name: str, method: str, trained_with: str | None, recipe: dict[str, Any], init: str | None, backbone: Backbone) -> Source:

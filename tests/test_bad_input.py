@@ -1,0 +1,104 @@
+"""What `ssl-vit pretrain` and `load_backbone` say to wrong input: one line, the right exit code, and nothing written."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_vit.checkpoint import read_checkpoint
+from ssl_vit.cli import run
+
+pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["dino_photo"], 2, "did you mean 'dino_photos'?"),
+        (["dino.yaml", "--backbone.widht", "3"], 2, "unknown key 'backbone.widht'; did you mean 'backbone.width'?"),
+        (["dino.yaml", "--back.width", "3"], 2, "unknown key 'back.width'"),
+        (["dino.yaml", "--trainer.device", "2"], 2, "did you mean 'trainer.devices'?"),
+        (["dino.yaml", "--res"], 2, "unknown key 'res'"),
+        (["dino.yaml", "--backbone.width", "wide"], 2, "backbone.width"),
+        (["dino.yaml", "--readout", "rgister"], 2, "did you mean 'register'?"),
+        (["dino.yaml", "--readout", "register", "--backbone.registers", "0"], 2, "needs registers > 0, got 0; set backbone.registers"),
+        (["dino.yaml", "--backbone.image_size", "18"], 2, "not divisible by backbone.patch 4"),
+        (["dino.yaml", "--data.source", "./nowhere"], 2, "nowhere"),
+        (["dino.yaml", "--data.source", "builtin:photo"], 2, "did you mean 'builtin:photos'?"),
+        (["dino.yaml", "--data.source", "some/dataset"], 1, "some/dataset"),
+        (["dino.yaml", "--data.split", "trian"], 2, "trian"),
+        (["dino.yaml", "--data.batch_size", "64"], 2, "holds 26 pictures"),
+        (["dino.yaml", "--trainer.max_steps", "-1"], 2, "set trainer.max_epochs or trainer.max_steps"),
+        (["dino.yaml", "--out", "pictures"], 2, "already holds something else"),
+        (["dino.yaml", "--out", "none", "--resume"], 2, "nothing to resume"),
+        (["mae.yaml", "--readout", "cls+gap"], 2, "must be one token wide"),
+        (["dino.yaml", "--backbone.name", "resnet18"], 2, "is not a Vision Transformer of timm; choose one such as"),
+        (["dino.yaml", "--clip_grad", "-1"], 2, "clip_grad is -1.0; it must be 0 (no clipping) or more"),
+        (["dino.yaml", "--teacher.momentum", "2"], 2, "teacher.momentum"),
+        (["dino.yaml", "--optim.betas", "[2,3]"], 2, "optim.betas"),
+        (["dino.yaml", "--seed", "-1"], 2, "seed is -1; it must be from 0"),
+        (["dino.yaml", "--trainer.strategy", "dpp"], 2, "Lightning's Trainer refuses these options"),
+        (["dino.yaml", "--trainer.max_steps", "0"], 2, "trainer.max_steps is 0; it must be above 0"),
+        (["--readout", "cls"], 2, "the recipe comes first"),
+        ([], 2, "which recipe?"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(Path().rglob("*"))
+    assert run(["pretrain", *options]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssl-vit: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert sorted(Path().rglob("*")) == before  # nothing written
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: dino\nreadot: gap\n", "unknown key 'readot'; did you mean 'readout'?"),
+        ("method: dino\nbackbone: {widht: 96}\n", "unknown key 'backbone.widht'; did you mean 'backbone.width'?"),
+        ("method: dion\n", "did you mean 'dino'?"),
+        ("readout: cls\n", "choose one of: dino, mae"),
+        ("a: [\n", "is not YAML"),
+        ("- 1\n", "holds [1], not keys with values"),
+        ("method: [mae]\n", "choose one of: dino, mae"),
+    ],
+)
+def test_bad_recipes_are_one_line(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text(text)
+    assert run(["pretrain", "bad.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_checkpoints_that_are_none() -> None:
+    Path("empty.ckpt").write_bytes(b"")
+    Path("text.ckpt").write_text("hello")
+    torch.save({"state_dict": {}}, "other.ckpt")
+    torch.save({"ssl_vit": {"format": 99, "versions": {"ssl-vit": "9.0"}}, "state_dict": {}}, "newer.ckpt")
+    Path("evil.ckpt").write_bytes(pickle.dumps(_Payload()))
+    torch.save(_Payload(), "evil2.ckpt")
+    for name, message in {
+        "empty": "not a readable checkpoint",
+        "text": "not a readable checkpoint",
+        "other": "not a checkpoint of ssl-vit",
+        "newer": "format 99",
+        "evil": "not a readable checkpoint",
+        "evil2": "not a readable checkpoint",
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            read_checkpoint(f"{name}.ckpt")
+    assert not Path("executed").exists()
+    with pytest.raises(ValueError, match="there is no checkpoint nowhere"):
+        read_checkpoint("nowhere.ckpt")
+    with pytest.raises(ValueError, match="is a folder, not a checkpoint"):
+        read_checkpoint("pictures")
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch executed",))
