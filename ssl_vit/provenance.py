@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ def recipe_hash(recipe: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@cache
 def git_revision() -> str | None:
     """The checkout's revision, with `+` behind it if files differ from it; None for an installed wheel."""
     checkout = Path(__file__).resolve().parents[1]
