@@ -1,5 +1,7 @@
 """What every probe asks of its features and labels: checks that name the offending row, and the scikit-learn manner of scoring."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -29,7 +31,7 @@ def check_training(X: Tensor, y: Tensor) -> None:
         raise UsageError(f"all {len(y)} training labels are {y[0].item()}: a probe needs at least two classes")
 
 
-class Probe:
+class Probe(ABC):
     """`predict` and `score` for a probe that sets `classes_` and `n_features_in_` in `fit` and defines `predict_proba`."""
 
     classes_: Int64[Tensor, " c"]
@@ -45,9 +47,9 @@ class Probe:
                 f"features are {X.shape[1]} wide, the probe was fitted on {self.n_features_in_}: read both with the same readout"
             )
 
+    @abstractmethod
     def predict_proba(self, X: Float[Tensor, "m d"]) -> Float[Tensor, "m c"]:
         """Class probabilities, columns in the order of `classes_`."""
-        raise NotImplementedError
 
     def predict(self, X: Float[Tensor, "m d"]) -> Int64[Tensor, " m"]:
         """The class index of each row; of equal probabilities the lower class wins."""
