@@ -92,7 +92,7 @@ class RunFolder(Checkpoint):
                 file.write(json.dumps(record) + "\n")
         if self.interrupted:
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
-            raise Interrupted(f"stopped at step {step} and saved {self.checkpoint}; go on with --resume")
+            raise Interrupted(f"stopped at step {step} and saved {self.checkpoint}")
         if step % CHECK_EVERY_STEPS == 0 and trainer.strategy.broadcast(time.monotonic() - self._saved > CHECKPOINT_SECONDS):
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
             self._saved = time.monotonic()

@@ -64,7 +64,9 @@ def run(arguments: list[str], debug: bool = False) -> int:
 
         interrupted = isinstance(error, Interrupted)
         code, raised = (130 if interrupted else 1), error
-        message = str(error) if interrupted else f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
+        if interrupted:
+            message = f"{error}; " + ("go on with --resume" if arguments[0] == "pretrain" else "the same command goes on")
     if debug:
         raise raised
     print(f"ssl-vit: {message}", file=sys.stderr)
