@@ -2,16 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test lint clean
 
 quickstart: .venv/.installed
 	$(BIN)/ssl-vit quickstart
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q
-
-test-slow: .venv/.installed-dev
-	$(BIN)/python -m pytest -q -m slow
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
