@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile, Namespace
 from lightning import Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -144,9 +143,7 @@ def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume
     if not ours:
         raise UsageError(f"nothing to resume: there is no run in {folder}; leave --resume out to start")
     # a run that was killed before its first checkpoint has only its recipe, and starts again
-    before = (
-        read_checkpoint(checkpoint)["ssl_vit"]["recipe"] if checkpoint.exists() else yaml.safe_load((folder / "recipe.yaml").read_text())
-    )
+    before = read_checkpoint(checkpoint)["ssl_vit"]["recipe"] if checkpoint.exists() else read_yaml(folder / "recipe.yaml")
     if changed := recipe_changes(before, recipe):
         raise UsageError(f"cannot resume {folder} with another recipe ({changed}); use the same one, or another --out")
 

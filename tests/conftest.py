@@ -68,3 +68,11 @@ def pictures_and_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         Image.fromarray(pixels).save(f"pictures/{number:02}.png")
     for name, recipe in RECIPES.items():
         Path(f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "data": {"source": "./pictures", "batch_size": 8}}))
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` converts goes into a folder of the test's own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))

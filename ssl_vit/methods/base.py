@@ -81,8 +81,7 @@ class Method(lightning.LightningModule):
             raise Failure(
                 f"the loss is {loss.item()} at step {self.trainer.global_step}; lower optim.lr or use --trainer.precision bf16-mixed"
             )
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log_dict({**metrics, **self.now})
+        self.log_dict({"loss": loss.detach(), **metrics, **self.now})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ssl_vit"] = {
