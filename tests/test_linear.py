@@ -9,7 +9,8 @@ from sklearn.preprocessing import StandardScaler
 
 from ssl_vit.errors import UsageError
 from ssl_vit_eval import LinearProbe
-from ssl_vit_eval.linear import cross_entropy, fit_path, select_and_fit, stratified_slice
+from ssl_vit_eval.linear import cross_entropy, fit_path, select_and_fit
+from ssl_vit_eval.selection import stratified_slice
 
 
 def features(n: int, d: int = 12, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,9 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from ssl_vit.assets import find_asset, list_assets
 from ssl_vit.errors import UsageError
 from ssl_vit_eval import KNNProbe
-from ssl_vit_eval.linear import select_and_fit, stratified_slice
+from ssl_vit_eval.linear import select_and_fit
 from ssl_vit_eval.protocols import PARAMETERS, accuracies, load_protocol, run_protocol
+from ssl_vit_eval.selection import stratified_slice
 
 KNN = "version: 1\nkind: knn\nparameters:\n  k: 5\n  temperature: 0.07\n"
 

@@ -188,16 +188,3 @@ def select_and_fit(
         oracle=max(test_accuracy),
         edge_of_grid=len(grid) > 1 and chosen in (0, len(grid) - 1),
     )
-
-
-def stratified_slice(y: Int64[Tensor, " n"], fraction: float = 0.1, seed: int = 0) -> Bool[Tensor, " n"]:
-    """Mark `fraction` of the rows of every class, drawn by `seed`: at least one, and at least one left; none of a class with one row."""
-    if not 0 < fraction < 1:
-        raise UsageError(f"the slice fraction is {fraction}: give a share of train between 0 and 1")
-    labels = y.cpu().numpy()
-    order = np.random.default_rng(seed).permutation(len(labels))
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        held_out[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
-    return torch.from_numpy(held_out)

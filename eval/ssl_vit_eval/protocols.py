@@ -14,7 +14,8 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from ssl_vit.assets import find_asset, list_assets
 from ssl_vit.errors import UsageError, one_of
 from ssl_vit_eval.knn import KNNProbe
-from ssl_vit_eval.linear import select_and_fit, stratified_slice
+from ssl_vit_eval.linear import select_and_fit
+from ssl_vit_eval.selection import stratified_slice
 
 # every parameter of a kind is in its file, so that the file is the whole rule
 PARAMETERS: dict[str, dict[str, type]] = {
