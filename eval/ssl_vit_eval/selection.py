@@ -22,7 +22,7 @@ class Choice(NamedTuple):
     """A point of the grid: its settings, its place in `points(axes)`, and whether it has no neighbour in some direction."""
 
     settings: dict[str, float]
-    index: int
+    place: int
     edge: bool
 
 
@@ -52,13 +52,13 @@ def points(axes: Axes) -> list[dict[str, float]]:
 def choose(axes: Axes, slice_accuracy: Sequence[float]) -> Choice:
     """The first of the best points on the slice. It is on the edge if a setting of several values has its first or last one there,
     unless the setting ends there by its nature (`ENDS`)."""
-    index = int(np.argmax(slice_accuracy))
-    settings = points(axes)[index]
+    place = int(np.argmax(slice_accuracy))
+    settings = points(axes)[place]
     edge = any(
         len(values) > 1 and settings[name] in (min(values), max(values)) and settings[name] != ENDS.get(name)
         for name, values in axes.items()
     )
-    return Choice(settings, index, edge)
+    return Choice(settings, place, edge)
 
 
 def record(axes: Axes, slice_accuracy: Sequence[float], test_accuracy: Sequence[float]) -> dict[str, Any]:
