@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.errors import UsageError, require
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.readout import Readout, ReadoutSpec
 from ssl_vit.tokens import Tokens
 
 Channels = tuple[float, float, float]
@@ -73,7 +73,7 @@ class Backbone(nn.Module):
     >>> tokens = backbone(images, keep=kept)                  # only these patches are embedded and encoded (MAE, section 3)
 
     Attributes: width d, depth, patch, image_size, cls_tokens t, registers r; mean and std of the input normalisation;
-    trained_readout, the spec that its loss was attached to (None for a model that is not from here).
+    trained_readout, what its loss was attached to, with the trained parameters (None for a model that is not from here).
     """
 
     def __init__(self, vit: nn.Module, image_size: int, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD) -> None:
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         self.vit = vit
         self.mean, self.std = mean, std
         self.image_size = image_size
-        self.trained_readout: str | None = None
+        self.trained_readout: Readout | None = None
         self.width: int = self.vit.embed_dim
         self.depth = len(self.vit.blocks)
         self.patch: int = self.vit.patch_embed.patch_size[0]
@@ -98,7 +98,7 @@ class Backbone(nn.Module):
         return cast(nn.Module, self.vit.fc_norm if own is None or isinstance(own, nn.Identity) else own)
 
     def weights_hash(self) -> str:
-        """16 hex digits over the names and values of all weights."""
+        """16 hex digits over the names and values of all weights, a trained readout's parameters included."""
         digest = hashlib.sha256()
         for key, value in self.state_dict().items():
             digest.update(key.encode())

@@ -16,10 +16,11 @@ usage: ssl-vit COMMAND ...
   eval        SOURCE... [--data D...]           how well every readout of checkpoints and controls transfers
   compare     DIR... [--out DIR]                evaluated folders as one table and one report
   study       STUDY [--out DIR]                 pretrain x eval x compare over a grid of readouts and seeds; resumable
+  export      CKPT --out DIR                    safetensors that timm.create_model loads
 
 `ssl-vit COMMAND --help` tells more. Exit codes: 0, 2 for wrong usage, 1 for failures; --debug shows the traceback.
 """
-COMMANDS = ("quickstart", "pretrain", "eval", "compare", "study")
+COMMANDS = ("quickstart", "pretrain", "eval", "compare", "study", "export")
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,6 +90,8 @@ def dispatch(arguments: list[str]) -> None:
         compare(rest)
     elif command == "study":
         study(rest)
+    elif command == "export":
+        export(rest)
     elif command == "quickstart":
         quickstart(rest)
     else:
@@ -102,33 +105,59 @@ def pretrain(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: ssl-vit pretrain RECIPE [options]; RECIPE is a YAML file or one of: {names}")
         print("ssl-vit pretrain RECIPE --help lists the options, --print_config the resolved recipe")
+        print("--online-knn DATA [--online-knn-every EPOCHS] watches the k-NN accuracy of the trained readout on labelled pictures")
         if not arguments:
             raise UsageError(f"which recipe? give a YAML file or one of: {names}")
         return
     if arguments[0].startswith("-"):
         raise UsageError(f"the recipe comes first, got {arguments[0]!r}; give a YAML file or one of: {names}")
+    monitor = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    monitor.add_argument("--online-knn", metavar="D")
+    monitor.add_argument("--online-knn-every", type=int, default=10)
+    try:
+        online, options = monitor.parse_known_args(arguments[1:])
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{error}; see ssl-vit pretrain --help") from error
+    callbacks = []
+    if online.online_knn:  # it reads labels, so it belongs to the judging side, and nothing of the run depends on it
+        from ssl_vit_eval.online import OnlineKNN
+
+        callbacks.append(OnlineKNN(online.online_knn, every=online.online_knn_every))
+    elif any(option.startswith("--online-knn-every") for option in arguments):
+        raise UsageError("--online-knn-every needs --online-knn DATA")
     from ssl_vit.pretrain import pretrain as run_pretrain
 
-    run_pretrain(arguments[0], arguments[1:])
+    run_pretrain(arguments[0], options, callbacks)
 
 
 def evaluate(arguments: list[str]) -> None:
     parser = Parser("eval", "Read every source in every way on every dataset; rows and per-image predictions land in the output folder.")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="checkpoint, timm:NAME, random:RECIPE, pixels or pixels:SIZE")
+    files = "checkpoint (CKPT:student for a DINO run's student), exported folder, DINO / MAE / DINOv2 weights file"
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=f"{files}, timm:NAME, random:RECIPE, pixels or pixels:SIZE")
     parser.add_argument("--data", nargs="+", metavar="D", help="hub id, local folder or builtin:NAME; default: builtin:photos")
     parser.add_argument("--suite", metavar="S", help="a list of data: a name or a YAML file")
     parser.add_argument("--protocols", nargs="+", default=["knn", "logreg"], metavar="P", help="names or YAML files (default: knn logreg)")
     parser.add_argument("--readouts", nargs="+", metavar="R", help="specs, or 'trained' (default: every single one that the source has)")
+    parser.add_argument("--controls", nargs="+", default=[], metavar="C", help="shuffled (labels), width (wide readouts projected)")
+    parser.add_argument("--diagnostics", action="store_true", help="spectra, attention, norms and maps too, and accuracy by block")
+    parser.add_argument("--image-size", type=int, metavar="PX", help="another side than the source's own; positions are interpolated")
     parser.add_argument("--out", default="runs/eval", metavar="DIR", help="default: runs/eval")
+    parser.add_argument("--cache", metavar="DIR", help="where features are kept, to be read again; default: features in --out")
     for name in ("train-split", "test-split", "image-column", "label-column"):
         parser.add_argument(f"--{name}", metavar="NAME", help="found by itself where the dataset follows the usual names")
     values = parser.parse(arguments)
-    from ssl_vit_eval.evaluate import DataOptions, open_sources, suite
+    from ssl_vit_eval.distributed import process_group
     from ssl_vit_eval.evaluate import evaluate as run_evaluate
+    from ssl_vit_eval.models import open_source
+    from ssl_vit_eval.suites import Dataset, load_suite
 
-    data = [*(values.data or ()), *(suite(values.suite) if values.suite else ())]
-    columns = DataOptions(values.train_split, values.test_split, values.image_column, values.label_column)
-    run_evaluate(open_sources(values.sources), data or ["builtin:photos"], values.protocols, values.readouts, values.out, columns)
+    names = values.data or ([] if values.suite else ["builtin:photos"])
+    columns = (values.train_split, values.test_split, values.image_column, values.label_column)
+    data = [*(Dataset(name, *columns) for name in names), *(load_suite(values.suite) if values.suite else ())]
+    with process_group():
+        sources = [open_source(name, values.image_size) for name in values.sources]
+        options = (values.controls, values.cache, values.diagnostics)
+        run_evaluate(sources, data, values.protocols, values.readouts, values.out, *options)
 
 
 def compare(arguments: list[str]) -> None:
@@ -149,6 +178,16 @@ def study(arguments: list[str]) -> None:
     from ssl_vit_eval.study import run_study
 
     run_study(values.study, values.out)
+
+
+def export(arguments: list[str]) -> None:
+    parser = Parser("export", 'One network as safetensors, for timm.create_model("local-dir:DIR", pretrained=True) and for eval.')
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint; CKPT:student for the student of a DINO run")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is new or empty")
+    values = parser.parse(arguments)
+    from ssl_vit.export import export as run_export
+
+    print(f"exported: {run_export(values.checkpoint, values.out)}")
 
 
 def quickstart(arguments: list[str]) -> None:

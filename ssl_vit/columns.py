@@ -1,7 +1,8 @@
 """The records of a split before they are decoded: which column holds the pictures, which the labels, and what the labels are called."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ssl_vit.folders import Tables, hf_datasets, inside
 
 # of train, when a set has no other split to test on
 TEST_SHARE = 0.2
+
+_ROWS = 64  # encoded pictures held at once
 
 
 @dataclass(frozen=True)
@@ -39,26 +42,40 @@ class Records:
         return {self.classes[label] for label in set(self.labels.tolist())}
 
     def encoded(self) -> Iterator[tuple[str, bytes]]:
-        """(name for errors, encoded bytes) of every picture in order."""
-        root = _root(self.source)
-        row = 0
-        for part in self.table.select_columns([self.image_column]).with_format("arrow").iter(batch_size=64):
-            for cell in part[self.image_column].to_pylist():
-                data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-                if isinstance(data, str):
-                    data, path = None, data
-                name = f"{self.source}, split {self.split!r}, row {row}" + (f" ({path})" if path else "")
-                if data is None and path is not None:
-                    try:
-                        data = inside(Path(path), root).read_bytes()
-                    except OSError as error:
-                        raise Failure(f"{name} cannot be read: {error.strerror}") from error
-                if not isinstance(data, bytes):
-                    raise Failure(
-                        f"{name}: column {self.image_column!r} holds no picture there ({type(cell).__name__}); remove or replace it"
-                    )
-                yield name, data
-                row += 1
+        """(name for errors, encoded bytes) of every picture in order; raises as `encoded_rows`."""
+        for start in range(0, len(self.table), _ROWS):
+            yield from self.encoded_rows(range(start, min(start + _ROWS, len(self.table))))
+
+    def encoded_rows(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        """The same of some of the pictures, in the order of `rows`; Failure for a row without a picture or with one that is not there."""
+        cells = self._cells[rows if isinstance(rows, range) else list(rows)][self.image_column].to_pylist()
+        return [self._encoded(row, cell) for row, cell in zip(rows, cells, strict=True)]
+
+    @cached_property
+    def _cells(self) -> Any:
+        return self.table.select_columns([self.image_column]).with_format("arrow")
+
+    @cached_property
+    def _root(self) -> Path:
+        """The folder that the files must lie in."""
+        path = Path(self.source).expanduser().resolve()
+        if path.exists():
+            return path if path.is_dir() else path.parent
+        return Path(hf_datasets().config.HF_CACHE_HOME)
+
+    def _encoded(self, row: int, cell: Any) -> tuple[str, bytes]:
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if isinstance(data, str):
+            data, path = None, data
+        name = f"{self.source}, split {self.split!r}, row {row}" + (f" ({path})" if path else "")
+        if data is None and path is not None:
+            try:
+                data = inside(Path(path), self._root).read_bytes()
+            except OSError as error:
+                raise Failure(f"{name} cannot be read: {error.strerror}") from error
+        if not isinstance(data, bytes):
+            raise Failure(f"{name}: column {self.image_column!r} holds no picture there ({type(cell).__name__}); remove or replace it")
+        return name, data
 
 
 def read_records(source: str, split: str, tables: Tables, image_column: str | None, label_column: str | None, labels: bool) -> Records:
@@ -111,6 +128,17 @@ def _find_column(source: str, table: Any, given: str | None, what: str, feature:
     return found[0]
 
 
+def joined(parts: Sequence[Records]) -> Records:
+    """Several splits as one, one behind the other, called `train+validation`; their classes are matched by name."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    classes = tuple(dict.fromkeys(name for part in parts for name in part.classes or ()))
+    labels = [torch.tensor([classes.index(name) for name in part.classes or ()])[part.labels] for part in parts]
+    table = hf_datasets().concatenate_datasets([part.table.select_columns([first.image_column]) for part in parts])
+    return replace(first, split="+".join(part.split for part in parts), table=table, labels=torch.cat(labels), classes=classes)
+
+
 def divided(rows: Records) -> tuple[Records, Records]:
     """Train and test out of one split: of every class `TEST_SHARE`, at least one row unless it has only one."""
     assert rows.labels is not None
@@ -141,11 +169,3 @@ def with_classes_of(train: Records, test: Records) -> tuple[Records, tuple[str, 
     lacking = sorted(in_train - in_test)
     notice = f"{test.source}: split {test.split!r} lacks {len(lacking)} of {len(in_train)} classes: {', '.join(lacking[:10])}."
     return replace(test, labels=ids[test.labels], classes=train.classes), ((notice,) if lacking else ())
-
-
-def _root(source: str) -> Path:
-    """The folder that a source's files must lie in."""
-    path = Path(source).expanduser().resolve()
-    if path.exists():
-        return path if path.is_dir() else path.parent
-    return Path(hf_datasets().config.HF_CACHE_HOME)

@@ -9,7 +9,9 @@ import io
 import os
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,13 +20,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit.errors import Failure
+from ssl_vit.errors import Failure, require
 
 # PIL's own warning level; above it a file of a few kilobytes may decode to gigabytes
 MAX_PIXELS = 1024**3 // 4 // 3
 # the rest of PIL's formats are no picture sets, and one of them (EPS) starts an interpreter
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".jp2"])
+
+Crop = float | Literal["squash"]
+CROP = 224 / 256
 
 # decoded pictures are gathered in pieces of this many bytes, so that the single pictures' memory is soon used again
 _PIECE = 64 * 2**20
@@ -61,16 +66,41 @@ def to_tensor(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def eval_transform(picture: Image.Image, size: int) -> Image.Image:
-    """A picture for a model of `size` px: unchanged if of that size, else the shorter side resized to size * 256 / 224, centre cut out.
+@dataclass(frozen=True)
+class EvalTransform:
+    """How a picture is brought to a model's size: bicubic with antialiasing on 8-bit pixels, then a centre crop.
 
-    Bicubic with antialiasing on 8-bit pixels, as in the evaluation of DINO (Caron et al. 2021, official k-NN and linear protocols).
+    The default is that of DINO's evaluation (Caron et al. 2021, official k-NN and linear protocols). A picture that has the model's
+    size passes unchanged, whatever the crop.
+
+    Args:
+        size: side in px.
+        crop: share of the shorter side that the centre crop keeps, above 0 and up to 1; "squash" resizes both sides to `size` and cuts
+            nothing off, for sets whose objects touch the border. UsageError for anything else.
     """
-    if picture.size == (size, size):
-        return picture
-    picture = _resize_shorter(picture, round(size * 256 / 224))
-    left, top = round((picture.width - size) / 2), round((picture.height - size) / 2)
-    return picture.crop((left, top, left + size, top + size))
+
+    size: int
+    crop: Crop = CROP
+
+    def __post_init__(self) -> None:
+        require(self.size > 0, "image_size", self.size, "above 0")
+        require(self.crop == "squash" or 0 < self.crop <= 1, "crop", self.crop, 'above 0 and at most 1, or "squash"')
+
+    @property
+    def name(self) -> str:
+        """What a row calls it: resize224 for the default crop, resize224-crop100, squash224."""
+        if self.crop == "squash":
+            return f"squash{self.size}"
+        return f"resize{self.size}" + ("" if self.crop == CROP else f"-crop{100 * self.crop:g}")
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        if picture.size == (self.size, self.size):
+            return picture
+        if self.crop == "squash":
+            return picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        picture = _resize_shorter(picture, round(self.size / self.crop))
+        left, top = round((picture.width - self.size) / 2), round((picture.height - self.size) / 2)
+        return picture.crop((left, top, left + self.size, top + self.size))
 
 
 def limit_side(picture: Image.Image, max_side: int) -> Image.Image:

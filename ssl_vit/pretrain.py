@@ -2,12 +2,14 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace
 from lightning import Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -88,8 +90,10 @@ def build_method(config: Namespace, values: Namespace) -> Method:
     return module
 
 
-def pretrain(recipe: str, options: list[str]) -> Path:
-    """Train, and return the path of the checkpoint. A finished run that is resumed is left as it is."""
+def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()) -> Path:
+    """Train, and return the path of the checkpoint. A finished run that is resumed is left as it is.
+
+    callbacks: what watches the run beside those of `trainer.callbacks`, and is no part of its recipe."""
     parser, config = parse_recipe(recipe, options)
     folder = Path(config.out or Path("runs") / Path(recipe).stem)
     values = parser.instantiate(config)
@@ -100,6 +104,7 @@ def pretrain(recipe: str, options: list[str]) -> Path:
     if config.resume and (folder / "run.json").exists():
         rank_zero_info(f"{folder} is finished; nothing to do")
         return record.checkpoint
+    values.trainer.callbacks = [*_as_list(values.trainer.callbacks), *callbacks]
     trainer = build_trainer(values.trainer, record, folder.name)
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)

@@ -1,4 +1,4 @@
-"""Where pictures come from: a name typed by the user becomes the decoded pictures, labels and class names of a split.
+"""Where pictures come from: a name typed by the user becomes the pictures, labels and class names of a split.
 
 A source is `builtin:NAME`, a local folder (class folders, Parquet, Arrow; see folders.py) or a Hugging Face dataset id, `owner/name` or
 `owner/name:config`. Labels are read only when asked for, which pretraining never does.
@@ -6,22 +6,24 @@ A source is `builtin:NAME`, a local folder (class folders, Parquet, Arrow; see f
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ssl_vit import photos
-from ssl_vit.columns import TEST_SHARE, Records, divided, read_records, with_classes_of
-from ssl_vit.errors import Failure, UsageError, one_of
-from ssl_vit.folders import VALIDATION, Tables, hf_datasets, local_tables
-from ssl_vit.images import ImageStore, check_memory, decode, eval_transform, header_size, limit_side, to_tensor
+from ssl_vit.columns import TEST_SHARE, Records, divided, joined, read_records, with_classes_of
+from ssl_vit.errors import UsageError, one_of
+from ssl_vit.folders import VALIDATION, Tables, local_tables
+from ssl_vit.hub import hub_tables
+from ssl_vit.images import CROP, Crop, EvalTransform, ImageStore, check_memory, decode, header_size, limit_side, to_tensor
+from ssl_vit.lazy import EncodedImages
 
 _SAMPLE = 256
 _BUILTINS = tuple(f"builtin:{name}" for name in photos.NAMES)
@@ -30,10 +32,10 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Split:
-    """The decoded pictures of one split and what is known about them.
+    """The pictures of one split and what is known about them.
 
-    `selection` marks the rows of a train split that are its fixed selection slice, None where the set has none. `fingerprint` is 16 hex
-    digits of the stored pictures (encoded bytes, in order), labels and class names. `notices` are sentences to show to the user.
+    `selection` marks the rows of a train split that are its fixed selection slice, None where the set has none. `notices` are sentences
+    to show to the user. `content` computes the fingerprint.
     """
 
     images: ImageStore
@@ -42,8 +44,13 @@ class Split:
     selection: Bool[Tensor, "n"] | None
     dataset: str
     split: str
-    fingerprint: str
     notices: tuple[str, ...]
+    content: Callable[[], str]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the stored pictures (encoded bytes, in order), labels and class names; reads every picture, decodes none."""
+        return self.content()
 
 
 def load_split(
@@ -57,64 +64,68 @@ def load_split(
     max_side: int | None = None,
     progress: bool = True,
 ) -> Split:
-    """One split of `source`, decoded into memory.
+    """One split of `source`.
 
-    `size` applies the eval transform (pictures of size x size px), `max_side` limits the shorter side in px, neither keeps the pictures
-    as they are. Raises UsageError for an unknown source, split or column; Failure for corrupt pictures, missing labels, sets too large
-    for the memory, and hub ids that cannot be fetched.
+    With `size` the pictures go through the default eval transform to size x size px, and are decoded when they are asked for. Without,
+    they are decoded into memory as they are, or reduced to a shorter side of `max_side` px. Raises UsageError for an unknown source,
+    split or column; Failure for corrupt pictures, missing labels, sets too large for the memory, and hub ids that cannot be fetched.
     """
+    transform = None if size is None else EvalTransform(size)
     if source.startswith("builtin:"):
-        return _builtin(source, split, labels, size, max_side)
+        return _builtin(source, split, labels, transform, max_side)
     tables = _tables(source)
     name, notices = _find_split(source, split, list(tables))
     rows = read_records(source, name, tables, image_column, label_column, labels)
-    return _decoded(rows, size, max_side, progress, notices)
+    return _decoded(rows, max_side, progress, notices) if transform is None else _encoded(rows, transform, progress, notices)
 
 
 def load_train_test(
     source: str,
     *,
+    size: int,
+    crop: Crop = CROP,
     train_split: str | None = None,
     test_split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    size: int | None = None,
     progress: bool = True,
 ) -> tuple[Split, Split]:
     """Train and test of `source` with labels, for evaluation; the class ids of test are those of train, matched by name.
 
-    Test is the split named test, else validation (val, valid), else a stratified 20 % of train made with seed 0 and taken out of it;
-    `notices` say which. Raises as `load_split` does, and Failure when test holds a class that train lacks.
+    The pictures go through `EvalTransform(size, crop)` and are decoded when they are asked for. Test is the split named test, else
+    validation (val, valid), else a stratified 20 % of train made with seed 0 and taken out of it; `notices` say which. Several splits
+    are joined as `train+validation`. Raises as `load_split` does, and Failure when test holds a class that train lacks.
     """
+    transform = EvalTransform(size, crop)
     if test_split is not None and test_split == (train_split or "train"):
         raise UsageError(f"{source}: split {test_split!r} is asked for as train and as test; choose two different splits")
     if source.startswith("builtin:"):
-        train, test = (_builtin(source, split, True, size, None) for split in (train_split or "train", test_split or "test"))
+        train, test = (_builtin(source, split, True, transform, None) for split in (train_split or "train", test_split or "test"))
         return train, test
     tables = _tables(source)
-    train_name, notices = _find_split(source, train_split or "train", list(tables))
-    rest = [name for name in tables if name != train_name]
-    train_rows = read_records(source, train_name, tables, image_column, label_column, True)
+
+    def read(splits: Sequence[str]) -> Records:
+        return joined([read_records(source, split, tables, image_column, label_column, True) for split in splits])
+
+    train_names, notices = _find_splits(source, train_split or "train", list(tables))
+    more: tuple[str, ...] = ()
     if test_split is not None:
-        test_name, more = _find_split(source, test_split, list(tables))
+        test_names, more = _find_splits(source, test_split, list(tables))
         # two names of the same split, or the only split there is
-        if test_name == train_name:
-            raise UsageError(f"{source}: split {test_name!r} would be both train and test; choose two different splits")
+        if both := [name for name in test_names if name in train_names]:
+            raise UsageError(f"{source}: split {both[0]!r} would be both train and test; choose two different splits")
     else:
-        found = next((name for name in ("test", *VALIDATION) if name in rest), None)
-        test_name, more = found or train_name, tuple[str, ...]()
-        if found in VALIDATION:
-            more = (f"{source} has no split named test: its split {found!r} is the test set.",)
-    if test_name == train_name:
-        train_rows, test_rows = divided(train_rows)
-        more = (
-            f"{source} has no split to test on: a stratified {TEST_SHARE:.0%} of its {train_name!r} (seed 0) is taken out as the test set.",
-        )
-    else:
-        test_rows = read_records(source, test_name, tables, image_column, label_column, True)
-        test_rows, lacking = with_classes_of(train_rows, test_rows)
+        test_names = [name for name in ("test", *VALIDATION) if name in tables and name not in train_names][:1]
+        if test_names and test_names[0] in VALIDATION:
+            more = (f"{source} has no split named test: its split {test_names[0]!r} is the test set.",)
+    train_rows = read(train_names)
+    if test_names:
+        test_rows, lacking = with_classes_of(train_rows, read(test_names))
         more += lacking
-    return _decoded(train_rows, size, None, progress, notices), _decoded(test_rows, size, None, progress, more)
+    else:
+        name, (train_rows, test_rows) = train_rows.split, divided(train_rows)
+        more = (f"{source} has no split to test on: a stratified {TEST_SHARE:.0%} of its {name!r} (seed 0) is taken out as the test set.",)
+    return _encoded(train_rows, transform, progress, notices), _encoded(test_rows, transform, progress, more)
 
 
 def check_source(source: str) -> None:
@@ -131,22 +142,30 @@ def _check_builtin(source: str) -> None:
         raise UsageError(f"no embedded set {source!r}; {one_of(source, _BUILTINS)}")
 
 
-def _builtin(source: str, split: str, labels: bool, size: int | None, max_side: int | None) -> Split:
+def _builtin(source: str, split: str, labels: bool, transform: EvalTransform | None, max_side: int | None) -> Split:
     _check_builtin(source)
     name = source.removeprefix("builtin:")
     if split not in ("train", "test"):
         raise UsageError(f"{source} has no split {split!r}; {one_of(split, ['train', 'test'])}")
     embedded = photos.photos(name)
     part = embedded.train if split == "train" else embedded.test
-    images = ImageStore.stacked(part.images)
-    if transform := _transform(size, max_side):
-        pictures = (to_tensor(transform(Image.fromarray(image.permute(1, 2, 0).numpy()))) for image in part.images)
-        images = ImageStore.decoded(pictures, len(part.images), source, False)
-    digest = hashlib.blake2b(part.images.numpy().tobytes(), digest_size=8)
+    stack = part.images
+
+    def picture(row: int) -> Image.Image:
+        return Image.fromarray(stack[row].permute(1, 2, 0).numpy())
+
+    if transform is not None and transform.size != photos.PATCH:
+        images: ImageStore = EncodedImages(lambda rows: [(f"{source}, row {row}", picture(row)) for row in rows], len(stack), transform)
+    elif max_side is not None and max_side < photos.PATCH:
+        images = ImageStore.decoded((to_tensor(limit_side(picture(row), max_side)) for row in range(len(stack))), len(stack), source, False)
+    else:
+        images = ImageStore.stacked(stack)
     chosen, classes = (part.labels, embedded.classes) if labels else (None, None)
-    return Split(
-        images, chosen, classes, part.selection if split == "train" else None, source, split, _fingerprint(digest, chosen, classes), ()
-    )
+
+    def content() -> str:
+        return _fingerprint(hashlib.blake2b(stack.numpy().tobytes(), digest_size=8), chosen, classes)
+
+    return Split(images, chosen, classes, part.selection if split == "train" else None, source, split, (), content)
 
 
 def _tables(source: str) -> Tables:
@@ -157,35 +176,16 @@ def _tables(source: str) -> Tables:
         raise UsageError(
             f"no such folder: {source}; give a local folder, a Hugging Face dataset id (owner/name), or {' or '.join(_BUILTINS)}"
         )
-    return _hub_tables(source)
+    return hub_tables(source)
 
 
-def _hub_tables(source: str) -> Tables:
-    datasets = hf_datasets()
-    from huggingface_hub import constants, get_session
-
-    name, _, config = source.partition(":")
-    advice = f"no folder {source!r} is here either; give a local folder"
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            # `datasets` itself would retry for 23 s before it gives up
-            get_session().head(constants.ENDPOINT, timeout=3)
-        except Exception as error:
-            reason = f"{constants.ENDPOINT} does not answer"
-            raise Failure(
-                f"the dataset {name!r} cannot be fetched: {reason}; {advice} or set HF_HUB_OFFLINE=1 for a cached copy"
-            ) from error
-    try:
-        loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Failure(f"the dataset {name!r} cannot be fetched{offline}: {reason}; {advice}") from error
-    return {str(split): partial(_loaded, table) for split, table in loaded.items()}
-
-
-def _loaded(table: Any, labels: bool) -> Any:
-    return table
+def _find_splits(source: str, wanted: str, known: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The splits meant by `train+validation`, each as `_find_split` finds it."""
+    found = [_find_split(source, name, known) for name in wanted.split("+")]
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise UsageError(f"{source}: {wanted!r} names a split twice; name each once")
+    return names, tuple(notice for _, notices in found for notice in notices)
 
 
 def _find_split(source: str, wanted: str, known: list[str]) -> tuple[str, tuple[str, ...]]:
@@ -199,45 +199,59 @@ def _find_split(source: str, wanted: str, known: list[str]) -> tuple[str, tuple[
     raise UsageError(f"{source} has no split {wanted!r}; {one_of(wanted, known)}")
 
 
-def _transform(size: int | None, max_side: int | None) -> Callable[[Image.Image], Image.Image] | None:
-    if size is not None:
-        return partial(eval_transform, size=size)
-    return partial(limit_side, max_side=max_side) if max_side is not None else None
+def _encoded(rows: Records, transform: EvalTransform, progress: bool, notices: tuple[str, ...]) -> Split:
+    dataset = _name(rows.source)
+
+    def content() -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        title = f"reading {dataset}: {rows.split}"
+        for _, data in tqdm(rows.encoded(), title, len(rows.table), leave=False, unit="img", disable=not progress):
+            _add(digest, data)
+        return _fingerprint(digest, rows.labels, rows.classes)
+
+    images = EncodedImages(rows.encoded_rows, len(rows.table), transform)
+    return Split(images, rows.labels, rows.classes, None, dataset, rows.split, notices, content)
 
 
-def _decoded(rows: Records, size: int | None, max_side: int | None, progress: bool, notices: tuple[str, ...]) -> Split:
-    count = len(rows.table)
-    path = Path(rows.source).expanduser()
-    dataset = path.resolve().name if path.exists() else rows.source
+def _decoded(rows: Records, max_side: int | None, progress: bool, notices: tuple[str, ...]) -> Split:
+    count, dataset = len(rows.table), _name(rows.source)
     title = f"{dataset}: {rows.split}"
-    check_memory(count * _mean_bytes(rows, size, max_side), title)
+    check_memory(count * _mean_bytes(rows, max_side), title)
     digest = hashlib.blake2b(digest_size=8)
-    transform = _transform(size, max_side)
 
     def pictures() -> Iterator[Tensor]:
         for name, data in rows.encoded():
-            digest.update(len(data).to_bytes(8, "little") + data)
+            _add(digest, data)
             picture = decode(data, name)
-            yield to_tensor(transform(picture) if transform else picture)
+            yield to_tensor(picture if max_side is None else limit_side(picture, max_side))
 
     images = ImageStore.decoded(pictures(), count, f"decoding {title}", progress)
-    return Split(images, rows.labels, rows.classes, None, dataset, rows.split, _fingerprint(digest, rows.labels, rows.classes), notices)
+    content = partial(_fingerprint, digest, rows.labels, rows.classes)
+    return Split(images, rows.labels, rows.classes, None, dataset, rows.split, notices, content)
 
 
-def _mean_bytes(rows: Records, size: int | None, max_side: int | None) -> int:
-    """Decoded bytes of a picture: by `size`, else the mean by the headers of some spread over the split."""
-    if size is not None:
-        return 3 * size * size
+def _name(source: str) -> str:
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
+def _mean_bytes(rows: Records, max_side: int | None) -> int:
+    """Decoded bytes of a picture, by the headers of some spread over the split."""
     sample = torch.linspace(0, len(rows.table) - 1, min(_SAMPLE, len(rows.table))).long()
     total = 0.0
-    for name, data in rows.select(sample, rows.split).encoded():
+    for name, data in rows.encoded_rows(sample.tolist()):
         height, width = header_size(data, name)
         shrink = min(1.0, max_side / min(height, width)) if max_side is not None else 1.0
         total += 3 * height * width * shrink**2
     return round(total / len(sample))
 
 
+def _add(digest: "hashlib.blake2b", data: bytes) -> None:
+    digest.update(len(data).to_bytes(8, "little") + data)
+
+
 def _fingerprint(digest: "hashlib.blake2b", labels: Tensor | None, classes: tuple[str, ...] | None) -> str:
+    whole = digest.copy()
     if labels is not None:
-        digest.update(repr(classes).encode() + labels.numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
+        whole.update(repr(classes).encode() + labels.numpy().astype("<i8").tobytes())
+    return whole.hexdigest()

@@ -76,3 +76,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def three_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pictures/{train,test}/{dark,light,mid}` of 16 px, and the two recipes on them, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 12)):
+        for level, name in ((105, "dark"), (120, "mid"), (135, "light")):
+            folder = Path("pictures") / split / name
+            folder.mkdir(parents=True)
+            for number in range(count // 3):
+                noise = rng.normal(level, 60, (16, 16, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(noise).save(folder / f"{number:02}.png")
+    for name, recipe in RECIPES.items():
+        fields: dict[str, Any] = {**recipe, "trainer": {"max_steps": 3}, "data": {"source": "./pictures", "batch_size": 8}}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(fields))
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What the command said of what went wrong."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssl-vit: ")]

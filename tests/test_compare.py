@@ -43,7 +43,7 @@ def test_gain_is_the_paired_difference_over_the_backbones_own_initialisation(sto
         plant_random(store, torch.zeros(400), **change)
     cell = build([store.folder]).tables[0].cells[DINO_CLS, "cls"]
     assert cell.gain is not None
-    assert (cell.gain.points, cell.gain.low, cell.gain.high) == tuple(paired_difference(trained, start))
+    assert (cell.gain.points, cell.gain.low, cell.gain.high) == tuple(paired_difference(trained.double(), start.double()))
     assert cell.gain.points == pytest.approx(100 * (trained.double().mean() - start.double().mean()).item())
     # and a loop over resampled images, of other random numbers, agrees to a few tenths of a point
     rng, difference = np.random.default_rng(7), trained.numpy().astype(float) - start.numpy()

@@ -116,13 +116,15 @@ def test_teacher_gets_no_gradient_and_starts_as_the_student(batch: Batch) -> Non
     assert all(isinstance(block.drop_path1, torch.nn.Identity) for block in module.teacher.backbone.vit.blocks)
 
 
-@pytest.mark.parametrize("readout", ["cls", "gap", "register", "gap/pre", "gap/pooled", "cls+gap", "cls@last2"])
+@pytest.mark.parametrize(
+    "readout", ["cls", "gap/pre", "register", "max", "gap/pooled", "cls+gap", "cls@last2", "ep+gem", "simpool_cls@last2/pre"]
+)
 def test_every_trainable_parameter_gets_a_gradient(readout: str, batch: Batch) -> None:
     """Otherwise DDP stops: a norm that `/pre` leaves unused is frozen."""
     module = attach(tiny(readout=readout))
     module.training_step(batch, 0).backward()
     assert [name for name, p in module.student.named_parameters() if p.requires_grad and p.grad is None] == []
-    assert module.student.backbone.norm.weight.requires_grad == (readout != "gap/pre")
+    assert module.student.backbone.norm.weight.requires_grad == (not readout.endswith("/pre"))
 
 
 def test_clipping_bounds_each_parameter_on_its_own() -> None:

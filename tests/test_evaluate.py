@@ -1,45 +1,24 @@
-"""`ssl-vit eval`, `compare` and `study` as commands: rows, controls, skipping, refusals."""
+"""`ssl-vit eval` as a command: rows, controls, skipping, refusals."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 from ssl_vit.cli import run
 from ssl_vit.images import ImageStore
 from ssl_vit.readout import readout
-from ssl_vit_eval.features import extract
+from ssl_vit_eval.features import cached_features
 from ssl_vit_eval.knn import KNNProbe
 from ssl_vit_eval.models import open_source
 from ssl_vit_eval.rows import RowStore
-from tests.conftest import RECIPES
+from tests.conftest import errors
 
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`pictures/{train,test}/{dark,light,mid}` of 16 px, and a MAE recipe on them, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 30), ("test", 12)):
-        for level, name in ((105, "dark"), (120, "mid"), (135, "light")):
-            folder = Path("pictures") / split / name
-            folder.mkdir(parents=True)
-            for number in range(count // 3):
-                noise = rng.normal(level, 60, (16, 16, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(noise).save(folder / f"{number:02}.png")
-    for name, recipe in RECIPES.items():
-        fields: dict[str, Any] = {**recipe, "trainer": {"max_steps": 3}, "data": {"source": "./pictures", "batch_size": 8}}
-        Path(f"{name}.yaml").write_text(yaml.safe_dump(fields))
-
-
-def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssl-vit: ")]
+pytestmark = pytest.mark.usefixtures("three_classes")
 
 
 def test_rows_of_a_checkpoint_and_its_controls(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +40,7 @@ def test_rows_of_a_checkpoint_and_its_controls(capsys: pytest.CaptureFixture[str
 
     # against scikit-learn's scores and a feature pass by hand
     predictions, labels = store.predictions(trained)
+    predictions = predictions[:, 0]
     assert trained.value == pytest.approx((predictions == labels).float().mean().item())
     macro = rows["mae", "gap", "knn", "top1_macro"].value
     assert macro == pytest.approx(balanced_accuracy_score(labels.numpy(), predictions.numpy()))
@@ -77,7 +57,8 @@ def test_rows_of_a_checkpoint_and_its_controls(capsys: pytest.CaptureFixture[str
     order = ["dark", "light", "mid"]
     y = {split: torch.tensor([order.index(f.parent.name) for f in sorted(Path("pictures", split).rglob("*.png"))]) for split in features}
     assert torch.equal(y["test"], labels)
-    assert torch.equal(KNNProbe(20).fit(features["train"], y["train"]).predict(features["test"]), predictions)
+    assert trained.selected.keys() == {"k", "temperature"}
+    assert torch.equal(KNNProbe(**trained.selected).fit(features["train"], y["train"]).predict(features["test"]), predictions)
 
 
 def test_a_second_run_skips_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,15 +76,18 @@ def test_a_second_run_skips_what_is_done(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_by_default_every_single_readout_is_read() -> None:
     assert run(["eval", "random:mae.yaml", "--data", "./pictures", "--out", "out", "--protocols", "knn"]) == 0
-    assert [row.read_with for row in RowStore("out").rows() if row.metric == "top1"] == ["cls", "gap", "register"]
+    assert [row.read_with for row in RowStore("out").rows() if row.metric == "top1"] == ["cls", "gap", "register", "max", "gem"]
 
 
 def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
     source = open_source("random:mae.yaml")
     images = ImageStore.stacked(torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8))
-    together = extract(source, images, ["cls", "gap/pre", "register1@block0", "cls+gap"], "", progress=False)
-    for spec, values in together.items():
-        alone = extract(source, images, [spec], "", progress=False)[spec]
+
+    def features(specs: list[str], folder: str) -> Mapping[str, torch.Tensor]:
+        return cached_features(source, images, specs, Path(folder), "data", "test", "none", "")
+
+    for spec, values in features(["cls", "gap/pre", "register1@block0", "cls+gap"], "together").items():
+        alone = features([spec], "alone")[spec]
         torch.testing.assert_close(values, alone, rtol=0, atol=1e-6)
         assert len(values) == 300
 
@@ -148,68 +132,12 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str, ca
         for number in range(6):
             Path("broken", name, f"{number}.png").write_bytes(Path("pictures/train/dark/00.png").read_bytes())
     Path("broken/b/3.png").write_text("<html>404</html>")
-    before = sorted(Path().rglob("*"))
+    before = sorted(path for path in Path().rglob("*.*") if path.suffix != ".features")
     assert run(arguments) == code
     lines = errors(capsys)
     assert len(lines) == 1
     assert message in lines[0]
-    assert sorted(Path().rglob("*")) == before
-
-
-STUDY = {
-    "recipes": ["dino.yaml", "mae.yaml"],
-    "trained_with": ["cls", "gap"],
-    "seeds": [0],
-    "data": ["./pictures"],
-    "protocols": ["knn"],
-    "read_with": ["cls", "gap"],
-}
-
-
-def test_a_study_is_resumed_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import ssl_vit_eval.study as study
-
-    Path("study.yaml").write_text(yaml.safe_dump(STUDY))
-    trained: list[str] = []
-    original = study.pretrain
-
-    def counted(recipe: str, options: list[str]) -> Path:
-        trained.append(options[options.index("--out") + 1])
-        if len(trained) == 3:
-            raise KeyboardInterrupt
-        return original(recipe, options)
-
-    monkeypatch.setattr(study, "pretrain", counted)
-    assert run(["study", "study.yaml", "--out", "out"]) == 130
-    assert not Path("out/report.html").exists()
-    finished = {cell: cell.stat().st_mtime_ns for cell in Path("out/cells").glob("*/last.ckpt")}
-    assert len(finished) == 2
-    assert run(["study", "study.yaml", "--out", "out"]) == 0
-    assert len(trained) == 5  # two, the interrupted one twice, the last
-    assert all(cell.stat().st_mtime_ns == when for cell, when in finished.items())
-
-    text = capsys.readouterr().out
-    rows = [json.loads(line) for line in Path("out/eval/rows.jsonl").read_text().splitlines()]
-    assert len({row["id"] for row in rows}) == len(rows) == 2 * (1 + (4 + 2) * 2)  # metrics x (pixels + (cells + random) x readouts)
-    assert "mae trained with gap, read with gap" in text
-    assert "over its random initialisation" in text
-    report = Path("out/report.html").read_text()
-    assert "data:image/png;base64" in report  # the reconstructions
-    assert "<svg" in report  # the curves
-    before = Path("out/eval/rows.jsonl").read_text()
-    assert run(["study", "study.yaml", "--out", "out"]) == 0
-    assert len(trained) == 5
-    assert Path("out/eval/rows.jsonl").read_text() == before
-    assert run(["compare", "out", "--out", "elsewhere"]) == 0
-    assert Path("elsewhere/report.html").exists()
-
-
-def test_a_study_with_a_changed_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("study.yaml").write_text(yaml.safe_dump({**STUDY, "recipes": ["mae.yaml"]}))
-    assert run(["study", "study.yaml", "--out", "out"]) == 0
-    Path("mae.yaml").write_text(Path("mae.yaml").read_text().replace("max_steps: 3", "max_steps: 4"))
-    assert run(["study", "study.yaml", "--out", "out"]) == 2
-    assert "was trained with another recipe (trainer.max_steps 3 -> 4)" in errors(capsys)[0]
+    assert sorted(path for path in Path().rglob("*.*") if path.suffix != ".features") == before
 
 
 def test_a_test_set_made_from_train_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,31 +151,3 @@ def test_a_suite_is_a_list_of_data() -> None:
     assert [row.dataset for row in RowStore("out").rows() if row.metric == "top1"] == ["pictures", "train"]
     assert run(["compare", "out"]) == 0
     assert "pixels:16" in Path("out/report.html").read_text()
-
-
-def test_a_study_refuses_before_anything_trains(capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = {
-        "did you mean 'gap'?": {"trained_with": ["cls", "gpa"]},
-        "needs registers > 5, got 2": {"trained_with": ["register5"]},
-        "needs registers > 7, got 2": {"read_with": ["register7"]},
-        "unknown recipe 'mea.yaml'": {"recipes": ["mae.yaml", "mea.yaml"]},
-        "unknown protocol 'nkn'": {"protocols": ["nkn"]},
-        "seeds is 0; give a list": {"seeds": 0},
-        "trained_with is [1]; give a list of names": {"trained_with": [1]},
-        "no embedded set 'builtin:typo'": {"data": ["./pictures", "builtin:typo"]},
-        "two recipes of the study are called 'mae-cls-s0'": {"recipes": ["mae.yaml", "./mae.yaml"]},
-    }
-    for message, change in wrong.items():
-        Path("study.yaml").write_text(yaml.safe_dump({**STUDY, **change}))
-        assert run(["study", "study.yaml", "--out", "out"]) == 2, message
-        lines = errors(capsys)
-        assert len(lines) == 1, message
-        assert message in lines[0]
-        assert not Path("out").exists()
-    Path("study.yaml").write_text(yaml.safe_dump(STUDY))
-    assert run(["study", "study.yaml", "--out", "pictures"]) == 2
-    assert "already holds something else" in errors(capsys)[0]
-    Path("out").mkdir()
-    Path("out/study.yaml").write_text(yaml.safe_dump({**STUDY, "seeds": [1]}))
-    assert run(["study", "study.yaml", "--out", "out"]) == 2
-    assert "holds a study with other seeds" in errors(capsys)[0]

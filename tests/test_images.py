@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as tv
 
 from ssl_vit import images
-from ssl_vit.errors import Failure
-from ssl_vit.images import ImageStore, available_memory, check_memory, decode, eval_transform, header_size, limit_side, to_tensor
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit.images import EvalTransform, ImageStore, available_memory, check_memory, decode, header_size, limit_side, to_tensor
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -160,15 +160,45 @@ def test_bomb_is_refused_from_its_header(side: int) -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(50, 70, 32), (31, 90, 32), (300, 200, 224), (37, 37, 32), (33, 32, 32)])
-def test_eval_transform_is_torchvisions_resize_and_centre_crop(height: int, width: int, size: int) -> None:
+@pytest.mark.parametrize(("crop", "resized"), [(None, 256 / 224), (1.0, 1.0), (0.9, 1 / 0.9)])
+def test_eval_transform_is_torchvisions_resize_and_centre_crop(
+    height: int, width: int, size: int, crop: float | None, resized: float
+) -> None:
     picture = Image.fromarray(noise(height, width))
-    resized = tv.resize(picture, [round(size * 256 / 224)], interpolation=tv.InterpolationMode.BICUBIC)
-    assert (np.asarray(eval_transform(picture, size)) == np.asarray(tv.center_crop(resized, [size]))).all()
+    expected = tv.resize(picture, [round(size * resized)], interpolation=tv.InterpolationMode.BICUBIC)
+    transform = EvalTransform(size) if crop is None else EvalTransform(size, crop)
+    assert (np.asarray(transform(picture)) == np.asarray(tv.center_crop(expected, [size]))).all()
 
 
-def test_eval_transform_passes_pictures_of_the_models_size() -> None:
+def test_squash_resizes_both_sides_and_cuts_nothing_off() -> None:
+    picture = Image.fromarray(noise(50, 90))
+    expected = tv.resize(picture, [32, 32], interpolation=tv.InterpolationMode.BICUBIC)
+    assert (np.asarray(EvalTransform(32, "squash")(picture)) == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize("crop", [224 / 256, 1.0, 0.5, "squash"])
+def test_eval_transform_passes_pictures_of_the_models_size(crop: float | str) -> None:
     picture = Image.fromarray(noise(32, 32))
-    assert eval_transform(picture, 32) is picture
+    assert EvalTransform(32, crop)(picture) is picture
+
+
+def test_eval_transforms_are_told_apart_by_name() -> None:
+    transforms = [
+        EvalTransform(224),
+        EvalTransform(224, 0.875),
+        EvalTransform(32, 1.0),
+        EvalTransform(224, 0.95),
+        EvalTransform(32, "squash"),
+    ]
+    assert [transform.name for transform in transforms] == ["resize224", "resize224", "resize32-crop100", "resize224-crop95", "squash32"]
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "message"), [(0, 1.0, "image_size is 0"), (32, 0.0, "crop is 0.0"), (32, 1.1, "at most 1, or .squash")]
+)
+def test_impossible_eval_transforms_are_refused(size: int, crop: float, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvalTransform(size, crop)
 
 
 def test_limit_side_reduces_the_shorter_side_and_never_enlarges() -> None:

@@ -1,15 +1,28 @@
-"""The k-NN probe against a loop written from the rule, scikit-learn, and inputs that break naive versions."""
+"""k-NN against a loop written from the rule, scikit-learn, and inputs that break naive versions."""
 
+import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from ssl_vit.assets import list_assets
 from ssl_vit.errors import UsageError
 from ssl_vit_eval import KNNProbe
+from ssl_vit_eval.knn import PARAMETERS, run
+from ssl_vit_eval.neighbours import QUERIES, Vectors, neighbours
 from ssl_vit_eval.probe import check_features, check_training
+from ssl_vit_eval.protocols import load_protocol, run_protocol
+from ssl_vit_eval.selection import stratified_slice
+
+CPU = torch.device("cpu")
+RULE = {"k": [1, 3, 20, 60], "temperature": [0.07, 0.02, 1.0], "standardise": False, "slice_fraction": 0.2, "slice_seed": 0}
 
 
 def clusters(n: int, d: int = 16, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,18 +69,54 @@ def test_the_chunk_changes_memory_and_not_the_answers() -> None:
     X, y = clusters(300)
     queries, _ = clusters(101, seed=1)
     whole = KNNProbe(20).fit(X, y).predict(queries)
-    for chunk in (1, 300 * 7, 300 * 101):
+    for chunk in (300, 300 * 7, 300 * 101):
         assert KNNProbe(20, chunk=chunk).fit(X, y).predict(queries).tolist() == whole.tolist()
 
 
-def test_similarities_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = []
-    votes = KNNProbe._votes
-    monkeypatch.setattr(KNNProbe, "_votes", lambda self, queries: held.append(len(queries) * 300) or votes(self, queries))
-    X, y = clusters(300)
-    KNNProbe(20, chunk=1000).fit(X, y).predict(X)
-    assert sum(held) == 300 * 300
-    assert max(held) <= 1000
+def search(bank: torch.Tensor, queries: torch.Tensor, k: int, chunk: int = 2**24) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = neighbours(Vectors(bank, torch.arange(len(bank))), Vectors(queries, torch.arange(len(queries))), k, CPU, chunk)
+    similarity, place = zip(*parts, strict=True)
+    return torch.cat(similarity), torch.cat(place)
+
+
+# chunks of 256 queries x 128 or 16 rows of the bank, the last also below k; and of one similarity
+@pytest.mark.parametrize(("chunk", "n", "m"), [(2**24, 1025, 3), (2**15, 513, 257), (2**15, 512, 256), (2**12, 127, 600), (1, 40, 2)])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_neighbours_are_those_of_scikit_learn(chunk: int, n: int, m: int, k: int) -> None:
+    bank, queries = torch.randn(n, 16, dtype=torch.float64), torch.randn(m, 16, dtype=torch.float64)
+    reference = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(bank.numpy())
+    distance, expected = reference.kneighbors(queries.numpy())
+    similarity, place = search(bank, queries, k, chunk)
+    assert place.tolist() == expected.tolist()
+    np.testing.assert_allclose(similarity.numpy(), 1 - distance, atol=1e-12)
+    single, _ = search(bank.float(), queries.float(), k, chunk)
+    assert single.dtype == torch.float32
+    np.testing.assert_allclose(single.numpy(), 1 - distance, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [2**24, 2**15, 2**12])
+def test_of_equal_rows_the_earlier_are_nearer(chunk: int) -> None:
+    bank = torch.eye(4).repeat(256, 1)
+    bank[513] = 0.0
+    for k in (3, 20):
+        similarity, place = search(bank, torch.eye(4), k, chunk)
+        assert (similarity == 1).all()
+        equal = [[row for row in range(1024) if row % 4 == query and row != 513] for query in range(4)]
+        assert place.tolist() == [rows[:k] for rows in equal]
+    everywhere = search(torch.ones(1000, 4), torch.ones(3, 4), 20, chunk)[1]
+    assert everywhere.tolist() == [list(range(20))] * 3
+
+
+def test_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, read = [], []
+    product, part = torch.mm, Vectors.read
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: held.append(out.numel()) or product(a, b, out=out))
+    monkeypatch.setattr(Vectors, "read", lambda self, *args: read.append(part(self, *args)) or read[-1])
+    search(torch.randn(3000, 16), torch.randn(700, 16), 20, chunk=2**13)
+    assert sum(held) == 3000 * 700
+    assert max(held) <= 2**13
+    assert max(rows.numel() for rows in read) <= 2 * 2**13
+    assert QUERIES * 16 <= 2**13  # or the bound would have been the queries of one product
 
 
 def test_a_bank_smaller_than_k_votes_as_a_whole_and_says_so() -> None:
@@ -137,6 +186,125 @@ def test_wrong_types_are_named() -> None:
         check_training(X, y[:9])
 
 
+def sklearn_knn(k: int, temperature: float, standardise: bool) -> Pipeline:
+    weights = lambda distance: np.exp((1 - distance) / temperature)  # noqa: E731
+    knn = KNeighborsClassifier(k, metric="cosine", weights=weights, algorithm="brute")
+    return make_pipeline(StandardScaler(), knn) if standardise else make_pipeline(knn)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_the_protocol_is_the_same_steps_written_with_scikit_learn(standardise: bool, missing: bool) -> None:
+    """Also with a class that the slice holds whole, as a slice of groups may: its images are answered wrongly there, and are in the bank
+    for test."""
+    names = torch.tensor([4, 10, 11, 70, 900])
+    (X, y), (queries, answers) = clusters(240), clusters(150, seed=2)
+    X, queries = (part.double() * torch.logspace(-1, 1, 16) + torch.arange(16) for part in (X, queries))
+    X[:, 3] = queries[:, 3] = 2.5
+    held_out = stratified_slice(y, 0.2)
+    if missing:
+        held_out |= y == 2
+    y, answers = names[y], names[answers]
+    found = run({**RULE, "standardise": standardise}, {"cls": X}, y, {"cls": queries}, answers, held_out)["cls"]
+
+    grid, predictions = {"slice_accuracy": [], "test_accuracy": []}, []
+    settings = list(itertools.product(RULE["temperature"], RULE["k"]))
+    for temperature, k in settings:
+        probe = sklearn_knn(k, temperature, standardise)
+        on_slice = probe.fit(X[~held_out].numpy(), y[~held_out].numpy()).predict(X[held_out].numpy())
+        grid["slice_accuracy"].append((on_slice == y[held_out].numpy()).mean())
+        predictions.append(probe.fit(X.numpy(), y.numpy()).predict(queries.numpy()))
+        grid["test_accuracy"].append((predictions[-1] == answers.numpy()).mean())
+    chosen = grid["slice_accuracy"].index(max(grid["slice_accuracy"]))
+    assert max(grid["test_accuracy"]) > grid["test_accuracy"][chosen]  # or a choice on test would pass
+
+    assert found.grid is not None
+    for name, values in grid.items():
+        assert found.grid[name] == pytest.approx(values)
+    assert (found.grid["temperature"], found.grid["k"]) == (RULE["temperature"], RULE["k"])
+    assert found.predictions.tolist() == predictions[chosen].tolist()
+    assert found.selected == {"temperature": settings[chosen][0], "k": settings[chosen][1]}
+    assert found.oracle == pytest.approx(max(grid["test_accuracy"]))
+    assert found.edge_of_grid == (settings[chosen][0] != 0.07 or settings[chosen][1] == 60)
+    assert found.bank == 240
+
+
+def test_equally_good_points_go_to_the_first() -> None:
+    X, y = torch.eye(4).repeat(20, 1), torch.arange(4).repeat(20)
+    found = run({**RULE, "k": [3, 1]}, {"cls": X}, y, {"cls": X}, y, stratified_slice(y))["cls"]
+    assert found.selected == {"temperature": 0.07, "k": 3}
+    assert found.oracle == 1.0
+
+
+def test_a_single_point_leaves_the_slice_alone() -> None:
+    (X, y), (queries, answers) = clusters(90), clusters(1, seed=1)
+    rule = {**RULE, "k": [20], "temperature": [0.07]}
+    found = run(rule, {"cls": X, "gap": -X}, y, {"cls": queries, "gap": queries}, answers, torch.zeros(90, dtype=torch.bool))
+    assert (found["cls"].grid, found["cls"].edge_of_grid, found["cls"].oracle) == (None, None, None)
+    assert found["cls"].selected == {"temperature": 0.07, "k": 20}
+    assert found["cls"].predictions.tolist() == KNNProbe(20).fit(X, y).predict(queries).tolist()
+    assert found["gap"].predictions.tolist() == KNNProbe(20).fit(-X, y).predict(queries).tolist()
+
+
+def test_a_set_smaller_than_k() -> None:
+    (X, y), (queries, answers) = clusters(30), clusters(7, seed=1)
+    found = run({**RULE, "k": [29, 30, 100, 200]}, {"cls": X}, y, {"cls": queries}, answers, stratified_slice(y))["cls"]
+    assert found.grid is not None
+    assert found.grid["k"] == [29, 30]  # and the slice was answered by fewer
+    assert len(found.grid["test_accuracy"]) == 6
+    assert (
+        run({**RULE, "k": [50, 60], "temperature": [0.1]}, {"cls": X}, y, {"cls": queries}, answers, ~y.bool())["cls"].selected["k"] == 30
+    )
+
+
+def test_features_mapped_from_disk_stay_as_they_are(tmp_path: Path) -> None:
+    (X, y), (queries, answers) = clusters(200), clusters(50, seed=1)
+    np.concatenate([X.numpy(), queries.numpy()]).tofile(tmp_path / "features")
+    mapped = torch.from_numpy(np.memmap(tmp_path / "features", np.float32, "c", shape=(250, 16)))
+    rule, held_out = {**RULE, "standardise": True}, stratified_slice(y)
+    found = run(rule, {"cls": mapped[:200]}, y, {"cls": mapped[200:]}, answers, held_out)["cls"]
+    expected = run(rule, {"cls": X}, y, {"cls": queries}, answers, held_out)["cls"]
+    assert torch.equal(mapped, torch.cat([X, queries]))
+    assert (found.grid, found.predictions.tolist()) == (expected.grid, expected.predictions.tolist())
+
+
+def test_what_the_protocol_refuses() -> None:
+    X, y = clusters(60)
+    spoilt = X.clone()
+    spoilt[3, 5] = float("nan")
+
+    def refused(
+        match: str, train: torch.Tensor = X, y: torch.Tensor = y, test: torch.Tensor = X, held_out: Any = None, **rule: Any
+    ) -> None:
+        held_out = stratified_slice(y) if held_out is None else held_out
+        with pytest.raises(UsageError, match=match):
+            run({**RULE, **rule}, {"gap": X, "cls": train}, y, {"gap": X, "cls": test}, y, held_out)
+
+    refused("readout 'cls': in train, features of row 3 are not finite", train=spoilt)
+    refused("readout 'cls': in test, features of row 3 are not finite", test=spoilt)
+    refused("all 60 training labels are 2", y=torch.full((60,), 2))
+    refused("holds 0 of 60", held_out=torch.zeros(60, dtype=torch.bool))
+    refused("holds 60 of 60", held_out=torch.ones(60, dtype=torch.bool))
+    for k in ([], [0, 5], [1.5], ["20"]):
+        refused("k must be at least 1 and whole", k=k)
+    for temperature in ([], [0.0], [0.07, -1.0], [float("inf")], ["1e-2"]):
+        refused("the temperature above 0", temperature=temperature)
+
+
+def test_the_protocols_that_come_with_it() -> None:
+    (X, y), (queries, answers) = clusters(400), clusters(30, seed=1)
+    names = [name for name in list_assets("protocols") if name.startswith("knn")]
+    assert names == ["knn", "knn-dino", "knn-dinov2", "knn-standardised"]
+    for name in names:
+        protocol = load_protocol(name)
+        assert protocol.parameters.keys() == PARAMETERS.keys()
+        assert bool(protocol.deviations) == ("dino" in name)
+        assert {10, 20, 100, 200} <= set(protocol.parameters["k"])
+        found = run_protocol(protocol, {"cls": X}, y, {"cls": queries}, answers)["cls"]
+        assert found.grid is not None
+        assert len(found.grid["test_accuracy"]) == len(protocol.parameters["k"]) * len(protocol.parameters["temperature"])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_answers() -> None:
     X, y = clusters(2000)
@@ -145,3 +313,6 @@ def test_a_gpu_gives_the_same_answers() -> None:
     device = KNNProbe().fit(X.cuda(), y.cuda())
     torch.testing.assert_close(device.predict_proba(queries.cuda()).cpu(), host.predict_proba(queries), atol=1e-4, rtol=0)
     assert device.score(queries, answers) == pytest.approx(host.score(queries, answers), abs=0.005)
+    rule, held_out = {**RULE, "standardise": True}, stratified_slice(y)
+    found = run(rule, {"cls": X.cuda()}, y, {"cls": queries.cuda()}, answers, held_out)["cls"]
+    assert found.oracle == pytest.approx(run(rule, {"cls": X}, y, {"cls": queries}, answers, held_out)["cls"].oracle, abs=0.005)

@@ -130,6 +130,16 @@ def test_the_global_token_is_the_readout(readout: str, batch: Batch) -> None:
     assert torch.equal(seen[0][:, 1:], tokens.normed.patches)
 
 
+@pytest.mark.parametrize("readout", ["max", "gem", "ep", "map_cls/pre"])
+def test_every_readout_of_one_token_trains(readout: str, batch: Batch) -> None:
+    module = tiny(readout=readout)
+    module.training_step(batch, 0).backward()
+    assert [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
+    decay, plain = ({id(p) for p in group["params"]} for group in module.configure_optimizers().param_groups)
+    for name, parameter in module.readout.named_parameters():
+        assert id(parameter) in (decay if parameter.ndim > 1 else plain), name
+
+
 def test_overfits_one_batch(batch: Batch) -> None:
     module = tiny(optim=OptimConfig(lr=3e-3, min_lr=0.0, warmup_epochs=0.0, weight_decay=0.0, weight_decay_end=0.0))
     smooth = torch.nn.functional.interpolate(torch.rand(8, 3, 4, 4) * 255, size=16, mode="bicubic").clamp(0, 255).byte()
@@ -161,6 +171,7 @@ def test_optimiser_is_the_papers() -> None:
     [
         ({"readout": "cls+gap"}, "must be one token wide"),
         ({"readout": "cls@last2"}, "must be one token wide"),
+        ({"readout": "ep@block0"}, "must be one token wide and read the last block"),
         ({"readout": "register", "backbone": replace(TINY, registers=0)}, "needs registers > 0"),
         ({"mask_ratio": 1.0}, "keeps 0 of 16 patches"),
         ({"crop": SingleCrop(size=32)}, "crop.size is 32, backbone.image_size 16"),

@@ -1,5 +1,6 @@
 """`ssl-vit pretrain` as its users meet it: recipes, options, interruption, resume, two processes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from ssl_vit import load_backbone
+from ssl_vit import Backbone, load_backbone
 from ssl_vit.assets import list_assets
 from ssl_vit.callbacks import RunFolder
 from ssl_vit.checkpoint import read_checkpoint
@@ -75,11 +76,68 @@ def test_a_run_folder_and_its_checkpoint() -> None:
     state = weights("run")
     for which in ("teacher", "student"):
         backbone = load_backbone("run/last.ckpt", which=which)
-        assert backbone.trained_readout == "gap/pre"
+        assert str(backbone.trained_readout.spec) == "gap/pre"
+        assert backbone.weights_hash() == hash_without_readout(backbone)
         assert torch.equal(backbone.vit.cls_token, state[f"{which}.backbone.vit.cls_token"])
     assert not torch.equal(state["teacher.backbone.vit.cls_token"], state["student.backbone.vit.cls_token"])
     fresh = load_backbone("run/last.ckpt", pretrained=False)
     assert fresh.trained_readout is None
+
+
+def hash_without_readout(backbone: Backbone) -> str:
+    bare = copy.deepcopy(backbone)
+    bare.trained_readout = None
+    return bare.weights_hash()
+
+
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_a_learned_readout_is_trained_resumed_and_given_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (f"{method}.yaml", "--readout", "ep_cls", "--optim.warmup_epochs", "0")
+    assert pretrain(*options, "--out", "whole") == 0
+    original = RunFolder.on_train_batch_end
+
+    def interrupted(self: RunFolder, trainer: Any, *args: Any) -> None:
+        self.interrupted = trainer.global_step == 4
+        original(self, trainer, *args)
+
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)
+    assert pretrain(*options, "--out", "cut") == 130
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", original)
+    assert pretrain(*options, "--out", "cut", "--resume") == 0
+    state, resumed = weights("whole"), weights("cut")
+    assert [key for key in state if not torch.equal(state[key], resumed[key])] == []
+
+    parser, config = parse_recipe(options[0], list(options[1:]))
+    start = build_method(config, parser.instantiate(config)).state_dict()
+    for arm in ("teacher", "student") if method == "dino" else (None,):
+        backbone = load_backbone("whole/last.ckpt", which=arm)
+        trained, prefix = backbone.trained_readout, f"{arm}.readout." if arm else "readout."
+        assert (str(trained.spec), trained.training) == ("ep_cls", False)
+        assert sorted(trained.state_dict()) == ["poolers.ep_cls.0.queries", "poolers.ep_cls.0.value.weight"]
+        for key, value in trained.state_dict().items():
+            assert torch.equal(value, state[prefix + key])
+            assert not torch.equal(value, start[prefix + key])
+        assert backbone.weights_hash() != hash_without_readout(backbone)
+    if method == "dino":
+        key = "readout.poolers.ep_cls.0.queries"
+        teacher, student = ((state[f"{arm}.{key}"] - start[f"{arm}.{key}"]).norm() for arm in ("teacher", "student"))
+        assert teacher < student  # the moving average follows
+
+
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_the_arm_of_a_learned_readout_shares_its_start_with_the_others(method: str) -> None:
+    """Only `readout.*` is its own, drawn after everything that the arms have in common, and drawn alike under every loss."""
+    states = {}
+    for readout in ("cls", "ep", "class_attention"):
+        parser, config = parse_recipe(f"{method}.yaml", [f"--readout={readout}"])
+        states[readout] = build_method(config, parser.instantiate(config)).state_dict()
+    for arm in ("ep", "class_attention"):
+        own = {key for key in states[arm] if "readout." in key}
+        assert states[arm].keys() - own == states["cls"].keys()
+        assert all(torch.equal(states[arm][key], value) for key, value in states["cls"].items())
+        matrices = [states[arm][key] for key in own if key.endswith(("query.weight", "value.weight", "queries"))]
+        assert matrices
+        assert all(matrix.std().item() == pytest.approx(0.02, rel=0.15) for matrix in matrices)  # not MAE's Xavier, 0.2 here
 
 
 def test_a_fixed_seed_decides_everything_and_arms_differ_in_nothing_else() -> None:

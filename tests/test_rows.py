@@ -54,7 +54,7 @@ def test_rows_and_predictions_come_back(tmp_path: Path) -> None:
     assert [replace(r, predictions="") for r in written] == [row(), row(metric="macro", value=0.5)]
     assert written[0].predictions == written[1].predictions
     predictions, labels = store.predictions(written[0])
-    assert predictions.tolist() == [1, 0, 2]
+    assert predictions.tolist() == [[1], [0], [2]]
     assert labels.tolist() == [1, 1, 2]
     line = json.loads(store.file.read_text().splitlines()[0])
     assert line == {"format": FORMAT, "id": written[0].id, **asdict(written[0])}
@@ -80,7 +80,7 @@ def test_the_last_of_equal_ids_wins(tmp_path: Path) -> None:
     store.append([row(read_with="cls")], PREDICTIONS, LABELS)
     store.append([row(value=0.2)], LABELS, LABELS)
     assert {r.read_with: r.value for r in store.rows()} == {"gap": 0.2, "cls": 2 / 3}
-    assert store.predictions(row(predictions=store.rows()[0].predictions))[0].tolist() == LABELS.tolist()
+    assert store.predictions(row(predictions=store.rows()[0].predictions))[0][:, 0].tolist() == LABELS.tolist()
 
 
 def test_a_kill_at_any_byte_costs_the_last_line_only(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_failed_write_of_predictions_leaves_no_row(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="no space"):
         store.append([row(value=0.2)], LABELS, LABELS)
     assert [r.value for r in store.rows()] == [0.1]
-    assert store.predictions(store.rows()[0])[0].tolist() == PREDICTIONS.tolist()
+    assert store.predictions(store.rows()[0])[0][:, 0].tolist() == PREDICTIONS.tolist()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_rows_are_found_below_the_folders_once(tmp_path: Path) -> None:
     found = find_rows([tmp_path / "a", str(tmp_path / "b"), tmp_path / "b"])
     assert {r.read_with: r.value for r, _ in found} == {"gap": 0.2, "cls": 2 / 3}
     for r, store in found:
-        assert store.predictions(r)[0].tolist() == (LABELS if r.read_with == "gap" else PREDICTIONS).tolist()
+        assert store.predictions(r)[0][:, 0].tolist() == (LABELS if r.read_with == "gap" else PREDICTIONS).tolist()
 
 
 def test_folders_without_rows_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every kind of source, its splits, columns and labels, and what is said when something is wrong with it."""
 
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ssl_vit import images
 from ssl_vit.errors import Failure, UsageError
+from ssl_vit.images import EvalTransform, to_tensor
 from ssl_vit.sources import load_split, load_train_test
 
 datasets = pytest.importorskip("datasets")
@@ -48,8 +50,8 @@ def load(source: Path | str, split: str = "train", **options: Any) -> Any:
     return load_split(str(source), split, progress=False, **options)
 
 
-def load_both(source: Path | str, **options: Any) -> Any:
-    return load_train_test(str(source), progress=False, **options)
+def load_both(source: Path | str, size: int = 8, **options: Any) -> Any:
+    return load_train_test(str(source), size=size, progress=False, **options)
 
 
 # --- kinds of source
@@ -136,7 +138,7 @@ def test_metadata_file_gives_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "train", "test"), [("photos", 7948, 2071), ("photos-new", 3299, 848)])
 def test_builtin_sets(name: str, train: int, test: int) -> None:
-    splits = load_both(f"builtin:{name}")
+    splits = load_both(f"builtin:{name}", size=32)
     assert [len(split.images) for split in splits] == [train, test]
     assert [len(split.labels) for split in splits] == [train, test]
     assert splits[0].selection.sum() > 0
@@ -145,6 +147,9 @@ def test_builtin_sets(name: str, train: int, test: int) -> None:
     unlabelled = load(f"builtin:{name}", "test", size=16)
     assert unlabelled.labels is None
     assert unlabelled.images.sizes.tolist() == [[16, 16]] * test
+    whole = Image.fromarray(splits[1].images[test - 1].permute(1, 2, 0).numpy())
+    assert torch.equal(unlabelled.images[test - 1], to_tensor(EvalTransform(16)(whole)))
+    assert unlabelled.fingerprint != splits[1].fingerprint == load(f"builtin:{name}", "test", labels=True, max_side=16).fingerprint
 
 
 # --- splits
@@ -177,6 +182,31 @@ def test_named_splits_override_and_unknown_ones_are_refused(tmp_path: Path) -> N
         load(tmp_path, "tset")
     with pytest.raises(UsageError, match="as train and as test"):
         load_both(tmp_path, test_split="train")
+
+
+def test_joined_splits(tmp_path: Path) -> None:
+    """train + validation, whose class lists differ in order and content; what is joined is not tested on."""
+    names = {"train": ["cat", "dog"], "val": ["owl", "dog"], "test": ["dog", "owl", "cat"]}
+    for start, (split, classes) in enumerate(names.items()):
+        table([10 * start, 10 * start + 1], [0, 1], datasets.ClassLabel(names=classes)).to_parquet(tmp_path / f"{split}.parquet")
+    train, test = load_both(tmp_path, train_split="train+validation")
+    assert (train.split, train.classes) == ("train+val", ("cat", "dog", "owl"))
+    assert [train.classes[label] for label in train.labels] == ["cat", "dog", "owl", "dog"]
+    assert (greys(train), greys(test), test.labels.tolist()) == ([0, 1, 10, 11], [20, 21], [1, 2])
+    joined, _ = load_both(tmp_path, train_split="val+train", test_split="test")
+    assert greys(joined) == [10, 11, 0, 1]
+    assert joined.fingerprint != train.fingerprint
+    for wrong, message in (
+        ({"train_split": "train+val", "test_split": "validation"}, "'val' would be both train and test"),
+        ({"train_split": "val+train+validation"}, "names a split twice"),
+        ({"train_split": "train+vla"}, "no split 'vla'; did you mean 'val'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load_both(tmp_path, **wrong)
+    (tmp_path / "test.parquet").unlink()
+    made, rest = load_both(tmp_path, train_split="train+val")
+    assert sorted(greys(made) + greys(rest)) == [0, 1, 10, 11]
+    assert "20% of its 'train+val'" in rest.notices[0]
 
 
 def test_the_only_split_stands_in_for_train(tmp_path: Path) -> None:
@@ -297,10 +327,43 @@ def test_fingerprint_tells_pictures_and_labels_apart_and_nothing_else(tmp_path: 
     assert int(a, 16) >= 0
 
 
+@pytest.mark.parametrize("kind", ["files", "parquet", "saved"])
+def test_pictures_are_decoded_when_asked_for_in_any_order(tmp_path: Path, kind: str) -> None:
+    """A corrupt picture hinders neither opening the set, nor hashing it, nor the other pictures; asked for, it is named."""
+    greyscale = write(tmp_path / "files", *(f"train/cat/{number:02}.png" for number in range(12)), "test/cat/a.png")
+    bad = greyscale / "train/cat/05.png"
+    bad.write_bytes(bad.read_bytes()[:45])
+    if kind != "files":
+        pictures = [{"bytes": file.read_bytes(), "path": None} for file in sorted((greyscale / "train/cat").iterdir())]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat"])})
+        whole = datasets.Dataset.from_dict({"image": pictures, "label": [0] * 12}, features)
+        if kind == "saved":
+            datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(tmp_path / "saved")
+        else:
+            (tmp_path / "parquet").mkdir()
+            whole.to_parquet(tmp_path / "parquet/train.parquet")
+            whole.select([0]).to_parquet(tmp_path / "parquet/test.parquet")
+    train, _ = load_both(tmp_path / kind)
+    assert len(train.fingerprint) == 16
+    assert train.images.batch(torch.tensor([11, 0, 7, 7]))[0].float().mean(dim=(1, 2, 3)).tolist() == [11, 0, 7, 7]
+    with pytest.raises(Failure, match=r"split 'train', row 5.* is corrupt"):
+        train.images.batch(torch.tensor([4, 5, 6]))
+
+
+def test_fingerprint_is_the_hash_of_the_stored_bytes_labels_and_classes(tmp_path: Path) -> None:
+    """Its definition written out: rows of earlier versions, which decoded everything, keep their hash."""
+    write(tmp_path, "train/cat/a.png", "train/dog/b.png", "train/cat/c.png", "test/dog/d.png")
+    train, _ = load_both(tmp_path)
+    stored = b"".join(len(png(value)).to_bytes(8, "little") + png(value) for value in (0, 2, 1))
+    expected = hashlib.blake2b(stored + b"('cat', 'dog')" + np.array([0, 0, 1], dtype="<i8").tobytes(), digest_size=8).hexdigest()
+    assert train.fingerprint == load(tmp_path, labels=True).fingerprint == load(tmp_path, labels=True, size=4).fingerprint == expected
+    assert load(tmp_path).fingerprint == hashlib.blake2b(stored, digest_size=8).hexdigest()
+
+
 def test_a_real_set() -> None:
     root = os.environ.get("SSL_VIT_DATA")
     if root is None:
         pytest.skip("SSL_VIT_DATA does not name a folder of real sets")
-    train, test = load_both(Path(root) / "gtsrb")
+    train, test = load_both(Path(root) / "gtsrb", size=32)
     assert (len(train.images), len(test.images), len(train.classes)) == (3921, 4000, 43)
     assert train.images.batch(torch.arange(4))[0].shape == (4, 3, 32, 32)

@@ -43,7 +43,7 @@ def terminal(comparison: Comparison) -> str:
 def sentences(table: Table) -> list[str]:
     """The diagonal in words."""
     return [
-        f"{arm.method} trained with {spec}, read with {spec}, {table.setting.dataset}, {table.setting.protocol}: "
+        f"{arm.method} trained with {spec}, read with {spec}, {table.setting.dataset}, {table.setting.rule}: "
         f"{100 * cell.top1:.1f} %{_seeds(cell)}, {_gain(cell.gain, table.n_test)}"
         for (arm, spec), cell in table.cells.items()
         if arm.trained_with == spec
@@ -78,7 +78,7 @@ def _table(comparison: Comparison, table: Table) -> str:
             lines += _lines(arm.recipe, [table.cells.get((arm, spec)) for spec in columns], [False] * len(columns))
     widths = [max(len(line[place]) for line in lines if place < len(line)) for place in range(len(columns) + 1)]
     text = ["  ".join(f"{item:{width}}" for item, width in zip(line, widths, strict=False)).rstrip() for line in lines]
-    title = f"{setting.dataset} · {setting.protocol} v{setting.version} · {setting.transform} · {table.n_test} test images"
+    title = f"{setting.dataset} · {setting.rule} v{setting.version} · {setting.transform} · {table.n_test} test images"
     return "\n".join([title, "", *text])
 
 

@@ -11,11 +11,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-import torch
-from jaxtyping import Bool
+from jaxtyping import Float64
 from torch import Tensor
 
-from ssl_vit.errors import Failure
 from ssl_vit_eval.models import PIXELS
 from ssl_vit_eval.rows import Key, Row, RowStore, find_rows
 from ssl_vit_eval.runs import Run, find_runs, recipe_name
@@ -76,6 +74,12 @@ class Setting(NamedTuple):
     transform: str
     protocol: str
     version: int
+    control: str
+
+    @property
+    def rule(self) -> str:
+        """The protocol, and what was changed of it on purpose."""
+        return self.protocol + (f", {self.control}" if self.control else "")
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def build(folders: Sequence[str | Path]) -> Comparison:
 
     grouped: dict[Setting, dict[tuple[Arm, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        setting = Setting(row.dataset, row.data, row.transform, row.protocol, row.protocol_version)
+        setting = Setting(row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.control)
         arms = inits.get(row.checkpoint) if row.method == "random" else None
         for arm in arms or [names[_weights(row)]]:
             grouped[setting][arm, row.read_with].append(row)
@@ -208,12 +212,9 @@ class _Gains:
             return None
         return paired_difference(self._correct(row.key), self._correct(baseline))
 
-    def _correct(self, key: Key) -> Bool[Tensor, " n"]:
+    def _correct(self, key: Key) -> Float64[Tensor, " n"]:
         row, store = self._found[key]
-        predictions, labels = store.predictions(row)
-        if len(labels) != row.n_test:
-            raise Failure(f"{store.folder / row.predictions} has {len(labels)} predictions, its row {row.n_test} images: evaluate again")
-        return torch.eq(predictions, labels)
+        return store.correct(row)
 
 
 def _cell(rows: Sequence[Row], gains: _Gains) -> Cell:
@@ -246,12 +247,12 @@ def _ordered(specs: Iterable[str]) -> list[str]:
 def _notes(tables: Sequence[Table]) -> list[str]:
     """Settings that differ only in version, data or transform, and trained cells without their baseline."""
     notes = []
-    for dataset, protocol in dict.fromkeys((table.setting.dataset, table.setting.protocol) for table in tables):
-        apart = [table.setting for table in tables if (table.setting.dataset, table.setting.protocol) == (dataset, protocol)]
+    for dataset, rule in dict.fromkeys((table.setting.dataset, table.setting.rule) for table in tables):
+        apart = [table.setting for table in tables if (table.setting.dataset, table.setting.rule) == (dataset, rule)]
         differs = {"protocol version": "version", "data": "data", "transform": "transform"}
         what = " and ".join(name for name, field in differs.items() if len({getattr(setting, field) for setting in apart}) > 1)
         if what:
-            notes.append(f"{dataset}, {protocol}: {len(apart)} tables that differ in {what}: never averaged, not comparable")
+            notes.append(f"{dataset}, {rule}: {len(apart)} tables that differ in {what}: never averaged, not comparable")
     trained = [cell for table in tables for (arm, _), cell in table.cells.items() if arm.trained_with]
     if lacking := sum(cell.gain is None for cell in trained):
         notes.append(

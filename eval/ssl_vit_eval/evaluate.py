@@ -1,157 +1,248 @@
-"""`ssl-vit eval`: sources x datasets x readouts x protocols, into rows. What is there already is skipped."""
+"""`ssl-vit eval`: sources x datasets x readouts x protocols x controls, into rows. What is there already is skipped."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from ssl_vit.assets import find_asset, read_yaml
-from ssl_vit.errors import UsageError
-from ssl_vit.provenance import git_revision
-from ssl_vit.sources import Split, check_source, load_train_test
-from ssl_vit_eval.features import extract
-from ssl_vit_eval.models import PIXELS, Source, open_source
-from ssl_vit_eval.protocols import Protocol, Result, load_protocol, run_protocol
+from jaxtyping import Float
+from torch import Tensor
+
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit.readout import ReadoutSpec, learned
+from ssl_vit.sources import Split
+from ssl_vit_eval.controls import PROJECTED, SHUFFLED, check_controls, controls_of, projected, shuffled
+from ssl_vit_eval.distributed import gather_objects, rank, world
+from ssl_vit_eval.examine import examine, with_blocks
+from ssl_vit_eval.features import cached_features
+from ssl_vit_eval.models import PIXELS, Source
+from ssl_vit_eval.protocols import KINDS, Protocol, load_protocols, run_protocol
+from ssl_vit_eval.results import METRICS, make_rows
 from ssl_vit_eval.rows import Key, Row, RowStore
-from ssl_vit_eval.stats import macro_interval, wilson_interval
+from ssl_vit_eval.selection import Found
+from ssl_vit_eval.suites import Dataset
+from ssl_vit_eval.tokens_cache import TokenReader, open_tokens
 
-METRICS = ("top1", "top1_macro")
+Say = Callable[[str], None]
+
+
+class Job(NamedTuple):
+    """One run of a protocol: of one readout, or of several where that is faster."""
+
+    rule: Protocol
+    control: str
+    specs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Names in a dataset that do not follow the usual ones."""
+class Referee:
+    """What is asked of every source on every dataset. controls: of `controls.CONTROLS`; cache: the folder of the features."""
 
-    train_split: str | None = None
-    test_split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-
-
-def open_sources(names: Sequence[str]) -> list[Source]:
-    return [open_source(name) for name in names]
-
-
-def suite(name: str) -> list[str]:
-    """The data of a suite; UsageError for an unknown one, or one without a list of names."""
-    data = read_yaml(find_asset("suites", name)).get("data")
-    if not isinstance(data, list) or not data or not all(isinstance(item, str) for item in data):
-        raise UsageError(f"suite {name} has data {data!r}; give a list of names in brackets")
-    return data
+    rules: Sequence[Protocol]
+    controls: Sequence[str]
+    diagnostics: bool
+    store: RowStore
+    cache: Path
+    say: Say
 
 
 def evaluate(
     sources: Sequence[Source],
-    data: Sequence[str],
+    data: Sequence[Dataset],
     protocols: Sequence[str],
     readouts: Sequence[str] | None,
     out: str | Path,
-    options: DataOptions = DataOptions(),
-    say: Callable[[str], None] = print,
+    controls: Sequence[str] = (),
+    cache: str | Path | None = None,
+    diagnostics: bool = False,
+    say: Say = print,
 ) -> RowStore:
     """Every combination that `out` does not hold yet, one row a metric; the store of all of them.
 
-    readouts None: each single readout that a source has. Raises UsageError before any work for names that are wrong."""
-    rules = [load_protocol(name) for name in protocols]
+    readouts None: each single readout that a source has and, for protocols that train one, each learned readout. controls: of
+    `controls.CONTROLS`. cache: the folder of the features, None for `features` in `out`. diagnostics: as `examine.examine`.
+    Raises UsageError before any work for names that are wrong. A dataset that cannot be evaluated is said and left out, and raises
+    Failure at the end; the only one raises at once. On several processes (torchrun) all call it, the first one writes and speaks.
+    """
+    rules = load_protocols(protocols)
+    check_controls(controls)
     if all(source.backbone is None for source in sources) and not any(rule.kind == "knn" for rule in rules):
         raise UsageError(f"raw pixels are a floor for k-NN only, got {', '.join(protocols)}; choose the protocol knn or add a source")
     for dataset in data:
-        check_source(dataset)
+        dataset.check()
     trained = [source.trained_with for source in sources if source.trained_with]
-    wanted = [source.readouts(readouts, trained) for source in sources]
+    wanted = [wanted_specs(source, rules, readouts, trained) for source in sources]
+    say = say if rank() == 0 else lambda line: None
     store = open_store(out)
+    referee = Referee(rules, controls, diagnostics, store, Path(cache) if cache else store.folder / "features", say)
     for source in sources:
         if source.backbone is not None and source.trained_with:
             say(f"{source.name}: {source.method}, trained with {source.trained_with}")
+    failed = {}
     for dataset in data:
-        splits: dict[int, tuple[Split, Split]] = {}  # by image size: sources of one size share the decoded pictures
-        for source, specs in zip(sources, wanted, strict=True):
-            if source.image_size not in splits:
-                splits[source.image_size] = load_train_test(dataset, size=source.image_size, **vars(options))
-                for notice in dict.fromkeys(notice for split in splits[source.image_size] for notice in split.notices):
-                    print(notice, flush=True)
-            train, test = splits[source.image_size]
-            evaluate_source(source, train, test, rules, specs, store, say)
+        try:
+            evaluate_dataset(sources, wanted, dataset, referee)
+        except (UsageError, Failure) as error:
+            if len(data) == 1:
+                raise
+            failed[dataset.source] = str(error)
+            say(f"{dataset.source} is left out: {error}")
     say(f"rows: {store.file}")
+    if failed:
+        raise Failure(f"{len(failed)} of {len(data)} datasets could not be evaluated: {', '.join(failed)}; the others are in {store.file}")
     return store
 
 
-def evaluate_source(
-    source: Source,
-    train: Split,
-    test: Split,
-    rules: Sequence[Protocol],
-    specs: Sequence[str],
-    store: RowStore,
-    say: Callable[[str], None],
-) -> None:
-    """One source on one dataset: one pass over each split for all readouts that are missing somewhere."""
-    rules = [rule for rule in rules if source.backbone is not None or rule.kind == "knn"]  # raw pixels are a floor for k-NN only
+def wanted_specs(source: Source, rules: Sequence[Protocol], asked: Sequence[str] | None, trained: Sequence[str]) -> dict[str, list[str]]:
+    """The canonical specs that each protocol, by name, reads this source with.
 
-    def key(rule: Protocol, spec: str) -> Key:
-        return Key(source.weights, train.fingerprint + test.fingerprint, f"resize{source.image_size}", rule.name, rule.version, spec)
-
-    missing = [(rule, spec) for spec in specs for rule in rules if not all(store.has(key(rule, spec), metric) for metric in METRICS)]
-    if not missing:
-        say(f"{source.name} on {train.dataset}: done before")
-        return
-    needed = [spec for spec in specs if any(spec == other for _, other in missing)]
-    x_train = extract(source, train.images, needed, f"{source.name}: {train.dataset} train")
-    x_test = extract(source, test.images, needed, f"{source.name}: {test.dataset} test")
-    assert train.labels is not None
-    assert test.labels is not None
-    for rule, spec in missing:
-        result = run_protocol(rule, x_train[spec], train.labels, x_test[spec], test.labels, train.selection)
-        rows = make_rows(source, key(rule, spec), result, train, test)
-        store.append(rows, result.predictions, test.labels)
-        what = source.name if spec == PIXELS else f"{source.name} read with {spec}"
-        percent, low, high = (100 * number for number in (rows[0].value, rows[0].ci_low, rows[0].ci_high))
-        edge = "  (the selected value is on the edge of its grid)" if result.edge_of_grid else ""
-        say(f"{what}, {train.dataset}, {rule.name}: {percent:.1f} % [{low:.1f}, {high:.1f}]{edge}")
+    Protocols that train a readout take the learned ones, those that read features the ones without parameters and the one that the
+    source was trained with. UsageError for a spec that no protocol takes."""
+    if source.backbone is None:  # raw pixels are a floor for k-NN only
+        return {rule.name: source.readouts(asked) if rule.kind == "knn" else [] for rule in rules}
+    specs = source.readouts(asked, trained)
+    fixed = [spec for spec in specs if spec == source.trained_with or not ReadoutSpec.parse(spec).learned]
+    learnable = [spec for spec in specs if ReadoutSpec.parse(spec).learned]
+    if asked is None:
+        learnable = learned(source.backbone.cls_tokens, source.backbone.registers)
+    taken = {rule.name: {"features": fixed, "tokens": learnable, "images": specs}[rule.reads] for rule in rules}
+    for spec in specs if asked is not None else ():
+        if not any(spec in of for of in taken.values()):
+            kind = "has parameters, which this source has not trained" if spec in learnable else "has no parameters to train"
+            other = "attentive, which trains them" if spec in learnable else "knn or logreg"
+            raise UsageError(f"{source.name}: readout {spec!r} {kind}; add --protocols {other}, or leave it out")
+    return taken
 
 
-def make_rows(source: Source, key: Key, result: Result, train: Split, test: Split) -> list[Row]:
-    """The two numbers of one evaluation: top-1 over images (Wilson interval) and over classes (bootstrap within classes)."""
-    assert test.labels is not None
-    correct = result.predictions == test.labels
-    values = {"top1": (result.accuracy, wilson_interval(int(correct.sum()), len(correct)))}
-    values["top1_macro"] = (result.macro, macro_interval(correct, test.labels))
-    return [
-        Row(
-            method=source.method,
-            trained_with=source.trained_with,
-            read_with=key.read_with,
-            dataset=train.dataset,
-            protocol=key.protocol,
-            protocol_version=key.protocol_version,
-            metric=metric,
-            value=value,
-            ci_low=interval.low,
-            ci_high=interval.high,
-            n_train=len(train.images),
-            n_test=len(test.images),
-            seed=source.seed,
-            selected=result.selected,
-            grid=result.grid,
-            edge_of_grid=result.edge_of_grid,
-            oracle=result.oracle if metric == "top1" else None,
-            deviations=[],
-            seconds=round(result.seconds, 3),
-            checkpoint=source.weights,
-            recipe=source.recipe,
-            family=source.family,
-            init=source.init,
-            data=key.data,
-            transform=key.transform,
-            git=git_revision(),
-            source=source.name,
-        )
-        for metric, (value, interval) in values.items()
-    ]
+def evaluate_dataset(sources: Sequence[Source], wanted: Sequence[dict[str, list[str]]], dataset: Dataset, referee: Referee) -> None:
+    splits: dict[int, tuple[Split, Split]] = {}  # by image size: sources of one size share the decoded pictures
+    for source, specs in zip(sources, wanted, strict=True):
+        size = source.image_size if source.backbone is None else dataset.image_size or source.image_size
+        if size not in splits:
+            splits[size] = dataset.load(size)
+            for notice in dict.fromkeys(notice for split in splits[size] for notice in split.notices):
+                referee.say(notice)
+        Evaluation(source, *splits[size], dataset.transform(size), referee).run(specs)
+
+
+class Evaluation:
+    """One source on one dataset: one pass over each split for all readouts that are missing somewhere, then the protocols."""
+
+    def __init__(self, source: Source, train: Split, test: Split, transform: str, referee: Referee) -> None:
+        assert train.labels is not None
+        assert test.labels is not None
+        self.source, self.train, self.test, self.transform, self.referee = source, train, test, transform, referee
+        self.y_train, self.y_test = train.labels, test.labels
+        self.name = f"{source.name} on {train.dataset}"
+
+    def run(self, specs: dict[str, list[str]]) -> None:
+        backbone, plain = self.source.backbone, next((specs[rule.name] for rule in self.referee.rules if rule.reads == "features"), [])
+        if not self.referee.diagnostics or backbone is None or not plain:
+            return self.judge(specs)
+        blocks = with_blocks(plain, backbone.depth)
+        self.judge({rule.name: blocks if rule.kind == "knn" else specs[rule.name] for rule in self.referee.rules})
+        if rank() == 0:
+            data = self.train.fingerprint + self.test.fingerprint
+            self.referee.say(f"diagnostics: {examine(self.source, self.test, data, plain, self.referee.store)}")
+
+    def judge(self, specs: dict[str, list[str]]) -> None:
+        """Carry out what is missing; specs by protocol."""
+        jobs = [job for rule in self.referee.rules for job in self.missing(rule, specs[rule.name])]
+        if not jobs:
+            self.referee.say(f"{self.name}: done before")
+            return
+        pooled = list(dict.fromkeys(spec for job in jobs if job.rule.reads == "features" for spec in job.specs))
+        self.features = [self.extract(split, pooled) for split in (self.train, self.test)]
+        asked = [spec for job in jobs if job.rule.reads == "tokens" for spec in job.specs]
+        if asked:
+            blocks = tuple(sorted({block for spec in asked for block in ReadoutSpec.parse(spec).blocks}))
+            self.tokens = [self.read_tokens(split, blocks) for split in (self.train, self.test)]
+        # jobs that all processes share, one after the other, then the others, one for each process at a time; what is done is kept at once
+        shared = [job for job in jobs if KINDS[job.rule.kind].shared]
+        own = [job for job in jobs if job not in shared]
+        for job in shared:
+            self.keep(job, *self.carry_out(job))
+        for start in range(0, len(own), world()):
+            together = own[start : start + world()]
+            mine = self.carry_out(together[rank()]) if rank() < len(together) else ({}, 0.0)
+            for job, (found, seconds) in zip(together, gather_objects(mine), strict=False):
+                self.keep(job, found, seconds)
+
+    def missing(self, rule: Protocol, specs: Sequence[str]) -> list[Job]:
+        backbone = self.source.backbone
+        has, jobs = self.referee.store.has, []
+        places: dict[str, list[str]] = {}
+        for spec in specs:
+            controls = [""]
+            if rule.reads == "features" and backbone is not None:
+                controls = controls_of(self.referee.controls, self.source.width(spec), backbone.width)
+            for control in controls:
+                if not all(has(self.key(rule, spec, control), metric) for metric in METRICS):
+                    places.setdefault(control, []).append(spec)
+        for control, of in places.items():
+            jobs += [Job(rule, control, tuple(of))] if KINDS[rule.kind].joint else [Job(rule, control, (spec,)) for spec in of]
+        return jobs
+
+    def key(self, rule: Protocol, spec: str, control: str) -> Key:
+        data = self.train.fingerprint + self.test.fingerprint
+        return Key(self.source.weights, data, self.transform, rule.name, rule.version, spec, control)
+
+    def extract(self, split: Split, specs: Sequence[str]) -> Mapping[str, Float[Tensor, "n _"]]:
+        cache, title = self.referee.cache, f"{self.source.name}: {split.dataset} {split.split}"
+        return cached_features(self.source, split.images, specs, cache, split.fingerprint, split.split, self.transform, title)
+
+    def read_tokens(self, split: Split, blocks: tuple[int, ...]) -> TokenReader:
+        key = f"{self.source.weights}-{split.fingerprint}-{self.transform}"
+        return open_tokens(self.source, split.images, blocks, self.referee.cache, key)
+
+    def carry_out(self, job: Job) -> tuple[dict[str, Found], float]:
+        """What the protocol finds for each readout, and the seconds that it took for one."""
+        begun = time.perf_counter()
+        rule, y = job.rule, shuffled(self.y_train) if job.control == SHUFFLED else self.y_train
+        if rule.reads == "features":
+            train, test = ({spec: self.controlled(features[spec], job.control) for spec in job.specs} for features in self.features)
+            found = run_protocol(rule, train, y, test, self.y_test, self.train.selection)
+        else:
+            over = self.tokens if rule.reads == "tokens" else [self.train.images, self.test.images]
+            frozen = [] if rule.reads == "tokens" else [self.source.backbone]
+            held_out = rule.held_out(y, self.train.selection)
+            found = KINDS[rule.kind].run(rule.parameters, *frozen, job.specs, over[0], y, over[1], self.y_test, held_out)
+        return found, (time.perf_counter() - begun) / len(job.specs)
+
+    def controlled(self, X: Float[Tensor, "n d"], control: str) -> Float[Tensor, "n _"]:
+        assert self.source.backbone is not None or not control
+        return projected(X, self.source.backbone.width) if self.source.backbone and control.startswith(PROJECTED) else X
+
+    def keep(self, job: Job, found: dict[str, Found], seconds: float) -> None:
+        if rank() > 0:
+            return
+        for spec in job.specs:
+            source, key = self.source, self.key(job.rule, spec, job.control)
+            width = source.backbone.width if source.backbone and job.control.startswith(PROJECTED) else source.width(spec)
+            rows = make_rows(source, key, found[spec], self.train, self.test, width, seconds, job.rule.deviations)
+            self.referee.store.append(rows, found[spec].predictions, self.y_test)
+            self.referee.say(sentence(rows[0]))
+
+
+def sentence(row: Row) -> str:
+    """What a row says, on one line of the terminal."""
+    read = row.source if row.read_with == PIXELS else f"{row.source} read with {row.read_with}"
+    control = f" ({row.control})" if row.control else ""
+    text = f"{read}{control}, {row.dataset}, {row.protocol}: {100 * row.value:.1f} % [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
+    if row.oracle is not None and row.grid is not None:
+        axes = [name for name, values in row.grid.items() if name in row.selected and len(values) > 1]
+        chosen = ", ".join(f"{name} {row.selected[name]:g}" for name in axes if isinstance(row.selected[name], int | float))
+        text += f"  ({chosen or 'chosen on the slice'}; oracle {100 * row.oracle:.1f})"
+    if row.edge_of_grid:
+        text += "  warning: the selected value is on the edge of its grid, a better one may lie beyond"
+    return text
 
 
 def open_store(out: str | Path) -> RowStore:
     """The store in `out`; UsageError if that is a file or a folder that holds something else."""
     folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "rows.jsonl").exists())):
+    known = ("rows.jsonl", "features")  # features alone: an evaluation that was stopped before its first row
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not any((folder / name).exists() for name in known))):
         raise UsageError(f"{out} already holds something else; name another folder with --out")
     return RowStore(folder)

@@ -1,29 +1,62 @@
-"""One pass over the images of a split yields the features of every readout."""
+"""One pass over the images of a split yields the features of every readout, on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_vit.errors import Failure
 from ssl_vit.images import ImageStore
+from ssl_vit_eval.cache import FeatureFile, FeatureKey
+from ssl_vit_eval.distributed import device, parts, rank
 from ssl_vit_eval.models import Source
 
-BATCH = 256
+BATCH = 256  # images; the same for any number of processes, so that every image is computed in the same company
 
 
-@torch.inference_mode()
-def extract(
-    source: Source, images: ImageStore, specs: Sequence[str], description: str, progress: bool = True
-) -> dict[str, Float[Tensor, "n _"]]:
-    """Features in float32 on the CPU, one tensor a readout; images must already have the source's size."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def cached_features(
+    source: Source, images: ImageStore, specs: Sequence[str], folder: Path, data: str, split: str, transform: str, title: str
+) -> Mapping[str, Float32[Tensor, "n _"]]:
+    """The features of every readout, mapped from `folder`; those that are not there yet come from one pass.
+
+    data: the split's fingerprint. Several processes share the folder and the pass. Failure for features that are not finite."""
+    normalisation = "" if source.backbone is None else f"{source.backbone.mean} {source.backbone.std}"
+    files = {}
+    for spec in specs:
+        width = source.width(spec)
+        files[spec] = FeatureFile(folder, FeatureKey(source.weights, data, split, transform, normalisation, spec, len(images), width))
+    found = {spec: file.read() for spec, file in files.items()}
+    missing = {spec: file for spec, file in files.items() if found[spec] is None}
+    if missing:
+        extract(source, images, missing, title)
+    features = {spec: values if (values := found[spec]) is not None else file.read() for spec, file in files.items()}
+    return {spec: values for spec, values in features.items() if values is not None}
+
+
+@torch.no_grad()
+def extract(source: Source, images: ImageStore, files: Mapping[str, FeatureFile], title: str) -> None:
+    """One pass over `images`, this process's share of it, into the files of all readouts."""
     if source.backbone is not None:
-        source.backbone.to(device)
-    parts: dict[str, list[Tensor]] = {spec: [] for spec in specs}
-    for indices in tqdm(torch.split(torch.arange(len(images)), BATCH), desc=description, leave=False, disable=not progress):
-        batch, _ = images.batch(indices)
-        for spec, values in source.features(batch.to(device), specs).items():
-            parts[spec].append(values.cpu())
-    return {spec: torch.cat(values) for spec, values in parts.items()}
+        source.backbone.to(device())
+    ranges = list(parts(len(images), BATCH))
+    with ExitStack() as written:
+        for file in files.values():
+            written.enter_context(file.writing())
+        for start, end in tqdm(ranges, desc=title, leave=False, disable=rank() > 0):
+            batch, _ = images.batch(torch.arange(start, end))
+            for spec, values in source.features(batch.to(device()), list(files)).items():
+                files[spec].write(start, _finite(values.cpu(), spec, start, title))
+
+
+def _finite(values: Float[Tensor, "b width"], spec: str, start: int, title: str) -> Float[Tensor, "b width"]:
+    bad = (~torch.isfinite(values)).any(dim=1).nonzero()
+    if len(bad):
+        raise Failure(
+            f"{title}: image {start + int(bad[0])} read with {spec} gives features that are not finite; "
+            "look at the image and the weights, or leave this readout out"
+        )
+    return values

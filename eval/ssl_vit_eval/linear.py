@@ -1,7 +1,7 @@
 """Linear probe: multinomial logistic regression by L-BFGS on standardised features, and the choice of its C on a slice of train."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.probe import Probe, check_training
+from ssl_vit_eval.selection import Found, check_slice, choose, record
 
 _ROWS = 4096  # rows a block, so that the logits stay in the cache and memory does not grow with the classes
 _CONSTANT = 1e-6  # a spread below this share of the mean is the rounding of float32, not a feature
@@ -136,21 +137,23 @@ def cross_entropy(
     return loss / len(Z), gradient / len(Z)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What `select_and_fit` found: the frozen choice, its answers on test, and what a choice on test would have given.
+PARAMETERS: dict[str, type] = {"C": list, "max_iter": int, "tol": float, "slice_fraction": float, "slice_seed": int}
 
-    Accuracies are fractions, in the order of `grid` (ascending). `oracle` is the best on test: it is reported, never used.
-    """
 
-    probe: LinearProbe
-    predictions: Int64[Tensor, " m"]
-    accuracy: float
-    grid: list[float]
-    slice_accuracy: list[float]
-    test_accuracy: list[float]
-    oracle: float
-    edge_of_grid: bool
+def run(
+    parameters: Mapping[str, Any],
+    train: Mapping[str, Float[Tensor, "n _"]],
+    y_train: Int64[Tensor, " n"],
+    test: Mapping[str, Float[Tensor, "m _"]],
+    y_test: Int64[Tensor, " m"],
+    held_out: Bool[Tensor, " n"],
+) -> dict[str, Found]:
+    """The protocol kind `logreg`: `select_and_fit` for every readout."""
+    p = parameters
+    return {
+        spec: select_and_fit(X, y_train, test[spec], y_test, p["C"], held_out, p["max_iter"], p["tol"], f"readout {spec!r}: ")
+        for spec, X in train.items()
+    }
 
 
 def select_and_fit(
@@ -159,32 +162,34 @@ def select_and_fit(
     X_test: Float[Tensor, "m d"],
     y_test: Int64[Tensor, " m"],
     grid: Sequence[float],
-    selection_mask: Bool[Tensor, " n"],
+    held_out: Bool[Tensor, " n"],
     max_iter: int = 1000,
     tol: float = 1e-5,
-) -> Selection:
-    """Choose C on the slice of train marked by `selection_mask`, freeze it, refit the grid on all of train and score it on test once.
+    what: str = "",
+) -> Found:
+    """Choose C on the slice of train marked by `held_out`, freeze it, refit the grid on all of train and score it on test once.
 
-    Of equally good C the smaller one is chosen. `edge_of_grid` says that the choice has no neighbour on one side. UsageError
-    for a slice that is empty or all of train, and as `LinearProbe.fit`.
+    Of equally good C the smaller one is chosen. UsageError for a slice that is empty or all of train, and as `LinearProbe.fit`;
+    `what` stands before its message.
     """
-    held_out = selection_mask.to(X.device)
-    if held_out.all() or not held_out.any():
-        raise UsageError(f"the selection slice holds {int(held_out.sum())} of {len(X)} training images: it needs some, and must leave some")
-    grid, y, y_test = sorted(grid), y.to(X.device), y_test.to(X.device)
-    without_slice = fit_path(X[~held_out], y[~held_out], grid, max_iter, tol)
-    slice_accuracy = [probe.score(X[held_out], y[held_out]) for probe in without_slice]
-    chosen = slice_accuracy.index(max(slice_accuracy))
-    probes = fit_path(X, y, grid, max_iter, tol, near=without_slice)
-    predictions = [probe.predict(X_test) for probe in probes]
+    check_slice(held_out)
+    axes, y_test = {"C": sorted(grid)}, y_test.to(X.device)
+    held_out, y = held_out.to(X.device), y.to(X.device)
+    try:
+        without_slice = fit_path(X[~held_out], y[~held_out], axes["C"], max_iter, tol)
+        slice_accuracy = [probe.score(X[held_out], y[held_out]) for probe in without_slice]
+        probes = fit_path(X, y, axes["C"], max_iter, tol, near=without_slice)
+        predictions = [probe.predict(X_test) for probe in probes]
+    except UsageError as error:
+        raise UsageError(f"{what}{error}") from error
     test_accuracy = [(answer == y_test).double().mean().item() for answer in predictions]
-    return Selection(
-        probe=probes[chosen],
-        predictions=predictions[chosen],
-        accuracy=test_accuracy[chosen],
-        grid=grid,
-        slice_accuracy=slice_accuracy,
-        test_accuracy=test_accuracy,
+    choice = choose(axes, slice_accuracy)
+    probe = probes[choice.place]
+    return Found(
+        predictions[choice.place].cpu(),
+        selected={**choice.settings, "n_iter": probe.n_iter_, "converged": probe.converged_},
+        grid=record(axes, slice_accuracy, test_accuracy),
+        edge_of_grid=choice.edge,
         oracle=max(test_accuracy),
-        edge_of_grid=len(grid) > 1 and chosen in (0, len(grid) - 1),
+        parameters=probe.coef_.numel() + probe.intercept_.numel(),
     )

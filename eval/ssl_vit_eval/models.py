@@ -1,4 +1,5 @@
-"""What is evaluated: checkpoints, timm models and the two controls, each with what a row says of it."""
+"""What is evaluated: checkpoints, exported folders, the authors' weight files, timm models and the two controls, each with what a
+row says of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ssl_vit.backbone import Backbone
-from ssl_vit.checkpoint import load_backbone, read_checkpoint
+from ssl_vit.checkpoint import arm_of, backbone_of, is_ours, load_backbone, read_weights, split_arm
 from ssl_vit.errors import UsageError
+from ssl_vit.official import check_size, official_backbone
 from ssl_vit.provenance import recipe_hash
 from ssl_vit.readout import Readout, ReadoutSpec, available
 from ssl_vit.transforms import normalise
@@ -22,8 +24,9 @@ PIXELS = "pixels"
 class Source:
     """One thing that turns images into features.
 
-    name as the user would recognise it; method `dino`, `mae`, `timm`, `random` or `pixels`; trained_with the checkpoint's readout,
-    None for what was not trained here; backbone None for raw pixels."""
+    name as the user would recognise it, `:student` behind a student's; method `dino`, `mae`, `official-dino`, `official-mae`,
+    `official-dinov2`, `timm`, `random` or `pixels`; trained_with the checkpoint's readout, None for what was not trained here (the
+    official files do not say it); image_size the side in pixels of the images that `features` gets; backbone None for raw pixels."""
 
     name: str
     method: str
@@ -47,7 +50,8 @@ class Source:
                     ReadoutSpec.parse(text)
             return [PIXELS]
         if asked is None:
-            return available(self.backbone.cls_tokens, self.backbone.registers)
+            own = [self.trained_with] if self.trained_with else []
+            return list(dict.fromkeys([*available(self.backbone.cls_tokens, self.backbone.registers), *own]))
         own = [self.trained_with] if self.trained_with else list(trained)
         if "trained" in asked and not own:
             raise UsageError(f"{self.name} was not trained with a readout here; name one instead of 'trained', e.g. cls or gap")
@@ -56,49 +60,108 @@ class Source:
             self.backbone.check(spec, name=self.name)
         return list(dict.fromkeys(map(str, specs)))
 
+    def width(self, spec: str) -> int:
+        """The number of features that a readout gives."""
+        return 3 * self.image_size**2 if self.backbone is None else ReadoutSpec.parse(spec).width(self.backbone.width)
+
+    def readout(self, text: str) -> Readout:
+        """The readout that a spec names: of the trained one, the very module, with its parameters.
+
+        UsageError for one with parameters that this source has not trained. ValueError if the backbone brings another trained
+        readout than `trained_with` says: reading with it would answer a question that nobody asked."""
+        assert self.backbone is not None
+        spec, trained = ReadoutSpec.parse(text), self.backbone.trained_readout
+        if (None if trained is None else str(trained.spec)) != self.trained_with:
+            raise ValueError(f"{self.name} was trained with {self.trained_with}, but its backbone brings {trained}")
+        if trained is not None and spec == trained.spec:
+            return trained
+        if spec.learned:
+            raise UsageError(
+                f"readout {text!r} has parameters, which {self.name} has not trained; evaluate it with --protocols attentive, "
+                f"or choose one of: {', '.join(self.readouts(None))}"
+            )
+        return Readout(spec)
+
     def features(self, images: UInt8[Tensor, "b 3 s s"], specs: Sequence[str]) -> dict[str, Float[Tensor, "b _"]]:
-        """All readouts of a batch from one forward pass."""
+        """All readouts of a batch from one forward pass. UsageError for images of a side that the model cannot read."""
         x = images.float() / 255
         if self.backbone is None:
             return {PIXELS: x.flatten(1)}
-        readouts = {spec: Readout(ReadoutSpec.parse(spec)) for spec in specs}
+        side, own = images.shape[-1], self.backbone.image_size
+        if side != own and not getattr(self.backbone.vit, "dynamic_img_size", False):
+            raise UsageError(f"{self.name} was opened for images of {own} px, got {side}; give --image-size {side}")
+        readouts = {spec: self.readout(spec) for spec in specs}
         blocks = tuple({block for readout in readouts.values() for block in readout.spec.blocks})
         tokens = self.backbone(normalise(x, self.backbone.mean, self.backbone.std), blocks=blocks)
         return {spec: readout(tokens).float() for spec, readout in readouts.items()}
 
 
-def open_source(text: str) -> Source:
-    """A checkpoint's path, `timm:NAME`, `random:RECIPE` (the recipe's own initialisation) or `pixels` / `pixels:SIZE` (default 32).
+def open_source(text: str, image_size: int | None = None) -> Source:
+    """What one SOURCE of the command line names.
 
-    UsageError for a name that is none of them, Failure for a file that is not a checkpoint."""
+    text: a checkpoint or an exported folder (`CKPT:student` for the student of a DINO run), a weights file of DINO, MAE or DINOv2 as
+        their authors publish it (`FILE:student` of a full one), `timm:NAME`, `random:RECIPE` (the recipe's own initialisation) or
+        `pixels` / `pixels:SIZE` (default 32).
+    image_size: side in pixels of the images that it will get, positions being interpolated, with a warning; None for the source's
+        own (official files: at most 224). Raw pixels have their size in their name and keep it.
+
+    UsageError for a name that is none of them or a size that is not a multiple of the patch, Failure for a file that is not understood.
+    """
     if text == PIXELS or text.startswith(f"{PIXELS}:"):
         side = text.partition(":")[2] or "32"
         if not side.isdecimal() or int(side) == 0:
             raise UsageError(f"{text!r} needs a side in pixels above 0, e.g. pixels:32")
         return Source(text, "pixels", None, None, int(side), "pixels", None, None, None, None)
     if text.startswith("random:"):
-        return random_source(text.removeprefix("random:"), [])
+        return random_source(text.removeprefix("random:"), [], image_size)
     if text.startswith("timm:"):
-        backbone = load_backbone(text)
-        return Source(text, "timm", None, None, backbone.image_size, backbone.weights_hash(), None, None, None, backbone)
-    ours = read_checkpoint(text)["ssl_vit"]
-    recipe, backbone = ours["recipe"], load_backbone(text)
-    return _of_recipe(Path(text).parent.name or Path(text).stem, recipe["method"], ours["readout"], recipe, ours["init"], backbone)
+        return _not_ours(text, "timm", load_backbone(text, image_size=image_size))
+    path, which = split_arm(text)
+    content = read_weights(path)
+    if not is_ours(content):
+        family, backbone = official_backbone(content, path, which, image_size)
+        return _not_ours(Path(path).stem + _suffix(which), f"official-{family}", backbone)
+    ours, arm = content["ssl_vit"], arm_of(content, path, which)
+    backbone = backbone_of(content, path, which, image_size)
+    name = _run_name(Path(path)) + _suffix(arm)
+    return _of_recipe(name, ours["recipe"]["method"], ours["readout"], ours["recipe"], ours["init"], backbone, image_size)
 
 
-def random_source(recipe: str, options: list[str]) -> Source:
+def random_source(recipe: str, options: list[str], image_size: int | None = None) -> Source:
     """The backbone that a recipe starts from: its architecture, its initialisation, its seed, and no training."""
     from ssl_vit.pretrain import build_method, parse_recipe  # lightning's parser, which the other sources do without
 
     parser, config = parse_recipe(recipe, options)
     module = build_method(config, parser.instantiate(config))
     backbone: Backbone = module.backbone.eval()
+    check_size(image_size, backbone.patch, recipe)
     file = Path(recipe)  # of a path, the last part that tells something: a run folder's recipe.yaml is named after the folder
     name = file.parent.name if file.stem == "recipe" and file.parent.name else file.stem
-    return _of_recipe(f"random:{name}", "random", None, module.recipe, None, backbone)
+    return _of_recipe(f"random:{name}", "random", None, module.recipe, None, backbone, image_size)
 
 
-def _of_recipe(name: str, method: str, trained_with: str | None, recipe: dict[str, Any], init: str | None, backbone: Backbone) -> Source:
+def _run_name(path: Path) -> str:
+    """A checkpoint is named after the folder of its run, an exported folder after itself."""
+    return path.resolve().name if path.expanduser().is_dir() else path.parent.name or path.stem
+
+
+def _suffix(arm: str | None) -> str:
+    return ":student" if arm == "student" else ""
+
+
+def _not_ours(name: str, method: str, backbone: Backbone) -> Source:
+    return Source(name, method, None, None, backbone.image_size, backbone.weights_hash(), None, None, None, backbone)
+
+
+def _of_recipe(
+    name: str,
+    method: str,
+    trained_with: str | None,
+    recipe: dict[str, Any],
+    init: str | None,
+    backbone: Backbone,
+    image_size: int | None,
+) -> Source:
     family = recipe_hash({key: value for key, value in recipe.items() if key not in ("readout", "seed")})
-    weights = backbone.weights_hash()
-    return Source(name, method, trained_with, recipe["seed"], backbone.image_size, weights, recipe_hash(recipe), family, init, backbone)
+    size, weights = image_size or backbone.image_size, backbone.weights_hash()
+    return Source(name, method, trained_with, recipe["seed"], size, weights, recipe_hash(recipe), family, init, backbone)

@@ -1,54 +1,78 @@
-"""Protocols: versioned YAML files that say how features are judged, and the one function that carries one out."""
+"""Protocols: versioned YAML files that say how a frozen backbone is judged, and which module carries each kind out."""
 
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from ssl_vit.assets import find_asset, list_assets
 from ssl_vit.errors import UsageError, one_of
-from ssl_vit_eval.knn import KNNProbe
-from ssl_vit_eval.linear import select_and_fit
-from ssl_vit_eval.selection import stratified_slice
+from ssl_vit_eval import attentive, finetune, heads, knn, linear, lowshot, mlp
+from ssl_vit_eval.selection import Found, stratified_slice
 
-# every parameter of a kind is in its file, so that the file is the whole rule
-PARAMETERS: dict[str, dict[str, type]] = {
-    "knn": {"k": int, "temperature": float},
-    "logreg": {"grid": list, "max_iter": int, "tol": float, "slice_fraction": float, "slice_seed": int},
+
+class Kind(NamedTuple):
+    """How a kind of protocol is carried out.
+
+    parameters: every one of them is in the protocol's file, so that the file is the whole rule. reads: pooled `features`, the `tokens`
+    of a frozen backbone, or the `images` themselves. joint: all readouts in one run, because that is faster than one after another.
+    shared: several processes divide one run; the runs of other kinds are divided among the processes.
+    """
+
+    parameters: Mapping[str, type]
+    run: Callable[..., dict[str, Found]]
+    reads: str = "features"
+    joint: bool = False
+    shared: bool = False
+
+
+KINDS = {
+    "knn": Kind(knn.PARAMETERS, knn.run, shared=True),
+    "logreg": Kind(linear.PARAMETERS, linear.run),
+    "linear": Kind(heads.PARAMETERS, heads.run, joint=True),
+    "mlp": Kind(mlp.PARAMETERS, mlp.run),
+    "lowshot": Kind(lowshot.PARAMETERS, lowshot.run),
+    "attentive": Kind(attentive.PARAMETERS, attentive.run, reads="tokens", joint=True),
+    "finetune": Kind(finetune.PARAMETERS, finetune.run, reads="images"),
 }
+PRESET = "preset"  # a kind of file that only names others: {protocols: [...]}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A rule: its name, the version that is raised whenever a number could change, its kind (a key of PARAMETERS), its parameters."""
+    """A rule: its name, the version that is raised whenever a number could change, its kind (a key of KINDS), its parameters, and
+    in what it deviates from the paper that it is named after, a sentence each."""
 
     name: str
     version: int
     kind: str
     parameters: dict[str, Any]
+    deviations: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> str:
+        return KINDS[self.kind].reads
+
+    def held_out(self, y: Int64[Tensor, " n"], given: Bool[Tensor, " n"] | None) -> Bool[Tensor, " n"]:
+        """The selection slice of train: the one given (of a set whose images overlap: whole groups of them), else stratified; empty
+        for a kind that selects in another way."""
+        if "slice_fraction" not in self.parameters:
+            return torch.zeros(len(y), dtype=torch.bool)
+        return stratified_slice(y, self.parameters["slice_fraction"], self.parameters["slice_seed"]) if given is None else given
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a protocol gives. Accuracies are fractions: `accuracy` top-1 over images, `macro` the mean of the class accuracies.
-
-    `selected` holds the parameters used; `grid`, `edge_of_grid` and `oracle` are None where nothing was selected.
-    """
-
-    predictions: Int64[Tensor, " n"]
-    accuracy: float
-    macro: float
-    selected: dict[str, Any]
-    grid: dict[str, Any] | None
-    edge_of_grid: bool | None
-    oracle: float | None
-    seconds: float
+def load_protocols(names: Sequence[str]) -> list[Protocol]:
+    """The protocols of these names or YAML files, presets replaced by what they name, each once. UsageError as `load_protocol`."""
+    found: dict[str, Protocol] = {}
+    for name in names:
+        protocol = load_protocol(name)
+        members = protocol.parameters["protocols"] if protocol.kind == PRESET else [name]
+        found |= {member.name: member for member in map(load_protocol, members)}
+    return list(found.values())
 
 
 def load_protocol(name: str) -> Protocol:
@@ -69,44 +93,16 @@ def load_protocol(name: str) -> Protocol:
 
 def run_protocol(
     protocol: Protocol,
-    X_train: Float[Tensor, "n d"],
+    train: Mapping[str, Float[Tensor, "n _"]],
     y_train: Int64[Tensor, " n"],
-    X_test: Float[Tensor, "m d"],
+    test: Mapping[str, Float[Tensor, "m _"]],
     y_test: Int64[Tensor, " m"],
-    selection_mask: Bool[Tensor, " n"] | None = None,
-) -> Result:
-    """Fit on train, choose on the slice of train that `selection_mask` marks, and read test once.
+    selection: Bool[Tensor, " n"] | None = None,
+) -> dict[str, Found]:
+    """A protocol that reads features, on those of some readouts: fit on train, choose on its slice, read test once.
 
-    Without a mask a stratified slice is drawn as the protocol says; give one where images overlap, so that the slice holds
-    whole groups of them. UsageError for features that the probes refuse.
-    """
-    start = time.perf_counter()
-    p = protocol.parameters
-    if protocol.kind == "knn":
-        probe = KNNProbe(p["k"], p["temperature"]).fit(X_train, y_train)
-        predictions = probe.predict(X_test)
-        selected, grid, edge, oracle = {"k": probe.k_, "temperature": p["temperature"]}, None, None, None
-    else:
-        if selection_mask is None:
-            selection_mask = stratified_slice(y_train, p["slice_fraction"], p["slice_seed"])
-        found = select_and_fit(X_train, y_train, X_test, y_test, p["grid"], selection_mask, p["max_iter"], p["tol"])
-        predictions = found.predictions
-        selected = {"C": found.probe.C, "n_iter": found.probe.n_iter_, "converged": found.probe.converged_}
-        grid = {"C": found.grid, "slice_accuracy": found.slice_accuracy, "test_accuracy": found.test_accuracy}
-        edge, oracle = found.edge_of_grid, found.oracle
-    predictions, y_test = predictions.cpu(), y_test.cpu()
-    seconds = time.perf_counter() - start
-    accuracy, macro = accuracies(predictions, y_test)
-    return Result(predictions, accuracy, macro, selected, grid, edge, oracle, seconds)
-
-
-def accuracies(predictions: Int64[Tensor, " m"], labels: Int64[Tensor, " m"]) -> tuple[float, float]:
-    """Micro and macro top-1 accuracy, fractions. Macro is the mean over the classes that have test images."""
-    classes = int(torch.maximum(predictions.max(), labels.max())) + 1
-    micro = multiclass_accuracy(predictions, labels, num_classes=classes, average="micro").item()
-    # torchmetrics' own macro counts a class that is only predicted, never true, as one of accuracy 0
-    of_class = multiclass_accuracy(predictions, labels, num_classes=classes, average="none")
-    return micro, of_class[torch.unique(labels)].mean().item()
+    UsageError for features that the probes refuse."""
+    return KINDS[protocol.kind].run(protocol.parameters, train, y_train, test, y_test, protocol.held_out(y_train, selection))
 
 
 def _read(name: str, text: str) -> Protocol:
@@ -114,11 +110,16 @@ def _read(name: str, text: str) -> Protocol:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"protocol {name!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    content = _checked(f"protocol {name!r}", content, {"version": int, "kind": str, "parameters": dict})
+    where = f"protocol {name!r}"
+    deviations = content.pop("deviations", []) if isinstance(content, dict) else []
+    if not isinstance(deviations, list) or not all(isinstance(item, str) for item in deviations):
+        raise UsageError(f"{where} has deviations {deviations!r}: give a list of sentences")
+    content = _checked(where, content, {"version": int, "kind": str, "parameters": dict})
     kind = content["kind"]
-    if kind not in PARAMETERS:
-        raise UsageError(f"protocol {name!r} has the unknown kind {kind!r}: {one_of(kind, PARAMETERS)}")
-    return Protocol(name, content["version"], kind, _checked(f"protocol {name!r}, parameters", content["parameters"], PARAMETERS[kind]))
+    if kind not in KINDS and kind != PRESET:
+        raise UsageError(f"{where} has the unknown kind {kind!r}: {one_of(kind, [*KINDS, PRESET])}")
+    types = {"protocols": list} if kind == PRESET else KINDS[kind].parameters
+    return Protocol(name, content["version"], kind, _checked(f"{where}, parameters", content["parameters"], types), tuple(deviations))
 
 
 def _checked(where: str, content: object, types: Mapping[str, type]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _legend(scale: float) -> str:
 def _setting(comparison: Comparison, table: Table, scale: float) -> str:
     setting = table.setting
     parts = [
-        f"<h3>{escape(setting.dataset)} · {escape(setting.protocol)}</h3>",
+        f"<h3>{escape(setting.dataset)} · {escape(setting.rule)}</h3>",
         f'<p class="soft">protocol version {setting.version}, {table.n_test:,} test images, {escape(setting.transform)}, '
         f"data <code>{escape(setting.data)}</code></p>",
     ]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure, UsageError
@@ -30,6 +31,7 @@ class Key(NamedTuple):
     protocol: str
     protocol_version: int
     read_with: str
+    control: str = ""
 
     @property
     def digest(self) -> str:
@@ -68,6 +70,10 @@ class Row:
     transform: str
     git: str | None
     source: str  # as the user named it; of a path the last part only
+    control: str = ""  # what was changed to see what a number owes to it: "shuffled labels", "projected to 192"
+    width: int | None = None  # of what the probe read
+    parameters: int | None = None  # that the probe fitted and uses, a learned readout's among them
+    bank: int | None = None  # images that could vote in k-NN
     predictions: str = ""  # file below the store's folder; filled in by `RowStore.append`
 
     def __post_init__(self) -> None:
@@ -94,8 +100,12 @@ class RowStore:
         self.folder = Path(folder)
         self.file = self.folder / "rows.jsonl"
 
-    def append(self, rows: Sequence[Row], predictions: Int64[Tensor, " n"], labels: Int64[Tensor, " n"]) -> list[Row]:
+    def append(
+        self, rows: Sequence[Row], predictions: Int64[Tensor, "n"] | Int64[Tensor, "n draws"], labels: Int64[Tensor, " n"]
+    ) -> list[Row]:
         """Add the rows of one evaluation (one for each metric) and its answers; the rows come back with `predictions` filled in.
+
+        predictions: a column for each draw of a protocol that draws several training sets.
 
         The predictions are complete before a row names them, and the rows are one write: a kill leaves whole lines, or one cut
         last line, which is ignored on reading and cleared away by the next append.
@@ -106,7 +116,9 @@ class RowStore:
         rows = [replace(row, predictions=name) for row in rows]
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = {"image": range(len(labels)), "label": labels.tolist(), "prediction": predictions.tolist()}
+        draws = predictions.reshape(len(labels), -1).T.tolist()
+        columns = {"image": range(len(labels)), "label": labels.tolist()}
+        columns |= {f"prediction{number or ''}": answers for number, answers in enumerate(draws)}
         partial = path.with_name(f"{path.name}.partial")
         pq.write_table(pa.table({column: pa.array(values, pa.int64()) for column, values in columns.items()}), partial)
         with open(partial, "rb") as file:
@@ -135,15 +147,23 @@ class RowStore:
         """Whether this number is there, with its predictions."""
         return any(row.key == key and row.metric == metric and (self.folder / row.predictions).is_file() for row in self.rows())
 
-    def predictions(self, row: Row) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
-        """Predicted and true class indices of the test images, in the order of the test set; Failure where the file is gone or corrupt."""
+    def predictions(self, row: Row) -> tuple[Int64[Tensor, "n draws"], Int64[Tensor, " n"]]:
+        """Predicted (a column a draw) and true classes of the test images, in their order; Failure where the file is gone or corrupt."""
         path = self.folder / row.predictions
         try:
             table = pq.read_table(path)
-            prediction, label = (torch.tensor(table[column].to_pylist(), dtype=torch.int64) for column in ("prediction", "label"))
+            names = ["label", "prediction", *(name for name in table.column_names if re.fullmatch(r"prediction\d+", name))]
+            label, *draws = (torch.tensor(table[name].to_pylist(), dtype=torch.int64) for name in names)
         except (OSError, KeyError, pa.ArrowException) as error:
             raise Failure(f"cannot read the predictions {path}: {error}; remove the row or evaluate again") from error
-        return prediction, label
+        return torch.stack(draws, dim=1), label
+
+    def correct(self, row: Row) -> Float64[Tensor, " n"]:
+        """How often each test image was answered rightly: 1 or 0, a share where there are several draws. Failure as `predictions`."""
+        predictions, labels = self.predictions(row)
+        if len(labels) != row.n_test:
+            raise Failure(f"{self.folder / row.predictions} has {len(labels)} predictions, its row {row.n_test} images: evaluate again")
+        return (predictions == labels[:, None]).double().mean(dim=1)
 
     def _read(self) -> tuple[bytes, bytes]:
         """The file's bytes, and the end of them that follows the last complete line."""

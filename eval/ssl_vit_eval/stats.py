@@ -1,13 +1,13 @@
 """Intervals and paired tests over images. They say how sure a number is of these images, nothing about another pretraining seed.
 
-Answers are right or wrong, so a resample of the images is known by its counts: the bootstrap distribution of an accuracy is a
-binomial, that of a paired difference a multinomial over (+1, 0, -1). Counts are drawn in place of images: the same distribution, at once.
+Answers are right or wrong, or right in some of a few draws, so a resample of the images is known by its counts: the bootstrap distribution
+of a paired difference is a multinomial over (+1, 0, -1). Counts are drawn in place of images: the same distribution, at once.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Float, Int64
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -41,38 +41,46 @@ def wilson_interval(correct: int, n: int) -> Interval:
     return Interval(float(interval.low), float(interval.high))
 
 
-def macro_interval(correct: Bool[Tensor, " n"], labels: Int64[Tensor, " n"], seed: int = 0) -> Interval:
+def mean_interval(share: Float[Tensor, " n"], seed: int = 0) -> Interval:
+    """Percentile bootstrap interval, over images, of the mean of `share`: how often each image was answered rightly, in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    return _percentiles(_sums(_images(share), rng) / len(share))
+
+
+def macro_interval(share: Float[Tensor, " n"], labels: Int64[Tensor, " n"], seed: int = 0) -> Interval:
     """Percentile bootstrap interval of the mean of the class accuracies, images resampled within their class, as fractions.
 
     A class whose few images are all right, or all wrong, adds no spread: with such classes the interval is too narrow.
     """
-    _images(correct)
-    _, classes, counts = np.unique(labels.cpu().numpy(), return_inverse=True, return_counts=True)
-    accuracy = np.bincount(classes, weights=correct.cpu().numpy()) / counts
+    values, classes = _images(share), labels.cpu().numpy()
     rng = np.random.default_rng(seed)
-    macro = np.zeros(DRAWS)
-    for n, p in zip(counts, accuracy, strict=True):
-        macro += rng.binomial(n, p, DRAWS) / n
-    return _percentiles(macro / len(counts))
+    groups = [values[classes == label] for label in np.unique(classes)]
+    return _percentiles(np.mean([_sums(group, rng) / len(group) for group in groups], axis=0))
 
 
-def paired_difference(correct_a: Bool[Tensor, " n"], correct_b: Bool[Tensor, " n"], seed: int = 0) -> PairedDifference:
-    """Accuracy of A minus B on the same images, with the percentile interval of the paired bootstrap over images, in points."""
-    n = _images(correct_a)
-    only_a, only_b = _discordant(correct_a, correct_b)
-    draws = np.random.default_rng(seed).multinomial(n, [only_a / n, only_b / n, (n - only_a - only_b) / n], DRAWS)
-    low, high = _percentiles(100 * (draws[:, 0] - draws[:, 1]) / n)
-    return PairedDifference(100 * (only_a - only_b) / n, low, high)
+def paired_difference(share_a: Float[Tensor, " n"], share_b: Float[Tensor, " n"], seed: int = 0) -> PairedDifference:
+    """Accuracy of A minus B on the same images, with the percentile interval of the paired bootstrap over images, in points.
+
+    share: 1 for an image answered rightly, 0 for wrongly, between them for several draws of the training set."""
+    differences = _images(share_a) - _images(share_b)
+    low, high = _percentiles(100 * _sums(differences, np.random.default_rng(seed)) / len(differences))
+    return PairedDifference(float(100 * differences.mean()), low, high)
 
 
-def _images(correct: Bool[Tensor, " n"]) -> int:
-    if len(correct) == 0:
+def _images(share: Float[Tensor, " n"]) -> np.ndarray:
+    if len(share) == 0:
         raise UsageError("there are no images to resample: an interval needs at least one")
-    return len(correct)
+    values: np.ndarray = share.double().cpu().numpy()
+    return values
 
 
-def _discordant(correct_a: Bool[Tensor, " n"], correct_b: Bool[Tensor, " n"]) -> tuple[int, int]:
-    return int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
+def _sums(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The sums of `DRAWS` resamples of `values`, of which only few differ: how often each comes is a multinomial."""
+    different, counts = np.unique(values, return_counts=True)
+    order = np.lexsort((-different, -np.abs(different)))  # zero, the most frequent and the one that adds nothing, last
+    drawn = rng.multinomial(len(values), counts[order] / len(values), DRAWS)
+    sums: np.ndarray = drawn @ different[order]
+    return sums
 
 
 def _percentiles(draws: np.ndarray) -> Interval:

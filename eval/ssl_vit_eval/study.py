@@ -11,12 +11,13 @@ from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.errors import UsageError, one_of
 from ssl_vit.pretrain import build_method, parse_recipe, pretrain, recipe_changes
 from ssl_vit.readout import ReadoutSpec
-from ssl_vit.sources import check_source, load_split
+from ssl_vit.sources import load_split
 from ssl_vit_eval.compare import compare
-from ssl_vit_eval.evaluate import evaluate, open_sources
-from ssl_vit_eval.models import random_source
+from ssl_vit_eval.evaluate import evaluate
+from ssl_vit_eval.models import open_source, random_source
 from ssl_vit_eval.pictures import save_reconstructions
-from ssl_vit_eval.protocols import load_protocol
+from ssl_vit_eval.protocols import load_protocols
+from ssl_vit_eval.suites import Dataset
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def run_study(name: str, out: str | None) -> Path:
         for spec in study.trained_with
         for seed in study.seeds
     ]
-    for dataset in study.data:
-        check_source(dataset)
-    for protocol in study.protocols:
-        load_protocol(protocol)
+    data = [Dataset(name) for name in study.data]
+    for dataset in data:
+        dataset.check()
+    load_protocols(study.protocols)
     randoms = [random_source(recipe, ["--seed", str(seed)]) for recipe in study.recipes for seed in study.seeds]
     for source in randoms:
         source.readouts(study.read_with)
@@ -97,10 +98,10 @@ def run_study(name: str, out: str | None) -> Path:
             pretrain(cell.recipe, [*cell.options, "--resume"] if (cell.folder / "recipe.yaml").exists() else cell.options)
         _draw_reconstructions(cell)
     sizes = dict.fromkeys(source.image_size for source in randoms)
-    controls = [*open_sources([f"pixels:{size}" for size in sizes]), *randoms]
-    trained = open_sources([str(cell.folder / "last.ckpt") for cell in cells])
+    controls = [*(open_source(f"pixels:{size}") for size in sizes), *randoms]
+    trained = [open_source(str(cell.folder / "last.ckpt")) for cell in cells]
     print(f"evaluating {len(trained)} backbones and {len(controls)} controls on {', '.join(study.data)}", flush=True)
-    evaluate([*controls, *trained], study.data, study.protocols, study.read_with, folder / "eval", say=lambda line: None)
+    evaluate([*controls, *trained], data, study.protocols, study.read_with, folder / "eval", say=lambda line: None)
     report = compare([folder], folder)
     print(f"{time.monotonic() - start:.0f} s in all; a second run skips what is done")
     return report

@@ -108,8 +108,8 @@ class Arm(nn.Module):
         super().__init__()
         self.backbone = build_backbone(backbone, drop_path=drop_path)
         self.backbone.check(spec)
-        self.readout = Readout(spec)
         self.head = Head(spec.width(self.backbone.width), head)
+        self.readout = Readout(spec, self.backbone.width)  # drawn last, so that what the arms of a study share starts the same
         if not spec.uses_norm:  # without a gradient DDP would wait for it forever
             self.backbone.norm.requires_grad_(False)
 

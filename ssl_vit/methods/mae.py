@@ -110,12 +110,14 @@ class MAE(Method):
         self.crop, self.norm_pixels = crop, norm_pixels
         self.backbone = build_backbone(backbone)
         self.backbone.check(spec)
-        self.readout = Readout(spec)
         self.decoder = Decoder(self.backbone.width, grid, backbone.patch, decoder)
         self.initialise()
+        # drawn last, so that what the arms of a study share starts the same; and from its own start, as under any other loss
+        self.readout = Readout(spec, self.backbone.width)
 
     def initialise(self) -> None:
-        """The authors' start: Xavier for every matrix, the patch embedding as a Linear over the flattened kernel, fixed positions."""
+        """The authors' start: Xavier for every matrix of encoder and decoder, the patch embedding as a Linear over the flattened
+        kernel, fixed positions."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

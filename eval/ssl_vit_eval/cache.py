@@ -1,0 +1,100 @@
+"""Features on disk, memory-mapped: written by one pass, read by every later evaluation, and never taken for those of something else."""
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from ssl_vit_eval.distributed import barrier, rank
+
+FORMAT = 1  # raised whenever the pass could give other numbers for the same key
+_HEADER = mmap.ALLOCATIONGRANULARITY  # bytes before the numbers, so that these can be mapped
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """What the features of a split depend on; hashes are as in the rows."""
+
+    checkpoint: str
+    data: str
+    split: str
+    transform: str
+    normalisation: str  # mean and std of the input
+    spec: str
+    rows: int
+    width: int
+    format: int = FORMAT
+
+    @property
+    def digest(self) -> str:
+        return sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
+
+
+class FeatureFile:
+    """One readout's features of one split, float32 [rows width], in a file that says in its header what they are of.
+
+    It is written under another name, each process its own rows, and gets its name when all of them are there.
+    """
+
+    def __init__(self, folder: Path, key: FeatureKey) -> None:
+        self.key = key
+        self.path = folder / f"{key.digest}.features"
+        self._partial = self.path.with_suffix(".partial")
+        self._bytes = _HEADER + 4 * key.rows * key.width
+        self._descriptor = -1
+
+    def read(self) -> Float32[Tensor, "rows width"] | None:
+        """The features, mapped from the file; None where there is none, or where it is cut short or of something else."""
+        if not self.path.is_file():
+            return None
+        with self.path.open("rb") as file:
+            header = file.read(_HEADER)
+        if header != self._header() or self.path.stat().st_size != self._bytes:
+            print(f"{self.path} is cut short or belongs to something else; computed again", flush=True)
+            return None
+        # mode c: torch wants memory that it may write to; a write would stay in memory and never reach the file
+        mapped = np.memmap(self.path, np.float32, "c", _HEADER, (self.key.rows, self.key.width))
+        return torch.from_numpy(mapped)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the writes of every process; the file gets its name at the end, and is gone if there is no end."""
+        if rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._partial.open("wb") as file:
+                file.write(self._header())
+                file.truncate(self._bytes)
+        barrier()
+        self._descriptor = os.open(self._partial, os.O_WRONLY)
+        try:
+            yield
+            os.fsync(self._descriptor)
+        except BaseException:
+            self._partial.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(self._descriptor)
+        barrier()
+        if rank() == 0:
+            os.replace(self._partial, self.path)
+        barrier()
+
+    def write(self, start: int, features: Float32[Tensor, "n width"]) -> None:
+        """Rows from `start` on, within `writing`. Not by mapped memory, where a full disk would be a crash and not an error."""
+        data = memoryview(features.contiguous().numpy().data).cast("B")
+        offset = _HEADER + 4 * start * self.key.width
+        while data:
+            written = os.pwrite(self._descriptor, data, offset)
+            data, offset = data[written:], offset + written
+
+    def _header(self) -> bytes:
+        return json.dumps(asdict(self.key)).encode().ljust(_HEADER)

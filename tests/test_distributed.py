@@ -1,0 +1,118 @@
+"""Several real processes over gloo: every index once and in order, and the numbers of one process to the last bit."""
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.multiprocessing import start_processes
+
+from ssl_vit.backbone import BackboneConfig, build_backbone
+from ssl_vit.readout import readout
+from ssl_vit_eval import distributed, online
+from ssl_vit_eval.distributed import barrier, gather_objects, merge_parts, parts, process_group, rank, world
+
+TOTALS, SIZES = (0, 1, 5, 7, 64, 65), (1, 3, 64)
+WORLDS = (3, 2)
+BATCHES = (7, 256)  # of the k-NN: ranges that do not divide, and a single one, so that some processes have none
+
+
+def work(pictures: Path) -> dict[str, object]:
+    """What every process answers, and what it did itself (`own`)."""
+    torch.set_num_threads(1)
+    merged, own = {}, {}
+    for total in TOTALS:
+        for size in SIZES:
+            mine = [torch.arange(start, end) for start, end in parts(total, size)]
+            indices = torch.cat([torch.arange(0), *mine])
+            own[f"{total}/{size}"] = indices.tolist()
+            columns = torch.stack([indices, indices**2], dim=1).double()
+            merged[f"{total}/{size}"] = merge_parts(columns, total, size).tolist()
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneConfig("vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=2, heads=2)).eval()
+    callback, accuracy = online.OnlineKNN(str(pictures)), {}
+    for batch in BATCHES:
+        online.BATCH = batch
+        callback.prepare(16)
+        accuracy[batch] = callback.measure(backbone, readout("gap"), torch.device("cpu"))
+        images = torch.cat([torch.empty(0, 3, 16, 16, dtype=torch.uint8), *callback.bank])
+        merged[f"bank/{batch}"] = merge_parts(images, len(callback.bank_labels), batch).flatten(1).long().sum(dim=1).tolist()
+        own[f"bank/{batch}"] = len(images)
+        with torch.no_grad():
+            features = [online._features(part, backbone, readout("gap"), torch.device("cpu")) for part in callback.bank]
+        whole = merge_parts(torch.cat([torch.empty(0, 24), *features]), len(callback.bank_labels), batch)
+        merged[f"features/{batch}"] = [value.hex() for value in whole.flatten().tolist()]
+    barrier()
+    return {"merged": merged, "own": own, "accuracy": accuracy, "ranks": gather_objects(rank()), "world": world()}
+
+
+def member(number: int, pictures: Path, out: Path, ports: list[int]) -> None:
+    """The process `number` of each group that has so many."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(number), "LOCAL_RANK": str(number)}
+    for processes, port in zip(WORLDS, ports, strict=True):
+        os.environ |= {"WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
+        if number < processes:
+            with process_group():
+                answer = work(pictures)
+            (out / f"{number}-of-{processes}.json").write_text(json.dumps(answer))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    patterns = rng.normal(0, 15, (3, 16, 16, 3))
+    for number in range(90):
+        file = tmp_path / f"pictures/train/{number % 3}/{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((128 + patterns[number % 3] + rng.normal(0, 40, (16, 16, 3))).clip(0, 255).astype(np.uint8)).save(file)
+    return tmp_path / "pictures"
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_processes_share_the_work_and_agree_with_one(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # a server that has imported the libraries once, has no thread and no GPU, and is then forked
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["datasets", "lightning", "timm"])
+    ports = [free_port() for _ in WORLDS]
+    start_processes(member, (pictures, tmp_path, ports), nprocs=max(WORLDS), start_method="forkserver")
+    monkeypatch.setattr(online, "BATCH", online.BATCH)  # `work` changes it
+    alone = json.loads(json.dumps(work(pictures)))
+
+    assert alone["world"] == 1
+    assert alone["own"]["bank/7"] == 66  # of 90 files a fifth is the test set, and a tenth of the rest is asked
+    assert 0 < alone["accuracy"]["7"] < 1
+    for total in TOTALS:
+        for size in SIZES:
+            assert alone["merged"][f"{total}/{size}"] == [[index, index**2] for index in range(total)]
+    for processes in WORLDS:
+        answers = [json.loads((tmp_path / f"{number}-of-{processes}.json").read_text()) for number in range(processes)]
+        for answer in answers:
+            assert answer["world"] == processes
+            assert answer["ranks"] == list(range(processes))
+            assert answer["merged"] == alone["merged"]
+            assert answer["accuracy"] == alone["accuracy"]
+        for total in TOTALS:
+            for size in SIZES:
+                own = [answer["own"][f"{total}/{size}"] for answer in answers]
+                assert sorted(index for indices in own for index in indices) == list(range(total))
+                assert max(map(len, own)) - min(map(len, own)) <= size
+        assert sum(answer["own"]["bank/7"] for answer in answers) == 66
+        assert [answer["own"]["bank/256"] for answer in answers] == [66] + [0] * (processes - 1)
+
+
+def test_one_process_needs_no_group() -> None:
+    with process_group():
+        assert (rank(), world(), list(parts(5, 2))) == (0, 1, [(0, 2), (2, 4), (4, 5)])
+        assert not distributed.dist.is_initialized()

@@ -1,0 +1,200 @@
+"""`ssl-vit eval` as a command: the cache, the controls, every kind of protocol, learned readouts, sets that fail, diagnostics."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ssl_vit.assets import find_asset
+from ssl_vit.cli import run
+from ssl_vit_eval.models import open_source
+from ssl_vit_eval.rows import RowStore
+from tests.conftest import BACKBONE, errors
+
+pytestmark = pytest.mark.usefixtures("three_classes")
+
+
+def test_a_second_evaluation_reads_the_features(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "random:mae.yaml", "--data", "./pictures", "--readouts", "cls", "gap", "--cache", "cache"]
+    assert run([*command, "--out", "first", "--protocols", "knn"]) == 0
+    files = sorted(Path("cache").iterdir())
+    assert len(files) == 4  # two readouts, two splits
+    assert run([*command, "--out", "second", "--protocols", "knn"]) == 0
+
+    def forward(*_: object, **__: object) -> None:
+        raise AssertionError("the backbone is not needed")
+
+    with monkeypatch.context() as without:
+        without.setattr("ssl_vit.backbone.Backbone.forward", forward)
+        without.setattr("ssl_vit.lazy.EncodedImages.batch", forward)  # nor are the pictures
+        assert run([*command, "--out", "third", "--protocols", "knn", "logreg"]) == 0
+    rows = [[row.value for row in RowStore(out).rows() if row.protocol == "knn"] for out in ("first", "second", "third")]
+    assert rows[0] == rows[1] == rows[2]
+
+    # cut short, or under the name of another: computed again
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    files[1].rename(files[2])
+    assert run([*command, "--out", "fourth", "--protocols", "knn"]) == 0
+    assert capsys.readouterr().out.count("is cut short or belongs to something else") == 2
+    assert [row.value for row in RowStore("fourth").rows()] == rows[0]
+
+
+def test_features_that_are_not_finite_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "mae.yaml", "--out", "run", "--trainer.accelerator", "cpu"]) == 0
+    checkpoint = torch.load("run/last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["backbone.vit.norm.weight"][:] = float("nan")
+    torch.save(checkpoint, "run/last.ckpt")
+    assert run(["eval", "run/last.ckpt", "--data", "./pictures", "--out", "out", "--readouts", "gap/pre", "gap"]) == 1
+    assert "run: pictures train: image 0 read with gap gives features that are not finite" in errors(capsys)[0]
+    assert run(["eval", "run/last.ckpt", "--data", "./pictures", "--out", "out", "--readouts", "gap/pre", "--protocols", "knn"]) == 0
+
+
+def test_controls_are_rows_and_tables_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "random:mae.yaml", "--data", "./pictures", "--out", "out", "--protocols", "logreg", "--readouts", "gap", "cls+gap"]
+    assert run([*command, "--controls", "width", "shuffled"]) == 0
+    rows = {(row.read_with, row.control): row for row in RowStore("out").rows() if row.metric == "top1"}
+    width = BACKBONE["width"]
+    expected = {
+        ("gap", ""),
+        ("gap", "shuffled labels"),
+        ("cls+gap", ""),
+        ("cls+gap", "shuffled labels"),
+        ("cls+gap", f"projected to {width}"),
+    }
+    assert rows.keys() == expected
+    assert (rows["cls+gap", ""].width, rows["cls+gap", f"projected to {width}"].width) == (2 * width, width)
+    assert rows["cls+gap", ""].parameters == 3 * (2 * width + 1)
+    assert run(["compare", "out"]) == 0
+    text = capsys.readouterr().out
+    assert f"pictures · logreg, projected to {width} v1" in text
+    assert "differ in" not in text
+
+
+def test_shuffled_labels_leave_chance() -> None:
+    for split in ("train", "test"):  # two classes that anything can tell apart
+        for name, level in (("black", 0), ("white", 255)):
+            folder = Path("plain", split, name)
+            folder.mkdir(parents=True)
+            for number in range(40):
+                noise = np.random.default_rng(number).integers(0, 40, (16, 16, 3))
+                Image.fromarray(np.abs(level - noise).astype(np.uint8)).save(folder / f"{number}.png")
+    command = ["eval", "random:mae.yaml", "--data", "./plain", "--out", "out", "--readouts", "gap", "--controls", "shuffled"]
+    assert run([*command, "--protocols", "knn"]) == 0
+    found = {row.control: row.value for row in RowStore("out").rows() if row.metric == "top1"}
+    assert found[""] == 1.0
+    assert 0.2 < found["shuffled labels"] < 0.8
+
+
+def test_every_kind_of_protocol_on_one_source(capsys: pytest.CaptureFixture[str]) -> None:
+    short = {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "draws": 2, "folds": 2}
+    names = []
+    for kind, base in {
+        "linear": "linear-dino",
+        "mlp": "mlp",
+        "attentive": "attentive",
+        "finetune": "finetune",
+        "lowshot": "lowshot-5",
+    }.items():
+        content = yaml.safe_load(find_asset("protocols", base).read_text())
+        content["parameters"] |= {key: type(value)(short[key]) for key, value in content["parameters"].items() if key in short}
+        content["parameters"] |= {key: value[:2] for key, value in content["parameters"].items() if key == "lr"}
+        content["parameters"] |= {"iterations": 3} if kind == "mlp" else {}
+        names.append(f"{kind}-short.yaml")
+        Path(names[-1]).write_text(yaml.safe_dump(content))
+    command = [
+        "eval",
+        "random:mae.yaml",
+        "--data",
+        "./pictures",
+        "--out",
+        "out",
+        "--protocols",
+        "knn",
+        *names,
+        "--readouts",
+        "cls",
+        "cls+gap",
+    ]
+    assert run([*command, "abmilp"]) == 0
+    rows = {(row.protocol, row.read_with): row for row in RowStore("out").rows() if row.metric == "top1"}
+    fixed = {(name, spec) for name in ("knn", "linear-short", "mlp-short", "lowshot-short") for spec in ("cls", "cls+gap")}
+    trains = {("finetune-short", spec) for spec in ("cls", "cls+gap", "abmilp")} | {("attentive-short", "abmilp")}
+    assert rows.keys() == fixed | trains
+    assert rows["knn", "cls"].bank == 30
+    assert rows["linear-short", "cls"].deviations
+    assert rows["knn", "cls"].deviations == []
+    width = BACKBONE["width"]
+    assert rows["attentive-short", "abmilp"].parameters == width + 3 * (width + 1)
+    predictions, labels = RowStore("out").predictions(rows["lowshot-short", "cls"])
+    assert predictions.shape == (12, 2)
+    assert rows["lowshot-short", "cls"].value == pytest.approx((predictions == labels[:, None]).double().mean().item())
+    assert run(["compare", "out"]) == 0
+    before = Path("out/rows.jsonl").read_text()
+    capsys.readouterr()
+    assert run([*command, "abmilp"]) == 0
+    assert "done before" in capsys.readouterr().out
+    assert Path("out/rows.jsonl").read_text() == before
+
+
+def test_a_learned_readout_is_read_where_it_was_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "dino.yaml", "--readout", "ep", "--out", "run", "--trainer.accelerator", "cpu"]) == 0
+    command = ["eval", "run/last.ckpt", "--data", "./pictures", "--protocols", "knn", "--out", "out"]
+    assert run([*command, "--readouts", "trained", "cls"]) == 0
+    assert "run: dino, trained with ep" in capsys.readouterr().out
+    assert {(row.trained_with, row.read_with) for row in RowStore("out").rows()} == {("ep", "ep"), ("ep", "cls")}
+    source = open_source("run/last.ckpt")
+    assert source.backbone is not None
+    trained = torch.load("run/last.ckpt", weights_only=True)["state_dict"]
+    own = source.readout("ep").state_dict()
+    assert own
+    assert all(torch.equal(value, trained[f"teacher.readout.{key}"]) for key, value in own.items())
+    assert run([*command, "--readouts", "simpool"]) == 2
+    assert "readout 'simpool' has parameters, which this source has not trained; add --protocols attentive" in errors(capsys)[0]
+    assert run(["eval", "run/last.ckpt:student", *command[2:], "--readouts", "cls"]) == 0
+    assert {row.source for row in RowStore("out").rows()} == {"run", "run:student"}
+
+
+def test_a_set_that_cannot_be_had_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("single/train/a").mkdir(parents=True)
+    for number in range(10):
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(f"single/train/a/{number}.png")
+    Path("mine.yaml").write_text("data: [owner/nowhere, ./single, ./pictures]\n")
+    assert run(["eval", "random:mae.yaml", "--suite", "mine.yaml", "--out", "out", "--protocols", "knn", "--readouts", "gap"]) == 1
+    captured = capsys.readouterr()
+    assert "owner/nowhere is left out: the dataset 'owner/nowhere' cannot be fetched" in captured.out
+    assert "training labels are 0: a probe needs at least two classes" in captured.out
+    assert "2 of 3 datasets could not be evaluated: owner/nowhere" in captured.err
+    assert [row.dataset for row in RowStore("out").rows() if row.metric == "top1"] == ["pictures"]
+
+
+def test_diagnostics_stand_beside_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "eval",
+        "random:mae.yaml",
+        "--data",
+        "./pictures",
+        "--out",
+        "out",
+        "--readouts",
+        "cls",
+        "cls+gap",
+        "gap",
+        "--controls",
+        "width",
+    ]
+    assert run([*command, "--diagnostics"]) == 0
+    found = json.loads(next(Path("out").glob("diagnostics-*.json")).read_text())
+    rows = {(row.protocol, row.read_with, row.control): row.value for row in RowStore("out").rows() if row.metric == "top1"}
+    curve = next(of for of in found["accuracy_by_block"] if of["readout"] == "cls" and of["protocol"] == "knn")
+    assert [(point["block"], point["top1"]) for point in curve["curve"]] == [
+        (0, rows["knn", "cls@block0", ""]),
+        (1, rows["knn", "cls", ""]),
+    ]
+    redundancy = next(of for of in found["redundancy"] if of["protocol"] == "logreg")
+    best = max(rows["logreg", "cls", ""], rows["logreg", "gap", ""])
+    assert redundancy["points"] == pytest.approx(100 * (rows["logreg", "cls+gap", f"projected to {BACKBONE['width']}"] - best))
+    assert Path("out", found["picture"]).exists()
