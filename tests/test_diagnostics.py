@@ -16,6 +16,7 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit.images import ImageStore
 from ssl_vit.readout import READOUTS, Entry, readout
 from ssl_vit.transforms import normalise
+from ssl_vit_eval.attention import watched
 from ssl_vit_eval.diagnostics import diagnose
 from ssl_vit_eval.geometry import rankme
 from ssl_vit_eval.gradients import DIRECTIONS, gradient_mass
@@ -80,6 +81,22 @@ def test_a_map_is_drawn_the_way_its_image_is(tmp_path: Path) -> None:
     assert lower[1] == pytest.approx(red[1] + 90, abs=2)
     assert upper[1] - lower[1] == pytest.approx(-43, abs=8)  # the lower left of the first
     assert upper[0] - red[0] == pytest.approx(-65, abs=20)
+
+
+def test_the_maps_drawn_are_of_the_images_beside_them(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+    monkeypatch.setattr("ssl_vit_eval.diagnostics.save_maps", lambda images, maps, path: drawn.append((images, maps)))
+    source = source_of(backbone)
+    diagnose(source, ImageStore.stacked(torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)), ["cls"], tmp_path)
+    ((images, maps),) = drawn
+    assert len(images) == 8
+    torch.testing.assert_close(maps.pop("gradient\ncls"), gradient_mass(source, images, ["cls"])["cls"])
+    seen: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), watched(backbone, lambda block, attention: seen.__setitem__(block, attention[:, :, 0, 3:].mean(dim=1))):
+        backbone(normalise(images.float() / 255, backbone.mean, backbone.std))
+    assert list(maps) == [f"attention\nblock {block}" for block in seen]
+    for expected, values in zip(seen.values(), maps.values(), strict=True):
+        torch.testing.assert_close(values, expected)
 
 
 def test_everything_at_once(backbone: Backbone, tmp_path: Path) -> None:

@@ -13,6 +13,12 @@ from ssl_vit_eval.protocols import load_protocol
 MLP = {"hidden": 7, "lr": [1e-3, 3e-2], "weight_decay": [0.0, 5.0], "batch_size": 16, "iterations": 15, "seed": 5}
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the references are, to the last bit."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.mark.parametrize(("normalise", "schedule"), [("none", "iteration"), ("standardise", "epoch"), ("batchnorm", "iteration")])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_every_head_equals_one_trained_by_torch(normalise: str, schedule: str, momentum: float) -> None:

@@ -16,7 +16,7 @@ from ssl_vit.assets import list_assets
 from ssl_vit.errors import UsageError
 from ssl_vit_eval import KNNProbe
 from ssl_vit_eval.knn import PARAMETERS, run
-from ssl_vit_eval.neighbours import QUERIES, Vectors, neighbours
+from ssl_vit_eval.neighbours import Vectors, neighbours
 from ssl_vit_eval.probe import check_features, check_training
 from ssl_vit_eval.protocols import load_protocol, run_protocol
 from ssl_vit_eval.selection import stratified_slice
@@ -107,16 +107,16 @@ def test_of_equal_rows_the_earlier_are_nearer(chunk: int) -> None:
     assert everywhere.tolist() == [list(range(20))] * 3
 
 
-def test_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("n", "m", "d", "chunk"), [(3000, 700, 16, 2**13), (1100, 300, 1024, 2**18)])
+def test_memory_is_bounded_by_the_chunk(n: int, m: int, d: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     held, read = [], []
     product, part = torch.mm, Vectors.read
     monkeypatch.setattr(torch, "mm", lambda a, b, out: held.append(out.numel()) or product(a, b, out=out))
     monkeypatch.setattr(Vectors, "read", lambda self, *args: read.append(part(self, *args)) or read[-1])
-    search(torch.randn(3000, 16), torch.randn(700, 16), 20, chunk=2**13)
-    assert sum(held) == 3000 * 700
-    assert max(held) <= 2**13
-    assert max(rows.numel() for rows in read) <= 2 * 2**13
-    assert QUERIES * 16 <= 2**13  # or the bound would have been the queries of one product
+    search(torch.randn(n, d), torch.randn(m, d), 20, chunk)
+    assert sum(held) == n * m
+    assert max(held) <= chunk
+    assert max(rows.numel() for rows in read) <= 2 * chunk
 
 
 def test_a_bank_smaller_than_k_votes_as_a_whole_and_says_so() -> None:

@@ -15,6 +15,12 @@ from ssl_vit_eval.batches import Course
 from ssl_vit_eval.selection import stratified_slice
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the references are, to the last bit."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def test_rates_by_hand() -> None:
     course = Course(100, 4.0, 0, 0.0, "epoch", 0)  # of 250 images: 2 steps an epoch
     half = [1.0, 0.5 + 0.25 * math.sqrt(2), 0.5, 0.5 - 0.25 * math.sqrt(2)]
@@ -116,15 +122,13 @@ def test_features_on_disk_and_several_chunks_give_the_same(tmp_path: Path, monke
     found = heads.run(p, {"cls": on_disk}, y, {"cls": Q}, answers, held_out)["cls"]
     assert found.grid == expected.grid
     assert found.predictions.tolist() == expected.predictions.tolist()
-    monkeypatch.undo()
-    monkeypatch.setattr(batches, "ROWS", 9)  # held, filled in chunks
+    monkeypatch.setattr(batches, "available_memory", lambda: 2**30)  # held, filled in chunks
     assert heads.run(p, {"cls": on_disk}, y, {"cls": Q}, answers, held_out)["cls"].grid == expected.grid
 
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_features_are_held_in_a_quarter_of_the_free_memory(missing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     X = torch.zeros(50, 6)
-    monkeypatch.setattr(batches, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(batches, "available_memory", lambda: 4 * (2 * 40 * 6 * 4) - missing)
     rows = batches.Rows([X, X], torch.arange(10, 50), None)
     X += 1
@@ -224,3 +228,13 @@ def test_bad_input_is_named() -> None:
         heads.run(LINEAR, train | {"gap": train["gap"].index_fill(0, torch.tensor(2), math.nan)}, y, test, y_test, held_out)
     with pytest.raises(UsageError, match="readout 'gap': features are 12 wide in test, 6 in train"):
         heads.run(LINEAR, train, y, test | {"gap": test["cls+gap"]}, y_test, held_out)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, y, test, y_test, held_out = data()
+    host = heads.run(LINEAR | {"normalise": "batchnorm"}, train, y, test, y_test, held_out)
+    monkeypatch.undo()
+    for name, found in heads.run(LINEAR | {"normalise": "batchnorm"}, train, y, test, y_test, held_out).items():
+        assert found.grid == host[name].grid
+        assert found.predictions.tolist() == host[name].predictions.tolist()

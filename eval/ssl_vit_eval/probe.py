@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ssl_vit.errors import UsageError
 
+_ROWS = 65536  # at once: features may be mapped from disk
+
 
 def check_features(X: Tensor) -> None:
     """Raise UsageError unless `X` is a non-empty floating matrix [n d] of finite numbers; the first bad row is named."""
@@ -15,7 +17,7 @@ def check_features(X: Tensor) -> None:
         raise UsageError(f"features have shape {list(X.shape)}: a probe needs a non-empty matrix [images, width]")
     if not X.is_floating_point():
         raise UsageError(f"features are {X.dtype}: a probe needs floating-point features, convert them with .float()")
-    bad = (~torch.isfinite(X)).any(dim=1).nonzero()
+    bad = torch.cat([~rows.isfinite().all(dim=1) for rows in torch.split(X, _ROWS)]).nonzero()
     if len(bad):
         raise UsageError(f"features of row {bad[0].item()} are not finite ({len(bad)} of {len(X)} rows): remove or recompute these images")
 
