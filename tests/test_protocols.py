@@ -4,16 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from ssl_vit.assets import find_asset, list_assets
 from ssl_vit.errors import UsageError
-from ssl_vit_eval import KNNProbe
 from ssl_vit_eval.linear import select_and_fit
-from ssl_vit_eval.protocols import PARAMETERS, accuracies, load_protocol, run_protocol
-from ssl_vit_eval.selection import stratified_slice
+from ssl_vit_eval.protocols import KINDS, PRESET, load_protocol, load_protocols, run_protocol
+from ssl_vit_eval.results import accuracies
+from ssl_vit_eval.selection import choose, points, stratified_slice
 
-KNN = "version: 1\nkind: knn\nparameters:\n  k: 5\n  temperature: 0.07\n"
+KNN = """\
+version: 2
+kind: knn
+parameters:
+  k: [5]
+  temperature: [0.07]
+  standardise: false
+  slice_fraction: 0.07
+  slice_seed: 0
+"""
 
 
 def features(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,36 +35,53 @@ def features(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 TRAIN, TEST = features(300, 0), features(200, 1)
 
 
-def test_every_shipped_protocol_loads_and_runs() -> None:
-    assert {"knn", "logreg"} <= set(list_assets("protocols"))
-    for name in list_assets("protocols"):
+def test_every_shipped_protocol_says_what_it_is() -> None:
+    paths = list_assets("protocols")
+    assert {"knn", "logreg", "linear", "attentive", "mlp", "lowshot", "finetune", "dino", "mae", "dinov2"} <= set(paths)
+    for name in paths:
         protocol = load_protocol(name)
         assert protocol.name == name
-        assert protocol.parameters.keys() == PARAMETERS[protocol.kind].keys()
-        assert run_protocol(protocol, *TRAIN, *TEST).accuracy > 0.5
+        if protocol.kind == PRESET:
+            assert [member.name for member in load_protocols([name])] == protocol.parameters["protocols"]
+            continue
+        assert protocol.parameters.keys() == KINDS[protocol.kind].parameters.keys()
+        assert bool(protocol.deviations) == any(paper in name for paper in ("-dino", "-mae"))  # ours deviate from nothing
 
 
-def test_knn_is_dinos_rule() -> None:
-    result = run_protocol(load_protocol("knn"), *TRAIN, *TEST)
-    assert result.predictions.tolist() == KNNProbe(20, 0.07).fit(*TRAIN).predict(TEST[0]).tolist()
-    assert result.selected == {"k": 20, "temperature": 0.07}
-    assert (result.grid, result.edge_of_grid, result.oracle) == (None, None, None)
-    assert run_protocol(load_protocol("knn"), TRAIN[0][:9], TRAIN[1][:9], *TEST).selected["k"] == 9
-    assert result.seconds > 0
+@pytest.mark.parametrize("name", ["knn", "knn-standardised", "knn-dino", "logreg", "linear-dino", "linear-mae", "lowshot-5"])
+def test_protocols_on_features_learn_an_easy_task(name: str) -> None:
+    protocol = load_protocol(name)
+    found = run_protocol(protocol, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1])["cls"]
+    predictions = found.predictions.reshape(len(TEST[1]), -1)
+    assert (predictions == TEST[1][:, None]).double().mean() > (0.5 if name == "lowshot-5" else 0.6)
+    assert (found.bank is not None) == (protocol.kind == "knn")
+    assert (found.parameters is None) == (protocol.kind == "knn")
 
 
-def test_logreg_selects_on_the_given_slice_else_on_a_stratified_one() -> None:
+def test_presets_and_repetitions_are_carried_out_once() -> None:
+    assert [protocol.name for protocol in load_protocols(["knn-dino", "dino", "logreg", "logreg"])] == ["knn-dino", "linear-dino", "logreg"]
+
+
+def test_the_slice_is_the_one_given_else_a_stratified_one() -> None:
     protocol = load_protocol("logreg")
-    grid = protocol.parameters["grid"]
     first = torch.arange(300) < 60
-    for mask, expected_mask in ((None, stratified_slice(TRAIN[1], 0.1, 0)), (first, first)):
-        result = run_protocol(protocol, *TRAIN, *TEST, mask)
-        expected = select_and_fit(*TRAIN, *TEST, grid, expected_mask)
-        assert result.predictions.tolist() == expected.predictions.tolist()
-        assert result.grid == {"C": grid, "slice_accuracy": expected.slice_accuracy, "test_accuracy": expected.test_accuracy}
-        assert result.selected["C"] == expected.probe.C
-        assert (result.oracle, result.edge_of_grid) == (expected.oracle, expected.edge_of_grid)
-        assert result.accuracy == pytest.approx(expected.accuracy)
+    for given, expected_slice in ((None, stratified_slice(TRAIN[1], 0.1, 0)), (first, first)):
+        found = run_protocol(protocol, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], given)["cls"]
+        p = protocol.parameters
+        expected = select_and_fit(*TRAIN, *TEST, p["C"], expected_slice, p["max_iter"], p["tol"])
+        assert found.predictions.tolist() == expected.predictions.tolist()
+        assert (found.grid, found.selected) == (expected.grid, expected.selected)
+    assert not load_protocol("lowshot-5").held_out(TRAIN[1], first).any()
+
+
+def test_a_choice_is_the_first_best_and_tells_its_edge() -> None:
+    axes = {"lr": [0.1, 1.0, 10.0], "weight_decay": [0.0, 0.1]}
+    assert points(axes)[:3] == [{"lr": 0.1, "weight_decay": 0.0}, {"lr": 0.1, "weight_decay": 0.1}, {"lr": 1.0, "weight_decay": 0.0}]
+    assert choose(axes, [0.1, 0.2, 0.9, 0.9, 0.3, 0.1]) == ({"lr": 1.0, "weight_decay": 0.0}, 2, False)  # no decay is no edge
+    assert choose(axes, [0.1, 0.2, 0.8, 0.9, 0.3, 0.1]).edge  # the largest decay is
+    assert choose(axes, [0.9, 0.2, 0.8, 0.9, 0.3, 0.1]).edge  # the smallest rate, too
+    assert not choose({"k": [1.0, 10.0, 20.0], "temperature": [0.07]}, [0.9, 0.1, 0.2]).edge
+    assert choose({"k": [1.0, 10.0, 20.0], "temperature": [0.07]}, [0.1, 0.1, 0.2]).edge
 
 
 def test_scores_equal_scikit_learns() -> None:
@@ -70,31 +97,34 @@ def test_a_file_is_a_protocol_too(tmp_path: Path) -> None:
     path = tmp_path / "knn5.yaml"
     path.write_text(KNN)
     protocol = load_protocol(str(path))
-    assert (protocol.name, protocol.version, protocol.kind) == ("knn5", 1, "knn")
-    assert protocol.parameters == {"k": 5, "temperature": 0.07}
+    assert (protocol.name, protocol.version, protocol.kind) == ("knn5", 2, "knn")
+    assert protocol.parameters == yaml.safe_load(KNN)["parameters"]
+    path.write_text(KNN + "deviations: [one, two]\n")
+    assert load_protocol(str(path)).deviations == ("one", "two")
 
 
 def test_a_file_may_not_pass_for_a_shipped_protocol(tmp_path: Path) -> None:
     path = tmp_path / "knn.yaml"
     path.write_text(KNN)
-    with pytest.raises(UsageError, match="differs from version 1 of 'knn': rename it"):
+    with pytest.raises(UsageError, match="differs from version 2 of 'knn': rename it"):
         load_protocol(str(path))
     path.write_text(find_asset("protocols", "knn").read_text())
     assert load_protocol(str(path)) == load_protocol("knn")
-    path.write_text(KNN.replace("version: 1", "version: 2"))
-    assert load_protocol(str(path)).version == 2
+    path.write_text(KNN.replace("version: 2", "version: 3"))
+    assert load_protocol(str(path)).version == 3
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("temperature", "temprature", "unknown key 'temprature': did you mean 'temperature'"),
-        ("  k: 5\n", "", "lacks the key 'k'"),
+        ("  temperature", "  temprature", "unknown key 'temprature': did you mean 'temperature'"),
+        ("  k: [5]\n", "", "lacks the key 'k'"),
         ("kind: knn", "kind: knnn", "unknown kind 'knnn': did you mean 'knn'"),
-        ("version: 1", "version: one", "version is 'one', a str: give a int"),
-        ("0.07", "7e-2", "temperature is '7e-2', a str"),
-        ("k: 5", "k: true", "k is True, a bool"),
-        ("version: 1", "verson: 1", "unknown key 'verson'"),
+        ("version: 2", "version: one", "version is 'one', a str: give a int"),
+        ("0.07\n", "7e-2\n", "slice_fraction is '7e-2', a str"),
+        (KNN, KNN + "deviations: none\n", "has deviations 'none': give a list"),
+        ("k: [5]", "k: true", "k is True, a bool"),
+        ("version: 2", "verson: 2", "unknown key 'verson'"),
         (KNN, "- 1", "give a mapping"),
         (KNN, "a: [", "not valid YAML"),
     ],

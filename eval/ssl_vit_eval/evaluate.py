@@ -135,6 +135,8 @@ class Evaluation:
         self.source, self.train, self.test, self.transform, self.referee = source, train, test, transform, referee
         self.y_train, self.y_test = train.labels, test.labels
         self.name = f"{source.name} on {train.dataset}"
+        # read off all pictures: once, not by every process
+        self.prints: tuple[str, str] = gather_objects((train.fingerprint, test.fingerprint) if rank() == 0 else ("", ""))[0]
 
     def run(self, specs: dict[str, list[str]]) -> None:
         backbone, plain = self.source.backbone, next((specs[rule.name] for rule in self.referee.rules if rule.reads == "features"), [])
@@ -143,8 +145,7 @@ class Evaluation:
         blocks = with_blocks(plain, backbone.depth)
         self.judge({rule.name: blocks if rule.kind == "knn" else specs[rule.name] for rule in self.referee.rules})
         if rank() == 0:
-            data = self.train.fingerprint + self.test.fingerprint
-            self.referee.say(f"diagnostics: {examine(self.source, self.test, data, plain, self.referee.store)}")
+            self.referee.say(f"diagnostics: {examine(self.source, self.test, ''.join(self.prints), plain, self.referee.store)}")
 
     def judge(self, specs: dict[str, list[str]]) -> None:
         """Carry out what is missing; specs by protocol."""
@@ -153,11 +154,12 @@ class Evaluation:
             self.referee.say(f"{self.name}: done before")
             return
         pooled = list(dict.fromkeys(spec for job in jobs if job.rule.reads == "features" for spec in job.specs))
-        self.features = [self.extract(split, pooled) for split in (self.train, self.test)]
+        splits = tuple(zip((self.train, self.test), self.prints, strict=True))
+        self.features = [self.extract(split, fingerprint, pooled) for split, fingerprint in splits]
         asked = [spec for job in jobs if job.rule.reads == "tokens" for spec in job.specs]
         if asked:
             blocks = tuple(sorted({block for spec in asked for block in ReadoutSpec.parse(spec).blocks}))
-            self.tokens = [self.read_tokens(split, blocks) for split in (self.train, self.test)]
+            self.tokens = [self.read_tokens(split, fingerprint, blocks) for split, fingerprint in splits]
         # jobs that all processes share, one after the other, then the others, one for each process at a time; what is done is kept at once
         shared = [job for job in jobs if KINDS[job.rule.kind].shared]
         own = [job for job in jobs if job not in shared]
@@ -185,15 +187,14 @@ class Evaluation:
         return jobs
 
     def key(self, rule: Protocol, spec: str, control: str) -> Key:
-        data = self.train.fingerprint + self.test.fingerprint
-        return Key(self.source.weights, data, self.transform, rule.name, rule.version, spec, control)
+        return Key(self.source.weights, "".join(self.prints), self.transform, rule.name, rule.version, spec, control)
 
-    def extract(self, split: Split, specs: Sequence[str]) -> Mapping[str, Float[Tensor, "n _"]]:
+    def extract(self, split: Split, fingerprint: str, specs: Sequence[str]) -> Mapping[str, Float[Tensor, "n _"]]:
         cache, title = self.referee.cache, f"{self.source.name}: {split.dataset} {split.split}"
-        return cached_features(self.source, split.images, specs, cache, split.fingerprint, split.split, self.transform, title)
+        return cached_features(self.source, split.images, specs, cache, fingerprint, split.split, self.transform, title)
 
-    def read_tokens(self, split: Split, blocks: tuple[int, ...]) -> TokenReader:
-        key = f"{self.source.weights}-{split.fingerprint}-{self.transform}"
+    def read_tokens(self, split: Split, fingerprint: str, blocks: tuple[int, ...]) -> TokenReader:
+        key = f"{fingerprint}-{self.transform}"
         return open_tokens(self.source, split.images, blocks, self.referee.cache, key)
 
     def carry_out(self, job: Job) -> tuple[dict[str, Found], float]:

@@ -26,7 +26,7 @@ def examine(source: Source, test: Split, data: str, specs: Sequence[str], store:
 
     What was measured before on these weights and images is kept, what comes from rows is always new."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)
-    path = store.folder / f"diagnostics-{name}-{source.weights[:8]}-{test.fingerprint[:8]}.json"
+    path = store.folder / f"diagnostics-{name}-{source.weights[:8]}-{data[:8]}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     if found.get("readouts") != list(specs):
         store.folder.mkdir(parents=True, exist_ok=True)

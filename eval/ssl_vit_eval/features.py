@@ -1,11 +1,12 @@
 """One pass over the images of a split yields the features of every readout, on disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,14 +43,24 @@ def extract(source: Source, images: ImageStore, files: Mapping[str, FeatureFile]
     """One pass over `images`, this process's share of it, into the files of all readouts."""
     if source.backbone is not None:
         source.backbone.to(device())
-    ranges = list(parts(len(images), BATCH))
     with ExitStack() as written:
         for file in files.values():
             written.enter_context(file.writing())
-        for start, end in tqdm(ranges, desc=title, leave=False, disable=rank() > 0):
-            batch, _ = images.batch(torch.arange(start, end))
+        for start, batch in tqdm(batches(images), total=len(list(parts(len(images), BATCH))), desc=title, leave=False, disable=rank() > 0):
             for spec, values in source.features(batch.to(device()), list(files)).items():
                 files[spec].write(start, _finite(values.cpu(), spec, start, title))
+
+
+def batches(images: ImageStore) -> Iterator[tuple[int, UInt8[Tensor, "b 3 s s"]]]:
+    """This process's batches and where each starts; the next one is decoded while this one is used."""
+    ranges = list(parts(len(images), BATCH))
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = [ahead.submit(images.batch, torch.arange(*ranges[0]))] if ranges else []
+        for number, (start, _) in enumerate(ranges):
+            batch, _ = waiting.pop().result()
+            if number + 1 < len(ranges):
+                waiting.append(ahead.submit(images.batch, torch.arange(*ranges[number + 1])))
+            yield start, batch
 
 
 def _finite(values: Float[Tensor, "b width"], spec: str, start: int, title: str) -> Float[Tensor, "b width"]:
