@@ -205,7 +205,7 @@ def _encoded(rows: Records, transform: EvalTransform, progress: bool, notices: t
     def content() -> str:
         digest = hashlib.blake2b(digest_size=8)
         title = f"reading {dataset}: {rows.split}"
-        for _, data in tqdm(rows.encoded(), title, len(rows.table), leave=False, unit="img", disable=not progress):
+        for _, data in tqdm(rows.encoded(), title, len(rows.table), leave=False, unit="img", disable=None if progress else True):
             _add(digest, data)
         return _fingerprint(digest, rows.labels, rows.classes)
 

@@ -46,7 +46,9 @@ def extract(source: Source, images: ImageStore, files: Mapping[str, FeatureFile]
     with ExitStack() as written:
         for file in files.values():
             written.enter_context(file.writing())
-        for start, batch in tqdm(batches(images), total=len(list(parts(len(images), BATCH))), desc=title, leave=False, disable=rank() > 0):
+        for start, batch in tqdm(
+            batches(images), total=len(list(parts(len(images), BATCH))), desc=title, leave=False, disable=True if rank() else None
+        ):
             for spec, values in source.features(batch.to(device()), list(files)).items():
                 files[spec].write(start, _finite(values.cpu(), spec, start, title))
 

@@ -105,7 +105,7 @@ def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folde
             return stream
         ranges = list(parts(len(images), BATCH))
         with file.writing():
-            for start, end in tqdm(ranges, desc=f"{source.name}: tokens", leave=False, disable=rank() > 0):
+            for start, end in tqdm(ranges, desc=f"{source.name}: tokens", leave=False, disable=True if rank() else None):
                 file.write(start, pack(stream.sequences(torch.arange(start, end))).cpu())
         packed = file.read()
     assert packed is not None
