@@ -98,10 +98,16 @@ class Backbone(nn.Module):
         return cast(nn.Module, self.vit.fc_norm if own is None or isinstance(own, nn.Identity) else own)
 
     def weights_hash(self) -> str:
-        """16 hex digits over the names and values of all weights, a trained readout's parameters included."""
-        digest = hashlib.sha256()
+        """16 hex digits over all that the tokens depend on: the weights, what is done with them, the input normalisation."""
+        digest = hashlib.sha256(repr((self.mean, self.std, self.patch)).encode())
+        for name, module in self.named_modules():
+            settings = [getattr(module, key) for key in ("num_heads", "eps", "approximate") if hasattr(module, key)]
+            # activations have no weights that would tell them apart; what only training uses (dropout, drop path) is not a part of it
+            acts = not any(True for _ in module.parameters()) and not type(module).__name__.startswith(("Identity", "Drop"))
+            if settings or acts:
+                digest.update(repr((name, type(module).__name__ if acts else "", settings)).encode())
         for key, value in self.state_dict().items():
-            digest.update(key.encode())
+            digest.update(repr((key, tuple(value.shape), str(value.dtype))).encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 

@@ -153,6 +153,8 @@ def evaluate(arguments: list[str]) -> None:
 
     names = values.data or ([] if values.suite else ["builtin:photos"])
     columns = (values.train_split, values.test_split, values.image_column, values.label_column)
+    if any(columns) and not values.data:
+        raise UsageError("split and column names go with --data; a suite has its own in its file")
     data = [*(Dataset(name, *columns) for name in names), *(load_suite(values.suite) if values.suite else ())]
     with process_group():
         sources = [open_source(name, values.image_size) for name in values.sources]

@@ -100,7 +100,10 @@ def load_train_test(
     if test_split is not None and test_split == (train_split or "train"):
         raise UsageError(f"{source}: split {test_split!r} is asked for as train and as test; choose two different splits")
     if source.startswith("builtin:"):
-        train, test = (_builtin(source, split, True, transform, None) for split in (train_split or "train", test_split or "test"))
+        names = train_split or "train", test_split or "test"
+        if names[0] == names[1]:
+            raise UsageError(f"{source}: split {names[0]!r} would be both train and test; choose two different splits")
+        train, test = (_builtin(source, split, True, transform, None) for split in names)
         return train, test
     tables = _tables(source)
 

@@ -21,6 +21,7 @@ def plant(store: RowStore, correct: Sequence[int] | torch.Tensor, **changes: obj
         "dataset": "builtin:photos",
         "protocol": "knn",
         "protocol_version": 1,
+        "protocol_hash": "parameters",
         "n_train": 90,
         "n_test": len(right),
         "seed": 0,

@@ -187,10 +187,13 @@ def test_cached_and_streamed_tokens_are_the_backbones(backbone: Backbone, tmp_pa
     assert len(cached) == len(streamed) == 300
     indices = torch.tensor([299, 0, 256, 255, 0])
     direct = backbone(normalise(store.batch(indices)[0].float() / 255, backbone.mean, backbone.std), blocks=(0, -1))
-    for tokens, tolerance in ((cached.batch(indices), 1e-3), (streamed.batch(indices), 1e-6)):
+    assert_same(streamed.batch(indices[:1]), cached.batch(indices[:1]), 1e-3)  # of another company, but rounded alike
+    for tokens in (cached.batch(indices), streamed.batch(indices)):
         assert (tokens.block, tokens.depth, tokens.cls.shape[1], tokens.registers.shape[1]) == (2, 3, 1, 2)
-        assert_same(tokens, direct, tolerance)
-        assert_same(tokens.at(0), direct.at(0), tolerance)
+        assert_same(tokens, direct, 1e-3)
+        assert_same(tokens.at(0), direct.at(0), 1e-3)
+        for part in (tokens.patches, tokens.at(0).cls):
+            assert torch.equal(part, part.half().float())
         assert not tokens.normed.patches.requires_grad
     (file,) = (tmp_path / "new").iterdir()
     assert file.stat().st_size < 300 * 2 * (2 * 19 * 24 + 2) + 2**17

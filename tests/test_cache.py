@@ -1,5 +1,6 @@
 """Features on disk: what is written comes back, and what is cut short or of something else is never taken for it."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,17 +47,41 @@ def test_an_unfinished_pass_leaves_nothing_that_is_read(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / f"{KEY.digest}.partial").write_bytes(b"of a process that was killed")
-    assert FeatureFile(tmp_path, KEY).read() is None
+    left = [tmp_path / f"{KEY.digest}.{age}.partial" for age in ("old", "new")]
+    for path in left:
+        path.write_bytes(b"of a process that was killed, or is at work")
+    os.utime(left[0], (1, 1))
     assert written(tmp_path).read() is not None
+    assert [path.exists() for path in left] == [False, True]
 
 
-@pytest.mark.parametrize("size", [0, 10, 4096, 4096 + 83])
+def test_two_evaluations_may_write_the_same_features(tmp_path: Path) -> None:
+    one, other = FeatureFile(tmp_path, KEY), FeatureFile(tmp_path, KEY)
+    with one.writing():
+        one.write(0, VALUES)
+        with other.writing():
+            other.write(0, VALUES[:3])
+            other.write(3, VALUES[3:])
+    found = FeatureFile(tmp_path, KEY).read()
+    assert found is not None
+    assert torch.equal(found, VALUES)
+
+
+def test_damaged_numbers_are_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path)
+    content = bytearray(file.path.read_bytes())
+    content[-20] ^= 1
+    file.path.write_bytes(content)
+    assert file.read() is None
+    assert "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [0, 10, 4096, 4096 + 83, 4096 + 84])
 def test_a_file_that_was_cut_short_is_computed_again(tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path)
     file.path.write_bytes(file.path.read_bytes()[:size])
     assert FeatureFile(tmp_path, KEY).read() is None
-    assert "is cut short or belongs to something else; computed again" in capsys.readouterr().out
+    assert "is cut short, damaged or belongs to something else; computed again" in capsys.readouterr().out
     assert written(tmp_path).read() is not None
 
 

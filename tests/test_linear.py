@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval import LinearProbe
 from ssl_vit_eval.linear import cross_entropy, fit_path, select_and_fit
 from ssl_vit_eval.selection import stratified_slice
@@ -167,7 +167,7 @@ def test_slice_is_stratified_deterministic_and_spares_single_images() -> None:
     assert torch.bincount(y[stratified_slice(y, fraction=0.99)], minlength=5).tolist() == [99, 24, 2, 1, 0]
 
 
-def test_bad_input_is_named() -> None:
+def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = features(20)
     held_out = stratified_slice(y)
     with pytest.raises(UsageError, match="slice holds 0 of 20"):
@@ -182,6 +182,9 @@ def test_bad_input_is_named() -> None:
         LinearProbe().fit(X, torch.ones_like(y))
     with pytest.raises(UsageError, match="6 wide, the probe was fitted on 12"):
         LinearProbe().fit(X, y).predict(X[:, :6])
+    monkeypatch.setattr("ssl_vit_eval.linear.available_memory", lambda: 3 * 8 * 20 * 12 - 1)
+    with pytest.raises(Failure, match=r"'gap': logistic regression works on .* use the protocol linear"):
+        select_and_fit(X, y, X, y, [1.0], held_out, what="readout 'gap': ")
     with pytest.raises(UsageError, match="between 0 and 1"):
         stratified_slice(y, fraction=1.0)
 

@@ -10,9 +10,9 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from ssl_vit.assets import find_asset, list_assets
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.linear import select_and_fit
-from ssl_vit_eval.protocols import KINDS, PRESET, load_protocol, load_protocols, run_protocol
+from ssl_vit_eval.protocols import KINDS, PRESET, Protocol, load_protocol, load_protocols
 from ssl_vit_eval.results import accuracies
-from ssl_vit_eval.selection import choose, points, stratified_slice
+from ssl_vit_eval.selection import Found, choose, points, stratified_slice
 
 KNN = """\
 version: 2
@@ -35,6 +35,11 @@ def features(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 TRAIN, TEST = features(300, 0), features(200, 1)
 
 
+def run(protocol: Protocol, given: torch.Tensor | None = None) -> Found:
+    held_out = protocol.held_out(TRAIN[1], given)
+    return KINDS[protocol.kind].run(protocol.parameters, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], held_out)["cls"]
+
+
 def test_every_shipped_protocol_says_what_it_is() -> None:
     paths = list_assets("protocols")
     assert {"knn", "logreg", "linear", "attentive", "mlp", "lowshot", "finetune", "dino", "mae", "dinov2"} <= set(paths)
@@ -51,7 +56,7 @@ def test_every_shipped_protocol_says_what_it_is() -> None:
 @pytest.mark.parametrize("name", ["knn", "knn-standardised", "knn-dino", "logreg", "linear-dino", "linear-mae", "lowshot-5"])
 def test_protocols_on_features_learn_an_easy_task(name: str) -> None:
     protocol = load_protocol(name)
-    found = run_protocol(protocol, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1])["cls"]
+    found = run(protocol)
     predictions = found.predictions.reshape(len(TEST[1]), -1)
     assert (predictions == TEST[1][:, None]).double().mean() > (0.5 if name == "lowshot-5" else 0.6)
     assert (found.bank is not None) == (protocol.kind == "knn")
@@ -66,7 +71,7 @@ def test_the_slice_is_the_one_given_else_a_stratified_one() -> None:
     protocol = load_protocol("logreg")
     first = torch.arange(300) < 60
     for given, expected_slice in ((None, stratified_slice(TRAIN[1], 0.1, 0)), (first, first)):
-        found = run_protocol(protocol, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], given)["cls"]
+        found = run(protocol, given)
         p = protocol.parameters
         expected = select_and_fit(*TRAIN, *TEST, p["C"], expected_slice, p["max_iter"], p["tol"])
         assert found.predictions.tolist() == expected.predictions.tolist()
@@ -82,6 +87,7 @@ def test_a_choice_is_the_first_best_and_tells_its_edge() -> None:
     assert choose(axes, [0.9, 0.2, 0.8, 0.9, 0.3, 0.1]).edge  # the smallest rate, too
     assert not choose({"k": [1.0, 10.0, 20.0], "temperature": [0.07]}, [0.9, 0.1, 0.2]).edge
     assert choose({"k": [1.0, 10.0, 20.0], "temperature": [0.07]}, [0.1, 0.1, 0.2]).edge
+    assert not choose({"k": [1.0, 10.0, 20.0], "temperature": [0.07]}, [0.1, 0.1, 0.2], ends={"k": 20.0}).edge  # all of the bank
 
 
 def test_scores_equal_scikit_learns() -> None:

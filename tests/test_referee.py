@@ -39,7 +39,7 @@ def test_a_second_evaluation_reads_the_features(monkeypatch: pytest.MonkeyPatch,
     files[0].write_bytes(files[0].read_bytes()[:-1])
     files[1].rename(files[2])
     assert run([*command, "--out", "fourth", "--protocols", "knn"]) == 0
-    assert capsys.readouterr().out.count("is cut short or belongs to something else") == 2
+    assert capsys.readouterr().out.count("is cut short, damaged or belongs to something else") == 2
     assert [row.value for row in RowStore("fourth").rows()] == rows[0]
 
 
@@ -167,7 +167,7 @@ def test_a_set_that_cannot_be_had_is_left_out(capsys: pytest.CaptureFixture[str]
     captured = capsys.readouterr()
     assert "owner/nowhere is left out: the dataset 'owner/nowhere' cannot be fetched" in captured.out
     assert "training labels are 0: a probe needs at least two classes" in captured.out
-    assert "2 of 3 datasets could not be evaluated: owner/nowhere" in captured.err
+    assert "could not be evaluated: random:mae on owner/nowhere, random:mae on " in captured.err
     assert [row.dataset for row in RowStore("out").rows() if row.metric == "top1"] == ["pictures"]
 
 
@@ -198,3 +198,64 @@ def test_diagnostics_stand_beside_the_rows(capsys: pytest.CaptureFixture[str]) -
     best = max(rows["logreg", "cls", ""], rows["logreg", "gap", ""])
     assert redundancy["points"] == pytest.approx(100 * (rows["logreg", "cls+gap", f"projected to {BACKBONE['width']}"] - best))
     assert Path("out", found["picture"]).exists()
+
+
+@pytest.mark.filterwarnings("ignore:images of 24 x 24 px")
+def test_what_changes_a_number_is_a_part_of_its_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """Heads, the input's normalisation, the image size, the parameters of a protocol file: none of them is in the weights."""
+    assert run(["pretrain", "mae.yaml", "--out", "run", "--trainer.accelerator", "cpu"]) == 0
+    Path("mine.yaml").write_text(find_asset("protocols", "knn-dino").read_text())
+    command = ["--data", "./pictures", "--out", "out", "--protocols", "mine.yaml", "--readouts", "gap"]
+    assert run(["export", "run/last.ckpt", "--out", "exported"]) == 0
+    assert run(["eval", "run/last.ckpt", "exported", *command]) == 0
+    assert "exported on pictures: done before" in capsys.readouterr().out  # the same network
+    config = json.loads(Path("exported/config.json").read_text())
+    config["ssl_vit"]["mean"] = [0.4, 0.4, 0.4]
+    Path("exported/config.json").write_text(json.dumps(config))
+    assert run(["eval", "exported", *command]) == 0
+    recipe = yaml.safe_load(Path("mae.yaml").read_text())
+    for heads in (2, 4):
+        recipe["backbone"]["heads"] = heads
+        Path(f"heads{heads}.yaml").write_text(yaml.safe_dump(recipe))
+        assert run(["eval", f"random:heads{heads}.yaml", *command]) == 0
+    assert run(["eval", "run/last.ckpt", *command, "--image-size", "24"]) == 0
+    Path("mine.yaml").write_text(Path("mine.yaml").read_text().replace("[0.07]", "[0.9]"))
+    assert run(["eval", "run/last.ckpt", *command]) == 0
+    text = capsys.readouterr().out
+    assert "done before" not in text
+    assert "run: positions interpolated from 16 px to 24 px" in text
+    rows = [row for row in RowStore("out").rows() if row.metric == "top1"]
+    assert len(rows) == 6
+    assert len({row.checkpoint for row in rows}) == 4
+    assert {row.transform for row in rows} == {"resize16", "resize24"}
+    assert len({row.protocol_hash for row in rows}) == 2
+
+
+def test_one_run_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(find_asset("protocols", "attentive").read_text())
+    content["parameters"] |= {"lr": [1.0e38], "epochs": 5, "warmup_epochs": 0, "batch_size": 16}
+    Path("diverges.yaml").write_text(yaml.safe_dump(content))
+    command = ["eval", "random:mae.yaml", "random:dino.yaml", "--data", "./pictures", "--out", "out", "--readouts", "abmilp", "cls"]
+    assert run([*command, "--protocols", "diverges.yaml", "knn"]) == 1
+    assert "1 of 2 runs failed, the others are kept: readout 'abmilp': training diverged" in capsys.readouterr().out
+    assert [(row.source, row.protocol) for row in RowStore("out").rows() if row.metric == "top1"] == [
+        ("random:mae", "knn"),
+        ("random:dino", "knn"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--protocols", "attentive", "--controls", "width"], "--controls change features, which attentive do not read"),
+        (["--protocols", "logreg", "--diagnostics"], "--diagnostics reads every block by k-NN"),
+        (["--controls", "shufled"], "did you mean 'shuffled'?"),
+        (["--suite", "photos", "--train-split", "train"], "split and column names go with --data"),
+        (["--data", "builtin:photos", "--train-split", "test"], "split 'test' would be both train and test"),
+        (["--image-size", "18"], "18"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [] if "--data" in arguments or "--suite" in arguments else ["--data", "./pictures"]
+    assert run(["eval", "random:mae.yaml", *data, *arguments, "--out", "out"]) == 2
+    assert message in errors(capsys)[0]

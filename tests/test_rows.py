@@ -21,6 +21,7 @@ def row(**changes: object) -> Row:
         "dataset": "builtin:photos",
         "protocol": "logreg",
         "protocol_version": 1,
+        "protocol_hash": "pp",
         "metric": "top1",
         "value": 2 / 3,
         "ci_low": 0.2,
@@ -63,15 +64,14 @@ def test_rows_and_predictions_come_back(tmp_path: Path) -> None:
 
 def test_what_is_there_is_known(tmp_path: Path) -> None:
     store = RowStore(tmp_path)
-    assert not store.has(row().key, "top1")
+    assert store.known() == set()
     (written,) = store.append([row()], PREDICTIONS, LABELS)
-    assert store.has(row(value=0.1, seconds=9.0).key, "top1")
-    assert not store.has(row().key, "macro")
-    for name in ("checkpoint", "data", "transform", "protocol", "read_with"):
-        assert not store.has(row(**{name: "other"}).key, "top1")
-    assert not store.has(row(protocol_version=2).key, "top1")
+    assert store.known() == {(row(value=0.1, seconds=9.0).key, "top1")}
+    for name in ("checkpoint", "data", "transform", "protocol", "protocol_hash", "read_with", "control"):
+        assert row(**{name: "other"}).key != row().key
+    assert row(protocol_version=2).key != row().key
     (tmp_path / written.predictions).unlink()
-    assert not store.has(row().key, "top1")
+    assert store.known() == set()
 
 
 def test_the_last_of_equal_ids_wins(tmp_path: Path) -> None:

@@ -87,7 +87,11 @@ def run(
     probes = trained(everything)
     answers = predict(probes, test, torch.arange(len(y_test)), classes)
     counts = {spec: sum(p.numel() for p in of_readout[0].parameters()) for spec, of_readout in probes.items()}
-    return {spec: found(spec, axes, course, slice_accuracy.get(spec), answers[spec], y_test, len(y_train), counts[spec]) for spec in specs}
+    alive = {spec: finite(answer) for spec, answer in predict(probes, train, everything[:BATCH], classes).items()}
+    return {
+        spec: found(spec, axes, course, slice_accuracy.get(spec), alive[spec], answers[spec], y_test, len(y_train), counts[spec])
+        for spec in specs
+    }
 
 
 def _start(spec: str, width: int, classes: int, axes: Axes, seed: int) -> list[TokenProbe]:
@@ -158,6 +162,11 @@ def classes_of(logits: Float[Tensor, "b c"], classes: Int64[Tensor, " c"]) -> In
     return torch.where(finite, classes[logits.argmax(dim=1).cpu()], DIVERGED)
 
 
+def finite(predictions: Int64[Tensor, "settings k"]) -> list[bool]:
+    """Which settings answer with numbers. Asked of training images: test has no say in what is chosen."""
+    return (predictions != DIVERGED).all(dim=1).tolist()
+
+
 def accuracy(predictions: Int64[Tensor, "settings k"], y: Int64[Tensor, " k"]) -> list[float]:
     return (predictions == y).double().mean(dim=1).tolist()
 
@@ -167,6 +176,7 @@ def found(
     axes: Axes,
     course: Course,
     slice_accuracy: Sequence[float] | None,
+    alive: Sequence[bool],
     predictions: Int64[Tensor, "settings m"],
     y_test: Int64[Tensor, " m"],
     n_train: int,
@@ -175,7 +185,6 @@ def found(
     """What a trained grid found: the answers of the setting that was best on the slice, or of the only one (slice_accuracy None).
 
     What is not finite is wrong; a setting that diverged on all of train is not chosen. UsageError where all did."""
-    alive = (predictions != DIVERGED).all(dim=1).tolist()
     if not any(alive):
         rates = ", ".join(f"{lr:g}" for lr in axes["lr"])
         raise UsageError(f"readout {spec!r}: training diverged at the learning rates {rates}: give smaller ones")

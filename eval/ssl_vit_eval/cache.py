@@ -3,21 +3,28 @@
 import json
 import mmap
 import os
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from ssl_vit_eval.distributed import barrier, rank
+from ssl_vit_eval.distributed import barrier, gather_objects, rank
 
 FORMAT = 1  # raised whenever the pass could give other numbers for the same key
 _HEADER = mmap.ALLOCATIONGRANULARITY  # bytes before the numbers, so that these can be mapped
+_SUM = 8  # bytes of the checksum
+_DAY = 86400  # seconds
+_PIECE = 2**24  # bytes read at once
 
 
 @dataclass(frozen=True)
@@ -48,18 +55,20 @@ class FeatureFile:
     def __init__(self, folder: Path, key: FeatureKey) -> None:
         self.key = key
         self.path = folder / f"{key.digest}.features"
-        self._partial = self.path.with_suffix(".partial")
-        self._bytes = _HEADER + 4 * key.rows * key.width
+        self._end = _HEADER + 4 * key.rows * key.width  # of the numbers; their checksum follows
+        self._partial = self.path
         self._descriptor = -1
 
     def read(self) -> Float32[Tensor, "rows width"] | None:
-        """The features, mapped from the file; None where there is none, or where it is cut short or of something else."""
+        """The features, mapped from the file; None where there is none, or where it is cut short, damaged or of something else."""
         if not self.path.is_file():
             return None
         with self.path.open("rb") as file:
-            header = file.read(_HEADER)
-        if header != self._header() or self.path.stat().st_size != self._bytes:
-            print(f"{self.path} is cut short or belongs to something else; computed again", flush=True)
+            whole = file.read(_HEADER) == self._header() and os.fstat(file.fileno()).st_size == self._end + _SUM
+            whole = whole and _checksum(file, self._end) == file.read(_SUM)
+        if not whole:
+            if rank() == 0:
+                print(f"{self.path} is cut short, damaged or belongs to something else; computed again", flush=True)
             return None
         # mode c: torch wants memory that it may write to; a write would stay in memory and never reach the file
         mapped = np.memmap(self.path, np.float32, "c", _HEADER, (self.key.rows, self.key.width))
@@ -68,16 +77,20 @@ class FeatureFile:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Around the writes of every process; the file gets its name at the end, and is gone if there is no end."""
+        # a name of its own: another evaluation may write the same features at the same time
+        self._partial = self.path.with_suffix(f".{gather_objects(uuid4().hex[:12])[0]}.partial")
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            for left in self.path.parent.glob(f"{self.key.digest}.*.partial"):
+                if time.time() - left.stat().st_mtime > _DAY:  # of a process that was killed
+                    left.unlink()
             with self._partial.open("wb") as file:
                 file.write(self._header())
-                file.truncate(self._bytes)
+                file.truncate(self._end)
         barrier()
         self._descriptor = os.open(self._partial, os.O_WRONLY)
         try:
             yield
-            os.fsync(self._descriptor)
         except BaseException:
             self._partial.unlink(missing_ok=True)
             raise
@@ -85,6 +98,11 @@ class FeatureFile:
             os.close(self._descriptor)
         barrier()
         if rank() == 0:
+            with self._partial.open("r+b") as file:
+                file.seek(_HEADER)
+                file.write(_checksum(file, self._end))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(self._partial, self.path)
         barrier()
 
@@ -98,3 +116,11 @@ class FeatureFile:
 
     def _header(self) -> bytes:
         return json.dumps(asdict(self.key)).encode().ljust(_HEADER)
+
+
+def _checksum(file: BinaryIO, end: int) -> bytes:
+    """CRC-32 of the file from where it stands to `end`, where it then stands."""
+    value = 0
+    while piece := file.read(min(_PIECE, end - file.tell())):
+        value = zlib.crc32(piece, value)
+    return f"{value:0{_SUM}x}".encode()

@@ -74,6 +74,7 @@ class Setting(NamedTuple):
     transform: str
     protocol: str
     version: int
+    parameters: str  # hash
     control: str
 
     @property
@@ -128,7 +129,7 @@ def build(folders: Sequence[str | Path]) -> Comparison:
 
     grouped: dict[Setting, dict[tuple[Arm, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        setting = Setting(row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.control)
+        setting = Setting(row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.protocol_hash, row.control)
         arms = inits.get(row.checkpoint) if row.method == "random" else None
         for arm in arms or [names[_weights(row)]]:
             grouped[setting][arm, row.read_with].append(row)
@@ -249,7 +250,7 @@ def _notes(tables: Sequence[Table]) -> list[str]:
     notes = []
     for dataset, rule in dict.fromkeys((table.setting.dataset, table.setting.rule) for table in tables):
         apart = [table.setting for table in tables if (table.setting.dataset, table.setting.rule) == (dataset, rule)]
-        differs = {"protocol version": "version", "data": "data", "transform": "transform"}
+        differs = {"protocol version": "version", "protocol parameters": "parameters", "data": "data", "transform": "transform"}
         what = " and ".join(name for name, field in differs.items() if len({getattr(setting, field) for setting in apart}) > 1)
         if what:
             notes.append(f"{dataset}, {rule}: {len(apart)} tables that differ in {what}: never averaged, not comparable")

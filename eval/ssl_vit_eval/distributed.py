@@ -11,6 +11,8 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
+from ssl_vit.errors import Failure, UsageError
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -44,6 +46,19 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Around work that may fail on one process alone: its UsageError or Failure is then raised on all, which else would wait for it."""
+    mine: Exception | None = None
+    try:
+        yield
+    except (UsageError, Failure) as error:
+        mine = error
+    for other in gather_objects(mine):
+        if other is not None:
+            raise other
 
 
 def parts(total: int, size: int) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,18 +14,19 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit.readout import ReadoutSpec, learned
 from ssl_vit.sources import Split
 from ssl_vit_eval.controls import PROJECTED, SHUFFLED, check_controls, controls_of, projected, shuffled
-from ssl_vit_eval.distributed import gather_objects, rank, world
+from ssl_vit_eval.distributed import agreed, gather_objects, rank, world
 from ssl_vit_eval.examine import examine, with_blocks
 from ssl_vit_eval.features import cached_features
-from ssl_vit_eval.models import PIXELS, Source
-from ssl_vit_eval.protocols import KINDS, Protocol, load_protocols, run_protocol
-from ssl_vit_eval.results import METRICS, make_rows
-from ssl_vit_eval.rows import Key, Row, RowStore
+from ssl_vit_eval.models import Source
+from ssl_vit_eval.protocols import KINDS, Protocol, load_protocols
+from ssl_vit_eval.results import METRICS, make_rows, sentence
+from ssl_vit_eval.rows import Key, RowStore
 from ssl_vit_eval.selection import Found
 from ssl_vit_eval.suites import Dataset
 from ssl_vit_eval.tokens_cache import TokenReader, open_tokens
 
 Say = Callable[[str], None]
+Result = tuple[dict[str, Found], float] | UsageError | Failure | None  # of a job; None of a process that has none
 
 
 class Job(NamedTuple):
@@ -67,6 +69,10 @@ def evaluate(
     """
     rules = load_protocols(protocols)
     check_controls(controls)
+    if controls and not any(rule.reads == "features" for rule in rules):
+        raise UsageError(f"--controls change features, which {', '.join(protocols)} do not read; add a protocol such as knn or logreg")
+    if diagnostics and not any(rule.kind == "knn" for rule in rules):
+        raise UsageError("--diagnostics reads every block by k-NN; add a protocol of that kind, e.g. knn")
     if all(source.backbone is None for source in sources) and not any(rule.kind == "knn" for rule in rules):
         raise UsageError(f"raw pixels are a floor for k-NN only, got {', '.join(protocols)}; choose the protocol knn or add a source")
     for dataset in data:
@@ -79,18 +85,20 @@ def evaluate(
     for source in sources:
         if source.backbone is not None and source.trained_with:
             say(f"{source.name}: {source.method}, trained with {source.trained_with}")
-    failed = {}
+    failed = []
     for dataset in data:
-        try:
-            evaluate_dataset(sources, wanted, dataset, referee)
-        except (UsageError, Failure) as error:
-            if len(data) == 1:
-                raise
-            failed[dataset.source] = str(error)
-            say(f"{dataset.source} is left out: {error}")
+        splits: dict[int, tuple[Split, Split]] = {}  # by image size: sources of one size share the decoded pictures
+        for source, specs in zip(sources, wanted, strict=True):
+            try:
+                evaluate_source(source, specs, dataset, splits, referee)
+            except (UsageError, Failure) as error:
+                if len(data) == len(sources) == 1:
+                    raise
+                failed.append(f"{source.name} on {dataset.source}")
+                say(f"{failed[-1]} is left out: {error}")
     say(f"rows: {store.file}")
     if failed:
-        raise Failure(f"{len(failed)} of {len(data)} datasets could not be evaluated: {', '.join(failed)}; the others are in {store.file}")
+        raise Failure(f"could not be evaluated: {', '.join(failed)}; the reasons stand above, the other rows are in {store.file}")
     return store
 
 
@@ -102,28 +110,38 @@ def wanted_specs(source: Source, rules: Sequence[Protocol], asked: Sequence[str]
     if source.backbone is None:  # raw pixels are a floor for k-NN only
         return {rule.name: source.readouts(asked) if rule.kind == "knn" else [] for rule in rules}
     specs = source.readouts(asked, trained)
-    fixed = [spec for spec in specs if spec == source.trained_with or not ReadoutSpec.parse(spec).learned]
     learnable = [spec for spec in specs if ReadoutSpec.parse(spec).learned]
+    fixed = [spec for spec in specs if spec == source.trained_with or spec not in learnable]
     if asked is None:
         learnable = learned(source.backbone.cls_tokens, source.backbone.registers)
     taken = {rule.name: {"features": fixed, "tokens": learnable, "images": specs}[rule.reads] for rule in rules}
     for spec in specs if asked is not None else ():
-        if not any(spec in of for of in taken.values()):
+        # what a checkpoint beside it was trained with, its start cannot be read with: it has that readout's parameters nowhere
+        if not any(spec in of for of in taken.values()) and not (source.method == "random" and spec in learnable):
             kind = "has parameters, which this source has not trained" if spec in learnable else "has no parameters to train"
             other = "attentive, which trains them" if spec in learnable else "knn or logreg"
             raise UsageError(f"{source.name}: readout {spec!r} {kind}; add --protocols {other}, or leave it out")
     return taken
 
 
-def evaluate_dataset(sources: Sequence[Source], wanted: Sequence[dict[str, list[str]]], dataset: Dataset, referee: Referee) -> None:
-    splits: dict[int, tuple[Split, Split]] = {}  # by image size: sources of one size share the decoded pictures
-    for source, specs in zip(sources, wanted, strict=True):
-        size = source.image_size if source.backbone is None else dataset.image_size or source.image_size
-        if size not in splits:
+def evaluate_source(
+    source: Source, specs: dict[str, list[str]], dataset: Dataset, splits: dict[int, tuple[Split, Split]], referee: Referee
+) -> None:
+    """One source on one dataset; `splits` keeps what was loaded for the next source."""
+    size, backbone = source.image_size, source.backbone
+    if backbone is not None and dataset.image_size not in (None, size):
+        # weights that are not from here are brought to another size when they are loaded, by their authors' rule
+        if source.recipe is None or size != backbone.image_size:
+            raise UsageError(f"{dataset.source} asks for {dataset.image_size} px; use --image-size {dataset.image_size}")
+        size = dataset.image_size or size
+    if backbone is not None and size != backbone.image_size:
+        referee.say(f"{source.name}: positions interpolated from {backbone.image_size} px to {size} px")
+    if size not in splits:
+        with agreed():
             splits[size] = dataset.load(size)
-            for notice in dict.fromkeys(notice for split in splits[size] for notice in split.notices):
-                referee.say(notice)
-        Evaluation(source, *splits[size], dataset.transform(size), referee).run(specs)
+        for notice in dict.fromkeys(notice for split in splits[size] for notice in split.notices):
+            referee.say(notice)
+    Evaluation(source, *splits[size], dataset.transform(size), referee).run(specs)
 
 
 class Evaluation:
@@ -135,21 +153,29 @@ class Evaluation:
         self.source, self.train, self.test, self.transform, self.referee = source, train, test, transform, referee
         self.y_train, self.y_test = train.labels, test.labels
         self.name = f"{source.name} on {train.dataset}"
-        # read off all pictures: once, not by every process
-        self.prints: tuple[str, str] = gather_objects((train.fingerprint, test.fingerprint) if rank() == 0 else ("", ""))[0]
+        self.prints = ("", "")
+        with agreed():
+            if rank() == 0:  # read off all pictures: once, not by every process
+                self.prints = (train.fingerprint, test.fingerprint)
+        self.prints = gather_objects(self.prints)[0]
 
     def run(self, specs: dict[str, list[str]]) -> None:
         backbone, plain = self.source.backbone, next((specs[rule.name] for rule in self.referee.rules if rule.reads == "features"), [])
         if not self.referee.diagnostics or backbone is None or not plain:
+            if self.referee.diagnostics and backbone is not None:
+                self.referee.say(f"{self.name}: diagnostics need a readout without parameters; none was asked for")
             return self.judge(specs)
         blocks = with_blocks(plain, backbone.depth)
         self.judge({rule.name: blocks if rule.kind == "knn" else specs[rule.name] for rule in self.referee.rules})
         if rank() == 0:
-            self.referee.say(f"diagnostics: {examine(self.source, self.test, ''.join(self.prints), plain, self.referee.store)}")
+            self.referee.say(
+                f"diagnostics: {examine(self.source, self.test, ''.join(self.prints), self.transform, plain, self.referee.store)}"
+            )
 
     def judge(self, specs: dict[str, list[str]]) -> None:
         """Carry out what is missing; specs by protocol."""
-        jobs = [job for rule in self.referee.rules for job in self.missing(rule, specs[rule.name])]
+        known = gather_objects(self.referee.store.known() if rank() == 0 else set())[0]
+        jobs = [job for rule in self.referee.rules for job in self.missing(rule, specs[rule.name], known)]
         if not jobs:
             self.referee.say(f"{self.name}: done before")
             return
@@ -163,31 +189,31 @@ class Evaluation:
         # jobs that all processes share, one after the other, then the others, one for each process at a time; what is done is kept at once
         shared = [job for job in jobs if KINDS[job.rule.kind].shared]
         own = [job for job in jobs if job not in shared]
-        for job in shared:
-            self.keep(job, *self.carry_out(job))
+        failed = [error for job in shared if (error := self.keep(job, self.carry_out(job)))]
         for start in range(0, len(own), world()):
             together = own[start : start + world()]
-            mine = self.carry_out(together[rank()]) if rank() < len(together) else ({}, 0.0)
-            for job, (found, seconds) in zip(together, gather_objects(mine), strict=False):
-                self.keep(job, found, seconds)
+            mine = self.carry_out(together[rank()]) if rank() < len(together) else None
+            results = gather_objects(mine)
+            failed += [error for job, result in zip(together, results, strict=False) if (error := self.keep(job, result))]
+        if failed:
+            what = "" if len(failed) == len(jobs) else f"{len(failed)} of {len(jobs)} runs failed, the others are kept: "
+            raise type(failed[0])(what + "; ".join(dict.fromkeys(map(str, failed))))
 
-    def missing(self, rule: Protocol, specs: Sequence[str]) -> list[Job]:
-        backbone = self.source.backbone
-        has, jobs = self.referee.store.has, []
+    def missing(self, rule: Protocol, specs: Sequence[str], known: set[tuple[Key, str]]) -> list[Job]:
         places: dict[str, list[str]] = {}
         for spec in specs:
-            controls = [""]
-            if rule.reads == "features" and backbone is not None:
-                controls = controls_of(self.referee.controls, self.source.width(spec), backbone.width)
-            for control in controls:
-                if not all(has(self.key(rule, spec, control), metric) for metric in METRICS):
+            width = self.source.width(spec)
+            token = width if self.source.backbone is None else self.source.backbone.width
+            for control in controls_of(self.referee.controls, width, token) if rule.reads == "features" else [""]:
+                if not all((self.key(rule, spec, control), metric) in known for metric in METRICS):
                     places.setdefault(control, []).append(spec)
-        for control, of in places.items():
-            jobs += [Job(rule, control, tuple(of))] if KINDS[rule.kind].joint else [Job(rule, control, (spec,)) for spec in of]
-        return jobs
+        joint = KINDS[rule.kind].joint
+        return [
+            Job(rule, control, group) for control, of in places.items() for group in ([tuple(of)] if joint else [(spec,) for spec in of])
+        ]
 
     def key(self, rule: Protocol, spec: str, control: str) -> Key:
-        return Key(self.source.weights, "".join(self.prints), self.transform, rule.name, rule.version, spec, control)
+        return Key(self.source.weights, "".join(self.prints), self.transform, rule.name, rule.version, rule.hash, spec, control)
 
     def extract(self, split: Split, fingerprint: str, specs: Sequence[str]) -> Mapping[str, Float[Tensor, "n _"]]:
         cache, title = self.referee.cache, f"{self.source.name}: {split.dataset} {split.split}"
@@ -197,53 +223,47 @@ class Evaluation:
         key = f"{fingerprint}-{self.transform}"
         return open_tokens(self.source, split.images, blocks, self.referee.cache, key)
 
-    def carry_out(self, job: Job) -> tuple[dict[str, Found], float]:
-        """What the protocol finds for each readout, and the seconds that it took for one."""
+    def carry_out(self, job: Job) -> Result:
+        """What the protocol finds for each readout, and the seconds that it took for one; or why it could not."""
         begun = time.perf_counter()
         rule, y = job.rule, shuffled(self.y_train) if job.control == SHUFFLED else self.y_train
-        if rule.reads == "features":
-            train, test = ({spec: self.controlled(features[spec], job.control) for spec in job.specs} for features in self.features)
-            found = run_protocol(rule, train, y, test, self.y_test, self.train.selection)
-        else:
-            over = self.tokens if rule.reads == "tokens" else [self.train.images, self.test.images]
-            frozen = [] if rule.reads == "tokens" else [self.source.backbone]
-            held_out = rule.held_out(y, self.train.selection)
-            found = KINDS[rule.kind].run(rule.parameters, *frozen, job.specs, over[0], y, over[1], self.y_test, held_out)
+        held_out = rule.held_out(y, self.train.selection)
+        run = partial(KINDS[rule.kind].run, rule.parameters)
+        try:
+            if rule.reads == "features":
+                train, test = ({spec: self.controlled(features[spec], job.control) for spec in job.specs} for features in self.features)
+                found = run(train, y, test, self.y_test, held_out)
+            elif rule.reads == "tokens":
+                found = run(job.specs, self.tokens[0], y, self.tokens[1], self.y_test, held_out)
+            else:
+                found = run(self.source.backbone, job.specs, self.train.images, y, self.test.images, self.y_test, held_out)
+        except (UsageError, Failure) as error:
+            return error
         return found, (time.perf_counter() - begun) / len(job.specs)
 
     def controlled(self, X: Float[Tensor, "n d"], control: str) -> Float[Tensor, "n _"]:
         assert self.source.backbone is not None or not control
         return projected(X, self.source.backbone.width) if self.source.backbone and control.startswith(PROJECTED) else X
 
-    def keep(self, job: Job, found: dict[str, Found], seconds: float) -> None:
-        if rank() > 0:
-            return
-        for spec in job.specs:
+    def keep(self, job: Job, result: Result) -> Exception | None:
+        """Rows of what was found, by the first process; the error of a run that failed."""
+        if isinstance(result, UsageError | Failure):
+            return result
+        assert result is not None
+        found, seconds = result
+        for spec in job.specs if rank() == 0 else ():
             source, key = self.source, self.key(job.rule, spec, job.control)
             width = source.backbone.width if source.backbone and job.control.startswith(PROJECTED) else source.width(spec)
             rows = make_rows(source, key, found[spec], self.train, self.test, width, seconds, job.rule.deviations)
             self.referee.store.append(rows, found[spec].predictions, self.y_test)
             self.referee.say(sentence(rows[0]))
-
-
-def sentence(row: Row) -> str:
-    """What a row says, on one line of the terminal."""
-    read = row.source if row.read_with == PIXELS else f"{row.source} read with {row.read_with}"
-    control = f" ({row.control})" if row.control else ""
-    text = f"{read}{control}, {row.dataset}, {row.protocol}: {100 * row.value:.1f} % [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
-    if row.oracle is not None and row.grid is not None:
-        axes = [name for name, values in row.grid.items() if name in row.selected and len(values) > 1]
-        chosen = ", ".join(f"{name} {row.selected[name]:g}" for name in axes if isinstance(row.selected[name], int | float))
-        text += f"  ({chosen or 'chosen on the slice'}; oracle {100 * row.oracle:.1f})"
-    if row.edge_of_grid:
-        text += "  warning: the selected value is on the edge of its grid, a better one may lie beyond"
-    return text
+        return None
 
 
 def open_store(out: str | Path) -> RowStore:
     """The store in `out`; UsageError if that is a file or a folder that holds something else."""
     folder = Path(out)
-    known = ("rows.jsonl", "features")  # features alone: an evaluation that was stopped before its first row
+    known = ("rows.jsonl", "features", "predictions")  # the latter two alone: stopped before the first row
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not any((folder / name).exists() for name in known))):
         raise UsageError(f"{out} already holds something else; name another folder with --out")
     return RowStore(folder)

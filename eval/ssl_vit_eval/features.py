@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ssl_vit.errors import Failure
 from ssl_vit.images import ImageStore
 from ssl_vit_eval.cache import FeatureFile, FeatureKey
-from ssl_vit_eval.distributed import device, parts, rank
+from ssl_vit_eval.distributed import agreed, device, gather_objects, parts, rank
 from ssl_vit_eval.models import Source
 
 BATCH = 256  # images; the same for any number of processes, so that every image is computed in the same company
@@ -31,11 +31,17 @@ def cached_features(
         width = source.width(spec)
         files[spec] = FeatureFile(folder, FeatureKey(source.weights, data, split, transform, normalisation, spec, len(images), width))
     found = {spec: file.read() for spec, file in files.items()}
-    missing = {spec: file for spec, file in files.items() if found[spec] is None}
+    # the first process decides what is missing: another evaluation may just be finishing a file
+    missing = gather_objects([spec for spec, values in found.items() if values is None])[0]
     if missing:
-        extract(source, images, missing, title)
-    features = {spec: values if (values := found[spec]) is not None else file.read() for spec, file in files.items()}
-    return {spec: values for spec, values in features.items() if values is not None}
+        extract(source, images, {spec: files[spec] for spec in missing}, title)
+    features = {}
+    for spec, file in files.items():
+        values = file.read() if found[spec] is None else found[spec]
+        if values is None:
+            raise Failure(f"{title}: {file.path} was lost while it was read; evaluate again")
+        features[spec] = values
+    return features
 
 
 @torch.no_grad()
@@ -46,6 +52,7 @@ def extract(source: Source, images: ImageStore, files: Mapping[str, FeatureFile]
     with ExitStack() as written:
         for file in files.values():
             written.enter_context(file.writing())
+        written.enter_context(agreed())
         for start, batch in tqdm(
             batches(images), total=len(list(parts(len(images), BATCH))), desc=title, leave=False, disable=True if rank() else None
         ):

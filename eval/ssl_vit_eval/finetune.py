@@ -22,7 +22,7 @@ from ssl_vit.readout import Readout, ReadoutSpec
 from ssl_vit.schedules import cosine
 from ssl_vit.transforms import normalise
 from ssl_vit.views import SingleCrop, single_crop
-from ssl_vit_eval.attentive import accuracy, class_targets, classes_of, found
+from ssl_vit_eval.attentive import accuracy, class_targets, classes_of, finite, found
 from ssl_vit_eval.batches import Course
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.features import BATCH
@@ -97,13 +97,14 @@ def run(
             networks = (trained(everything[~held_out], lr) for lr in axes["lr"])
             on_slice = torch.stack([predict(network, train, everything[held_out], classes) for network in networks])
             slice_accuracy = accuracy(on_slice, y_train[held_out])
-        answers = []
+        answers, alive = [], []
         for lr in axes["lr"]:
             network = trained(everything, lr)
+            alive += finite(predict(network, train, everything[:BATCH], classes)[None])
             answers.append(predict(network, test, every_test, classes))
         used = sum(p.numel() for p in network.parameters() if p.grad is not None)
         course = _course(parameters, len(y_train))
-        results[spec] = found(spec, axes, course, slice_accuracy, torch.stack(answers), y_test, len(y_train), used)
+        results[spec] = found(spec, axes, course, slice_accuracy, alive, torch.stack(answers), y_test, len(y_train), used)
     return results
 
 

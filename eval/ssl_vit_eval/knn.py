@@ -87,7 +87,7 @@ def run(
             continue
         slice_accuracy = _accuracies(_answers(X, y_train, kept, X, drawn, axes, standardise), y_train[drawn])
         test_accuracy = _accuracies(answers, y_test)
-        settings, place, edge = choose(axes, slice_accuracy)
+        settings, place, edge = choose(axes, slice_accuracy, ends={"k": len(X)})
         grid = record(axes, slice_accuracy, test_accuracy)
         found[spec] = Found(answers[:, place], settings, grid, edge, max(test_accuracy), bank=len(X))
     return found

@@ -10,7 +10,8 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit.images import available_memory
 from ssl_vit_eval.probe import Probe, check_training
 from ssl_vit_eval.selection import Found, check_slice, choose, record
 
@@ -170,9 +171,15 @@ def select_and_fit(
     """Choose C on the slice of train marked by `held_out`, freeze it, refit the grid on all of train and score it on test once.
 
     Of equally good C the smaller one is chosen. UsageError for a slice that is empty or all of train, and as `LinearProbe.fit`;
-    `what` stands before its message.
+    Failure for features that do not fit into memory three times in float64; `what` stands before the message.
     """
     check_slice(held_out)
+    need, free = 3 * 8 * X.numel(), available_memory()
+    if X.device.type == "cpu" and need > free:
+        raise Failure(
+            f"{what}logistic regression works on {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are available; "
+            "use the protocol linear, which reads features batch by batch"
+        )
     axes, y_test = {"C": sorted(grid)}, y_test.to(X.device)
     held_out, y = held_out.to(X.device), y.to(X.device)
     try:

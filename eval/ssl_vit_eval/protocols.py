@@ -1,12 +1,14 @@
 """Protocols: versioned YAML files that say how a frozen backbone is judged, and which module carries each kind out."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import yaml
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from ssl_vit.assets import find_asset, list_assets
@@ -54,6 +56,11 @@ class Protocol:
     deviations: tuple[str, ...] = ()
 
     @property
+    def hash(self) -> str:
+        """16 hex digits of what is done."""
+        return hashlib.sha256(json.dumps([self.kind, self.parameters], sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
     def reads(self) -> str:
         return KINDS[self.kind].reads
 
@@ -89,20 +96,6 @@ def load_protocol(name: str) -> Protocol:
         if protocol != shipped and protocol.version == shipped.version:
             raise UsageError(f"protocol file {name!r} differs from version {shipped.version} of {shipped.name!r}: rename it")
     return protocol
-
-
-def run_protocol(
-    protocol: Protocol,
-    train: Mapping[str, Float[Tensor, "n _"]],
-    y_train: Int64[Tensor, " n"],
-    test: Mapping[str, Float[Tensor, "m _"]],
-    y_test: Int64[Tensor, " m"],
-    selection: Bool[Tensor, " n"] | None = None,
-) -> dict[str, Found]:
-    """A protocol that reads features, on those of some readouts: fit on train, choose on its slice, read test once.
-
-    UsageError for features that the probes refuse."""
-    return KINDS[protocol.kind].run(protocol.parameters, train, y_train, test, y_test, protocol.held_out(y_train, selection))
 
 
 def _read(name: str, text: str) -> Protocol:

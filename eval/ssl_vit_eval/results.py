@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from ssl_vit.provenance import git_revision
 from ssl_vit.sources import Split
-from ssl_vit_eval.models import Source
+from ssl_vit_eval.models import PIXELS, Source
 from ssl_vit_eval.rows import Key, Row
 from ssl_vit_eval.selection import Found
 from ssl_vit_eval.stats import macro_interval, mean_interval, wilson_interval
@@ -38,6 +37,7 @@ def make_rows(
             dataset=train.dataset,
             protocol=key.protocol,
             protocol_version=key.protocol_version,
+            protocol_hash=key.protocol_hash,
             metric=metric,
             value=value,
             ci_low=interval.low,
@@ -68,10 +68,23 @@ def make_rows(
     ]
 
 
+def sentence(row: Row) -> str:
+    """What a row says, on one line of the terminal."""
+    read = row.source if row.read_with == PIXELS else f"{row.source} read with {row.read_with}"
+    control = f" ({row.control})" if row.control else ""
+    text = f"{read}{control}, {row.dataset}, {row.protocol}: {100 * row.value:.1f} % [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
+    if row.oracle is not None and row.grid is not None:
+        axes = [name for name, values in row.grid.items() if name in row.selected and len(values) > 1]
+        chosen = ", ".join(f"{name} {row.selected[name]:g}" for name in axes if isinstance(row.selected[name], int | float))
+        text += f"  ({chosen or 'chosen in each draw'}; oracle {100 * row.oracle:.1f})"
+    if row.edge_of_grid:
+        text += "  warning: the selected value is on the edge of its grid, a better one may lie beyond"
+    return text
+
+
 def accuracies(predictions: Int64[Tensor, " m"], labels: Int64[Tensor, " m"]) -> tuple[float, float]:
     """Micro and macro top-1 accuracy, fractions. Macro is the mean over the classes that have test images."""
-    classes = int(torch.maximum(predictions.max(), labels.max())) + 1
-    micro = multiclass_accuracy(predictions, labels, num_classes=classes, average="micro").item()
-    # torchmetrics' own macro counts a class that is only predicted, never true, as one of accuracy 0
-    of_class = multiclass_accuracy(predictions, labels, num_classes=classes, average="none")
-    return micro, of_class[torch.unique(labels)].mean().item()
+    right = (predictions == labels).double()
+    _, place, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    of_class = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, right) / counts
+    return right.mean().item(), of_class.mean().item()

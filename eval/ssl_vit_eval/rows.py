@@ -30,8 +30,9 @@ class Key(NamedTuple):
     transform: str
     protocol: str
     protocol_version: int
+    protocol_hash: str
     read_with: str
-    control: str = ""
+    control: str
 
     @property
     def digest(self) -> str:
@@ -49,6 +50,7 @@ class Row:
     dataset: str
     protocol: str
     protocol_version: int
+    protocol_hash: str  # of its kind and parameters: a file of the user's may change without its version
     metric: str
     value: float
     ci_low: float
@@ -143,9 +145,9 @@ class RowStore:
         rows = [_parse(line, f"{self.file}, line {number}") for number, line in enumerate(lines, 1)]
         return list({row.id: row for row in rows}.values())
 
-    def has(self, key: Key, metric: str) -> bool:
-        """Whether this number is there, with its predictions."""
-        return any(row.key == key and row.metric == metric and (self.folder / row.predictions).is_file() for row in self.rows())
+    def known(self) -> set[tuple[Key, str]]:
+        """The evaluations and metrics that are there, with their predictions."""
+        return {(row.key, row.metric) for row in self.rows() if (self.folder / row.predictions).is_file()}
 
     def predictions(self, row: Row) -> tuple[Int64[Tensor, "n draws"], Int64[Tensor, " n"]]:
         """Predicted (a column a draw) and true classes of the test images, in their order; Failure where the file is gone or corrupt."""

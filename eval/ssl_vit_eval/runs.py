@@ -29,7 +29,10 @@ class Run:
 
 def recipe_name(source: str, trained_with: str | None, seed: int | None) -> str:
     """A run's name without the readout and the seed that a study puts behind it: `dino_photos-cls-s0` is `dino_photos`."""
-    return source if trained_with is None else source.removesuffix(f"-{ReadoutSpec.parse(trained_with).slug}-s{seed}")
+    if trained_with is None:
+        return source
+    name, colon, arm = source.partition(":")  # a student's is followed by :student
+    return name.removesuffix(f"-{ReadoutSpec.parse(trained_with).slug}-s{seed}") + colon + arm
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Run]:

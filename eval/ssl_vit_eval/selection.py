@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssl_vit.errors import UsageError
 
-Axes = Mapping[str, Sequence[float]]  # the values of each setting; the grid is their product, the last axis changing fastest
+Axes = Mapping[str, Sequence[int | float]]  # the values of each setting; the grid is their product, the last axis changing fastest
 
 # where a setting ends by its nature, so that a choice there hides nothing beyond it
 ENDS = {"weight_decay": 0.0, "k": 1}
@@ -21,7 +21,7 @@ ENDS = {"weight_decay": 0.0, "k": 1}
 class Choice(NamedTuple):
     """A point of the grid: its settings, its place in `points(axes)`, and whether it has no neighbour in some direction."""
 
-    settings: dict[str, float]
+    settings: dict[str, int | float]
     place: int
     edge: bool
 
@@ -44,18 +44,18 @@ class Found:
     bank: int | None = None
 
 
-def points(axes: Axes) -> list[dict[str, float]]:
+def points(axes: Axes) -> list[dict[str, int | float]]:
     """Every combination of settings, in the order in which accuracies are given to `choose`."""
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def choose(axes: Axes, slice_accuracy: Sequence[float]) -> Choice:
-    """The first of the best points on the slice. It is on the edge if a setting of several values has its first or last one there,
-    unless the setting ends there by its nature (`ENDS`)."""
+def choose(axes: Axes, slice_accuracy: Sequence[float], ends: Mapping[str, int | float] | None = None) -> Choice:
+    """The first of the best points on the slice. It is on the edge if a setting of several values has its smallest or largest there,
+    unless the setting ends there by its nature (`ENDS`) or with this set (`ends`)."""
     place = int(np.argmax(slice_accuracy))
     settings = points(axes)[place]
     edge = any(
-        len(values) > 1 and settings[name] in (min(values), max(values)) and settings[name] != ENDS.get(name)
+        len(values) > 1 and settings[name] in (min(values), max(values)) and settings[name] not in (ENDS.get(name), (ends or {}).get(name))
         for name, values in axes.items()
     )
     return Choice(settings, place, edge)

@@ -13,7 +13,7 @@ from ssl_vit.pretrain import build_method, parse_recipe, pretrain, recipe_change
 from ssl_vit.readout import ReadoutSpec
 from ssl_vit.sources import load_split
 from ssl_vit_eval.compare import compare
-from ssl_vit_eval.evaluate import evaluate
+from ssl_vit_eval.evaluate import evaluate, wanted_specs
 from ssl_vit_eval.models import open_source, random_source
 from ssl_vit_eval.pictures import save_reconstructions
 from ssl_vit_eval.protocols import load_protocols
@@ -83,10 +83,10 @@ def run_study(name: str, out: str | None) -> Path:
     data = [Dataset(name) for name in study.data]
     for dataset in data:
         dataset.check()
-    load_protocols(study.protocols)
+    rules = load_protocols(study.protocols)
     randoms = [random_source(recipe, ["--seed", str(seed)]) for recipe in study.recipes for seed in study.seeds]
     for source in randoms:
-        source.readouts(study.read_with)
+        wanted_specs(source, rules, study.read_with, study.trained_with)
     for cell in cells:
         _check_cell(cell, cells)
     _open_folder(folder, study)

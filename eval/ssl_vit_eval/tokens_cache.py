@@ -16,7 +16,7 @@ from ssl_vit.images import ImageStore
 from ssl_vit.tokens import Tokens
 from ssl_vit.transforms import normalise
 from ssl_vit_eval.cache import FeatureFile, FeatureKey
-from ssl_vit_eval.distributed import device, gather_objects, parts, rank
+from ssl_vit_eval.distributed import agreed, device, gather_objects, parts, rank
 from ssl_vit_eval.features import BATCH
 from ssl_vit_eval.models import Source
 
@@ -41,7 +41,8 @@ class StreamedTokens:
         return len(self._images)
 
     def batch(self, indices: Int64[Tensor, "b"]) -> Tokens:
-        return self.named(self.sequences(indices))
+        sequences = self.sequences(indices)  # rounded as the cache rounds, so that the room on the disk does not change a number
+        return self.named(unpack(pack(sequences), (sequences.shape[1], sequences.shape[2], sequences.shape[3])))
 
     @torch.no_grad()
     def sequences(self, indices: Int64[Tensor, "b"]) -> Float[Tensor, "b blocks l d"]:
@@ -104,7 +105,7 @@ def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folde
         if 4 * words * len(images) > gather_objects(room)[0]:  # the first process decides: disks may differ
             return stream
         ranges = list(parts(len(images), BATCH))
-        with file.writing():
+        with file.writing(), agreed():
             for start, end in tqdm(ranges, desc=f"{source.name}: tokens", leave=False, disable=True if rank() else None):
                 file.write(start, pack(stream.sequences(torch.arange(start, end))).cpu())
         packed = file.read()
