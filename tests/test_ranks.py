@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import yaml
 from PIL import Image
 
@@ -34,20 +36,26 @@ ATTENTIVE = {
 }
 
 
-def evaluated(ranks: int, folder: Path) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
-    """Every row but for its seconds, and its predictions, by id."""
+def started(ranks: int, folder: Path, arguments: list[str]) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs of all processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "ssl_vit", "eval", "random:mae.yaml", "--data", "./pictures", "--out", f"out{ranks}"]
-    command += ["--protocols", "knn", "logreg", "tokens.yaml", "--readouts", "cls", "gap", "cls+gap", "abmilp", "--controls", "width"]
+    command = [sys.executable, "-m", "ssl_vit", "eval", "random:mae.yaml", *arguments]
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
+    processes = [
         subprocess.Popen(command, cwd=folder, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(ranks)
     ]
-    outputs = [process.communicate(timeout=200)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+def evaluated(ranks: int, folder: Path) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
+    """Every row but for its seconds, and its predictions, by id."""
+    arguments = ["--data", "./pictures", "--out", f"out{ranks}", "--protocols", "knn", "logreg", "tokens.yaml"]
+    codes, outputs = started(ranks, folder, [*arguments, "--readouts", "cls", "gap", "cls+gap", "abmilp", "--controls", "width"])
+    assert codes == [0] * ranks
     assert "rows: " in outputs[0]
     assert all("rows: " not in output for output in outputs[1:])  # one speaks for all
     found = {}
@@ -59,7 +67,9 @@ def evaluated(ranks: int, folder: Path) -> dict[str, tuple[dict[str, Any], list[
     return found
 
 
-def test_two_and_three_processes_give_what_one_gives(tmp_path: Path) -> None:
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with pictures and a recipe."""
     rng = np.random.default_rng(0)
     for split, count in (("train", N_TRAIN), ("test", N_TEST)):
         for number in range(count):
@@ -70,11 +80,28 @@ def test_two_and_three_processes_give_what_one_gives(tmp_path: Path) -> None:
             Image.fromarray(noise).save(folder / f"{number:03}.png")
     (tmp_path / "mae.yaml").write_text(yaml.safe_dump({**RECIPES["mae"], "data": {"source": "./pictures", "batch_size": 8}}))
     (tmp_path / "tokens.yaml").write_text(yaml.safe_dump(ATTENTIVE))
+    return tmp_path
 
-    one = evaluated(1, tmp_path)
+
+def test_two_and_three_processes_give_what_one_gives(pictures: Path) -> None:
+    one = evaluated(1, pictures)
     assert len(one) == 2 * (3 + 3 + 2 + 1)  # metrics x (knn + logreg + their projections + attentive)
     knn = [row for row, _ in one.values() if row["protocol"] == "knn"]
     assert {row["bank"] for row in knn} == {N_TRAIN}
     assert all(len(answers) == N_TEST for _, answers in one.values())
     for ranks in (2, 3):
-        assert evaluated(ranks, tmp_path) == one
+        assert evaluated(ranks, pictures) == one
+
+
+def test_a_picture_that_one_process_cannot_read_ends_them_all(pictures: Path) -> None:
+    shutil.copytree(pictures / "pictures", pictures / "damaged")
+    file = sorted((pictures / "damaged" / "train").rglob("*.png"))[BATCH + 10]  # in the second batch, which the second process has
+    file.write_bytes(file.read_bytes()[:60])
+    arguments = ["--data", "./damaged", "./pictures", "--out", "out", "--protocols", "knn", "--readouts", "gap"]
+    codes, outputs = started(2, pictures, arguments)
+    assert codes == [1, 1]
+    assert "random:mae on ./damaged is left out" in outputs[0]
+    assert file.name in outputs[0]
+    rows = [json.loads(line) for line in (pictures / "out" / "rows.jsonl").read_text().splitlines()]
+    assert {row["dataset"] for row in rows} == {"pictures"}
+    assert not list((pictures / "out" / "features").glob("*.partial"))
