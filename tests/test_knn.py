@@ -17,7 +17,7 @@ from ssl_vit.errors import UsageError
 from ssl_vit_eval import KNNProbe
 from ssl_vit_eval.knn import PARAMETERS, run
 from ssl_vit_eval.probe import check_features, check_training
-from ssl_vit_eval.protocols import load_protocol, run_protocol
+from ssl_vit_eval.protocols import load_protocol
 from ssl_vit_eval.selection import stratified_slice
 
 RULE = {"k": [1, 3, 20, 60], "temperature": [0.07, 0.02, 1.0], "standardise": False, "slice_fraction": 0.2, "slice_seed": 0}
@@ -252,7 +252,7 @@ def test_the_protocols_that_come_with_it() -> None:
         assert protocol.parameters.keys() == PARAMETERS.keys()
         assert bool(protocol.deviations) == ("dino" in name)
         assert {10, 20, 100, 200} <= set(protocol.parameters["k"])
-        found = run_protocol(protocol, {"cls": X}, y, {"cls": queries}, answers)["cls"]
+        found = run(protocol.parameters, {"cls": X}, y, {"cls": queries}, answers, protocol.held_out(y, None))["cls"]
         assert found.grid is not None
         assert len(found.grid["test_accuracy"]) == len(protocol.parameters["k"]) * len(protocol.parameters["temperature"])
 
