@@ -134,7 +134,7 @@ class ImageStore:
         pieces: list[Tensor] = []
         waiting: list[Tensor] = []
         waiting_bytes = 0
-        for i, picture in enumerate(tqdm(pictures, total=count, desc=title, unit="img", disable=None if progress else True)):
+        for i, picture in enumerate(tqdm(pictures, total=count, desc=title, unit="img", disable=not progress)):
             sizes[i, 0], sizes[i, 1] = picture.shape[1], picture.shape[2]
             waiting.append(picture.view(-1))
             waiting_bytes += picture.numel()
