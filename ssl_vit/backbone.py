@@ -100,7 +100,9 @@ class Backbone(nn.Module):
     def weights_hash(self) -> str:
         """16 hex digits over all that the tokens depend on: the weights, what is done with them, the input normalisation."""
         digest = hashlib.sha256(repr((self.mean, self.std, self.patch)).encode())
-        for name, module in self.vit.named_modules():
+        for name, module in self.named_modules():
+            if name.startswith("trained_readout"):  # its parameters, if it has any, are below
+                continue
             settings = [getattr(module, key) for key in ("num_heads", "eps", "approximate") if hasattr(module, key)]
             # activations have no weights that would tell them apart; what only training uses (dropout, drop path) is not a part of it
             acts = not any(True for _ in module.parameters()) and not type(module).__name__.startswith(("Identity", "Drop"))
