@@ -97,7 +97,7 @@ def _read_exported(path: str | Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:120]
 
 
 def file_hash(path: str | Path) -> str:

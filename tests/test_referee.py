@@ -201,6 +201,29 @@ def test_diagnostics_stand_beside_the_rows(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.filterwarnings("ignore:images of 24 x 24 px")
+def test_diagnostics_of_two_image_sizes_are_kept_apart() -> None:
+    command = [
+        "eval",
+        "random:mae.yaml",
+        "--data",
+        "./pictures",
+        "--out",
+        "out",
+        "--readouts",
+        "gap",
+        "--protocols",
+        "knn",
+        "--diagnostics",
+    ]
+    assert run(command) == run([*command, "--image-size", "24"]) == 0
+    found = {of["transform"]: of for of in (json.loads(path.read_text()) for path in Path("out").glob("diagnostics-*.json"))}
+    assert {transform: of["image_size"] for transform, of in found.items()} == {"resize16": 16, "resize24": 24}
+    for transform, of in found.items():
+        rows = {row.read_with: row.value for row in RowStore("out").rows() if (row.transform, row.metric) == (transform, "top1")}
+        assert [point["top1"] for point in of["accuracy_by_block"][0]["curve"]] == [rows["gap@block0"], rows["gap"]]
+
+
+@pytest.mark.filterwarnings("ignore:images of 24 x 24 px")
 def test_what_changes_a_number_is_a_part_of_its_key(capsys: pytest.CaptureFixture[str]) -> None:
     """Heads, the input's normalisation, the image size, the parameters of a protocol file: none of them is in the weights."""
     assert run(["pretrain", "mae.yaml", "--out", "run", "--trainer.accelerator", "cpu"]) == 0
