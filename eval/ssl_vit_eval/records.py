@@ -137,7 +137,7 @@ def _grid(row: Row) -> str:
     if row.grid is None:
         return "fixed"
     tried = [(key, values) for key, values in row.grid.items() if key in row.selected]
-    return ", ".join(f"{key} {_short(values[0])} … {_short(values[-1])} ({len(values)})" for key, values in tried)
+    return ", ".join(f"{key} {_short(min(values))} … {_short(max(values))} ({len(values)})" for key, values in tried)
 
 
 def _named(selected: dict[str, Any], keys: Sequence[str]) -> str:
