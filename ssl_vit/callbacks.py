@@ -45,11 +45,11 @@ class Interrupted(Exception):
 
 class RunFolder(Checkpoint):
     """`recipe.yaml`, `last.ckpt` (every five minutes, at the end, and at Ctrl-C in a single process), `metrics.jsonl`, and `run.json`
-    once all steps are done."""
+    once all steps are done. flops: of one image through the method."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, flops: int) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.flops = folder, flops
         self.checkpoint = folder / "last.ckpt"
         self.interrupted = False
         self._total: int | None = None
@@ -105,9 +105,12 @@ class RunFolder(Checkpoint):
         if self._total is not None and trainer.global_step < self._total:
             return False
         records = self._records()
+        images = trainer.global_step * module.recipe["data"]["batch_size"] * trainer.accumulate_grad_batches
         summary = {
             "steps": trainer.global_step,
-            "images": trainer.global_step * module.recipe["data"]["batch_size"] * trainer.accumulate_grad_batches,
+            "images": images,
+            "flops": images * self.flops,
+            "parameters": sum(parameter.numel() for parameter in module.backbone.parameters()),
             "seconds": round(self.state_dict()["seconds"], 2),
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "recipe_hash": recipe_hash(module.recipe),

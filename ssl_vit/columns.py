@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure, UsageError, one_of
-from ssl_vit.folders import Tables, hf_datasets, inside
+from ssl_vit.folders import Tables, hf_datasets, inside, local_path
 
 # of train, when a set has no other split to test on
 TEST_SHARE = 0.2
@@ -58,7 +58,7 @@ class Records:
     @cached_property
     def _root(self) -> Path:
         """The folder that the files must lie in."""
-        path = Path(self.source).expanduser().resolve()
+        path = local_path(self.source).resolve()
         if path.exists():
             return path if path.is_dir() else path.parent
         return Path(hf_datasets().config.HF_CACHE_HOME)

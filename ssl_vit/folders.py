@@ -34,6 +34,11 @@ def hf_datasets() -> Any:
     return datasets
 
 
+def local_path(source: str) -> Path:
+    """The path that a source names; `~` and environment variables (`$DATA/cifar10`) are the machine's, not the recipe's."""
+    return Path(os.path.expandvars(source)).expanduser()
+
+
 def inside(path: Path, root: Path) -> Path:
     """`path` (relative ones start at `root`), or Failure if it leads out of `root`."""
     resolved = (root / path).resolve()

@@ -18,6 +18,7 @@ from ssl_vit.callbacks import AtomicCheckpointIO, Progress, RunFolder
 from ssl_vit.checkpoint import read_checkpoint
 from ssl_vit.data import ImageData
 from ssl_vit.errors import UsageError, one_of, require
+from ssl_vit.flops import training_flops
 from ssl_vit.methods import METHODS, Method
 from ssl_vit.methods.base import plain
 
@@ -97,8 +98,9 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     parser, config = parse_recipe(recipe, options)
     folder = Path(config.out or Path("runs") / Path(recipe).stem)
     values = parser.instantiate(config)
+    flops = training_flops(build_method(config, values))  # of a model of its own: the one that is trained is left as it was drawn
     module = build_method(config, values)
-    record = RunFolder(folder)
+    record = RunFolder(folder, flops)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("SLURM_PROCID", 0)) == 0:
         _check_folder(folder, record.checkpoint, module.recipe, config.resume)
     if config.resume and (folder / "run.json").exists():

@@ -1,7 +1,7 @@
 """Where pictures come from: a name typed by the user becomes the pictures, labels and class names of a split.
 
-A source is `builtin:NAME`, a local folder (class folders, Parquet, Arrow; see folders.py) or a Hugging Face dataset id, `owner/name` or
-`owner/name:config`. Labels are read only when asked for, which pretraining never does.
+A source is `builtin:NAME`, a local folder (class folders, Parquet, Arrow; see folders.py; `$NAME/folder` works too) or a Hugging Face
+dataset id, `owner/name` or `owner/name:config`. Labels are read only when asked for, which pretraining never does.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int64
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from ssl_vit import photos
 from ssl_vit.columns import TEST_SHARE, Records, divided, joined, read_records, with_classes_of
 from ssl_vit.errors import UsageError, one_of
-from ssl_vit.folders import VALIDATION, Tables, local_tables
+from ssl_vit.folders import VALIDATION, Tables, local_path, local_tables
 from ssl_vit.hub import hub_tables
 from ssl_vit.images import CROP, Crop, EvalTransform, ImageStore, check_memory, decode, header_size, limit_side, to_tensor
 from ssl_vit.lazy import EncodedImages
@@ -136,7 +135,7 @@ def check_source(source: str) -> None:
     no pictures. A hub id is asked for when it is loaded."""
     if source.startswith("builtin:"):
         _check_builtin(source)
-    elif Path(source).expanduser().exists() or not _HUB_ID.fullmatch(source):
+    elif local_path(source).exists() or not _HUB_ID.fullmatch(source):
         _tables(source)
 
 
@@ -172,9 +171,13 @@ def _builtin(source: str, split: str, labels: bool, transform: EvalTransform | N
 
 
 def _tables(source: str) -> Tables:
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.exists():
         return local_tables(path.resolve())
+    if unset := re.search(r"\$\w+|\$\{\w+\}", str(path)):
+        raise UsageError(f"{source} names the environment variable {unset[0].strip('${}')}, which is not set: set it to a folder")
+    if "$" in source:
+        raise UsageError(f"no such folder: {source}, which is {path} here")
     if source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source) or path.suffix in (".parquet", ".arrow"):
         raise UsageError(
             f"no such folder: {source}; give a local folder, a Hugging Face dataset id (owner/name), or {' or '.join(_BUILTINS)}"
@@ -234,7 +237,7 @@ def _decoded(rows: Records, max_side: int | None, progress: bool, notices: tuple
 
 
 def _name(source: str) -> str:
-    path = Path(source).expanduser()
+    path = local_path(source)
     return path.resolve().name if path.exists() else source
 
 

@@ -17,7 +17,9 @@ from ssl_vit.assets import list_assets
 from ssl_vit.callbacks import RunFolder
 from ssl_vit.checkpoint import read_checkpoint
 from ssl_vit.cli import run
-from ssl_vit.pretrain import build_method, parse_recipe
+from ssl_vit.flops import training_flops
+from ssl_vit.methods import METHODS
+from ssl_vit.pretrain import build_method, parse_recipe, recipe_parser
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
 
@@ -33,7 +35,34 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("recipe", [name for name in list_assets("recipes") if name.endswith("smoke")])
 def test_smoke_recipes(recipe: str) -> None:
     assert pretrain(recipe) == 0
-    assert json.loads(Path(f"runs/{recipe}/run.json").read_text())["steps"] == 2
+    summary = json.loads(Path(f"runs/{recipe}/run.json").read_text())
+    assert summary["steps"] == 2
+    _, config = parse_recipe(recipe, [])
+    module = build_method(config, recipe_parser(METHODS[config.method]).instantiate(config))
+    assert summary["flops"] == training_flops(module) * 2 * 8
+    assert summary["parameters"] == sum(len(parameter.flatten()) for parameter in module.backbone.parameters())
+
+
+@pytest.mark.parametrize("readout", ["cls", "gap"])
+def test_flops_are_those_of_the_layers(readout: str) -> None:
+    """Counted by hand for MAE: a Linear costs 2 n in out, and as much again for its weights' and (but the first) its input's gradient."""
+    parser, config = parse_recipe("mae_smoke", ["--readout", readout])
+    module = build_method(config, parser.instantiate(config))
+    counted: list[int] = []
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _, inputs, out: counted.append(2 * out.numel() * inputs[0].shape[-1]))
+    flops = training_flops(module)
+    encoder, decoder = module.recipe["backbone"], module.recipe["decoder"]
+    patches = (encoder["image_size"] // encoder["patch"]) ** 2
+    visible = patches // 4
+    embed = 2 * visible * encoder["width"] * 3 * encoder["patch"] ** 2  # of what the encoder sees; no gradient of the pictures
+    length, whole = visible + 1 + encoder["registers"], patches + 1
+    products = 2 * (encoder["depth"] * length**2 * encoder["width"] + decoder["depth"] * whole**2 * decoder["width"])
+    # attention: two products forward, five backward, since the scores are computed again; 2 n n d each
+    by_hand = 3 * sum(counted) + 2 * embed + 7 * products
+    crop = 2 * 3 * 2 * 32**3  # the view: two products with a matrix of weights for each channel
+    assert flops == by_hand + crop
 
 
 @pytest.mark.parametrize("recipe", list_assets("recipes"))

@@ -14,7 +14,7 @@ from PIL import Image
 from ssl_vit import images
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.images import EvalTransform, to_tensor
-from ssl_vit.sources import load_split, load_train_test
+from ssl_vit.sources import check_source, load_split, load_train_test
 
 datasets = pytest.importorskip("datasets")
 
@@ -101,6 +101,21 @@ def test_several_parquet_parts_and_a_single_file(tmp_path: Path) -> None:
     assert greys(load(tmp_path)) == [0, 1]
     single = load(tmp_path / "train-00001-of-00002.parquet", labels=True)
     assert (greys(single), single.labels.tolist()) == ([1], [1])
+
+
+def test_a_source_may_start_with_an_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        table([1, 2], [0, 1]).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    monkeypatch.setenv("OUR_DATA", str(tmp_path))
+    check_source("$OUR_DATA/set")
+    train, _ = load_train_test("$OUR_DATA/set", size=8, progress=False)
+    assert train.dataset == "set"
+    with pytest.raises(UsageError, match=r"no such folder: \$OUR_DATA/other"):
+        check_source("$OUR_DATA/other")
+    monkeypatch.delenv("OUR_DATA")
+    with pytest.raises(UsageError, match="environment variable OUR_DATA, which is not set"):
+        check_source("$OUR_DATA/set")
 
 
 def test_one_split_in_several_folders_is_refused(tmp_path: Path) -> None:
