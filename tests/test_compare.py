@@ -10,8 +10,9 @@ import yaml
 from planted import plant, plant_random
 
 from ssl_vit.errors import Failure, UsageError
+from ssl_vit_eval.arms import Arm
 from ssl_vit_eval.compare import compare, sentences, terminal
-from ssl_vit_eval.comparison import Arm, Cell, Gain, build, gain_text, score_text, signed
+from ssl_vit_eval.comparison import Cell, Gain, build, gain_text, score_text, signed
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.runs import find_runs, recipe_name
 from ssl_vit_eval.stats import paired_difference

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_vit.errors import UsageError
-from ssl_vit_eval.comparison import MISSING, ZERO, Arm, Cell, Comparison, Gain, Table, bounds_text, build, score_text, signed, under_text
+from ssl_vit_eval.arms import Arm
+from ssl_vit_eval.comparison import MISSING, ZERO, Cell, Comparison, Gain, Table, bounds_text, build, score_text, signed, under_text
 from ssl_vit_eval.models import PIXELS
 from ssl_vit_eval.report import MARKER, write_report
 

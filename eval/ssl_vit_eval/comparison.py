@@ -9,31 +9,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
 
 from jaxtyping import Float64
 from torch import Tensor
 
+from ssl_vit_eval.arms import Arm, Setting, arms_of, weights_of
 from ssl_vit_eval.models import PIXELS
 from ssl_vit_eval.rows import Key, Row, RowStore, find_rows
-from ssl_vit_eval.runs import Run, find_runs, recipe_name
+from ssl_vit_eval.runs import Run, find_runs
 from ssl_vit_eval.stats import PairedDifference, paired_difference
+from ssl_vit_eval.verdict import Family, Rule
 
 FIRST = ("cls", "gap", "register")  # then the others as they come
 MISSING = "–"
 ZERO = "○"  # marks a gain whose interval includes zero
-
-
-class Arm(NamedTuple):
-    """One line of a table; its seeds are averaged.
-
-    recipe: what its runs are called without readout and seed, of other sources their name. trained_with: None for what was not
-    trained here; the random initialisation of a recipe has its method and name.
-    """
-
-    method: str
-    recipe: str
-    trained_with: str | None
 
 
 @dataclass(frozen=True)
@@ -66,23 +55,6 @@ class Cell:
     gain: Gain | None
 
 
-class Setting(NamedTuple):
-    """What must be equal for two numbers to stand in one table."""
-
-    dataset: str
-    data: str
-    transform: str
-    protocol: str
-    version: int
-    parameters: str  # hash
-    control: str
-
-    @property
-    def rule(self) -> str:
-        """The protocol, and what was changed of it on purpose."""
-        return self.protocol + (f", {self.control}" if self.control else "")
-
-
 @dataclass(frozen=True)
 class Table:
     """All numbers of one setting: cells by arm and read-with."""
@@ -106,6 +78,8 @@ class Comparison:
     rows: list[Row]
     runs: list[Run]
     notes: list[str]
+    families: list[Family]
+    rule: Rule
 
     def trained(self, table: Table) -> list[Arm]:
         """The lines of table B: every recipe with every trained-with, missing ones too, then its random initialisation."""
@@ -121,17 +95,17 @@ def build(folders: Sequence[str | Path]) -> Comparison:
     """Compare every row below the folders. UsageError for folders without rows, Failure where predictions cannot be read."""
     found = find_rows(folders)
     rows = [row for row, _ in found]
-    names = _names(rows)
+    names = arms_of(rows)
     inits: dict[str, dict[Arm, None]] = defaultdict(dict)  # the initialisation of a shared start is shown in every recipe that has it
     for row in rows:
         if row.trained_with and row.init:
-            inits[row.init][names[_weights(row)]._replace(trained_with=None)] = None
+            inits[row.init][names[weights_of(row)]._replace(trained_with=None)] = None
 
     grouped: dict[Setting, dict[tuple[Arm, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        setting = Setting(row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.protocol_hash, row.control)
+        setting = Setting.of(row)
         arms = inits.get(row.checkpoint) if row.method == "random" else None
-        for arm in arms or [names[_weights(row)]]:
+        for arm in arms or [names[weights_of(row)]]:
             grouped[setting][arm, row.read_with].append(row)
 
     gains = _Gains(found)
@@ -151,6 +125,8 @@ def build(folders: Sequence[str | Path]) -> Comparison:
         rows=rows,
         runs=find_runs(folders),
         notes=_notes(tables),
+        families=[],
+        rule=Rule(),
     )
 
 
@@ -182,22 +158,6 @@ def signed(points: float) -> str:
     """One decimal with its sign; zero, also a rounded one, has none."""
     text = f"{points:+.1f}".replace("-", "−")
     return text[1:] if text[1:] == "0.0" else text
-
-
-def _weights(row: Row) -> tuple[str, str]:
-    return row.checkpoint, row.transform  # raw pixels have no weights, and their size is in the transform
-
-
-def _names(rows: Sequence[Row]) -> dict[tuple[str, str], Arm]:
-    """The arm of all weights. Checkpoints of one arm and seed, or of two recipes, are not seeds of one thing: hashes keep them apart."""
-    names = {_weights(row): Arm(row.method, recipe_name(row.source, row.trained_with, row.seed), row.trained_with) for row in rows}
-    same, families = defaultdict(set), defaultdict(set)
-    for row in rows:
-        same[names[_weights(row)], row.seed].add(row.checkpoint)
-        families[names[_weights(row)]].add(row.family)
-    clashing = {arm for (arm, _), checkpoints in same.items() if len(checkpoints) > 1}
-    clashing |= {arm for arm, found in families.items() if len(found) > 1}
-    return {key: arm._replace(recipe=f"{arm.recipe} {key[0][:8]}") if arm in clashing else arm for key, arm in names.items()}
 
 
 class _Gains:

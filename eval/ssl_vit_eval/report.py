@@ -7,7 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from ssl_vit_eval.comparison import MISSING, ZERO, Arm, Cell, Comparison, Table, score_text, under_text
+from ssl_vit_eval.arms import Arm
+from ssl_vit_eval.comparison import MISSING, ZERO, Cell, Comparison, Table, score_text, under_text
 from ssl_vit_eval.models import PIXELS
 from ssl_vit_eval.pictures import training_curves
 from ssl_vit_eval.records import datasets, evaluations, pretrainings, protocols
