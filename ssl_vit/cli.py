@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import warnings
+from dataclasses import replace
 from typing import NoReturn
 
 from ssl_vit.errors import Failure, UsageError, one_of
@@ -15,7 +16,7 @@ usage: ssl-vit COMMAND ...
   pretrain    RECIPE [--trainer.devices 8 ...]  any Lightning Trainer flag, any recipe field; RECIPE --help lists them
   eval        SOURCE... [--data D...]           how well every readout of checkpoints and controls transfers
   compare     DIR... [--out DIR]                evaluated folders as one table and one report
-  study       STUDY [--out DIR]                 pretrain x eval x compare over a grid of readouts and seeds; resumable
+  study       STUDY [--dry-run] [--launcher L]  pretrain x eval x compare over a grid of readouts and seeds; resumable
   export      CKPT --out DIR                    safetensors that timm.create_model loads
 
 `ssl-vit COMMAND --help` tells more. Exit codes: 0, 2 for wrong usage, 1 for failures; --debug shows the traceback.
@@ -106,6 +107,7 @@ def pretrain(arguments: list[str]) -> None:
         print(f"usage: ssl-vit pretrain RECIPE [options]; RECIPE is a YAML file or one of: {names}")
         print("ssl-vit pretrain RECIPE --help lists the options, --print_config the resolved recipe")
         print("--online-knn DATA [--online-knn-every EPOCHS] watches the k-NN accuracy of the trained readout on labelled pictures")
+        print("--wandb [ENTITY/]PROJECT logs the run to W&B; with --resume, also one that is finished")
         if not arguments:
             raise UsageError(f"which recipe? give a YAML file or one of: {names}")
         return
@@ -114,6 +116,7 @@ def pretrain(arguments: list[str]) -> None:
     monitor = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     monitor.add_argument("--online-knn", metavar="D")
     monitor.add_argument("--online-knn-every", type=int, default=10)
+    monitor.add_argument("--wandb", metavar="PROJECT")
     try:
         online, options = monitor.parse_known_args(arguments[1:])
     except argparse.ArgumentError as error:
@@ -126,8 +129,9 @@ def pretrain(arguments: list[str]) -> None:
     elif any(option.startswith("--online-knn-every") for option in arguments):
         raise UsageError("--online-knn-every needs --online-knn DATA")
     from ssl_vit.pretrain import pretrain as run_pretrain
+    from ssl_vit.tracking import Tracking
 
-    run_pretrain(arguments[0], options, callbacks)
+    run_pretrain(arguments[0], options, callbacks, Tracking.parse(online.wandb) if online.wandb is not None else None)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -145,7 +149,14 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--cache", metavar="DIR", help="where features are kept, to be read again; default: features in --out")
     for name in ("train-split", "test-split", "image-column", "label-column"):
         parser.add_argument(f"--{name}", metavar="NAME", help="found by itself where the dataset follows the usual names")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log every source there; [ENTITY/]PROJECT")
+    parser.add_argument("--wandb-predictions", action="store_true", help="the answer to every image too, as an artefact")
     values = parser.parse(arguments)
+    from ssl_vit.tracking import Tracking
+
+    if values.wandb_predictions and values.wandb is None:
+        raise UsageError("--wandb-predictions needs --wandb PROJECT")
+    tracking = None if values.wandb is None else replace(Tracking.parse(values.wandb), predictions=values.wandb_predictions)
     from ssl_vit_eval.distributed import process_group
     from ssl_vit_eval.evaluate import evaluate as run_evaluate
     from ssl_vit_eval.models import open_source
@@ -159,27 +170,58 @@ def evaluate(arguments: list[str]) -> None:
     with process_group():
         sources = [open_source(name, values.image_size) for name in values.sources]
         options = (values.controls, values.cache, values.diagnostics)
-        run_evaluate(sources, data, values.protocols, values.readouts, values.out, *options)
+        run_evaluate(sources, data, values.protocols, values.readouts, values.out, *options, tracking=tracking)
 
 
 def compare(arguments: list[str]) -> None:
     parser = Parser("compare", "One table and one report from the rows found below the given folders.")
     parser.add_argument("folders", nargs="+", metavar="DIR", help="what eval or study wrote")
     parser.add_argument("--out", metavar="DIR", help="where report.html goes; default: the first folder")
+    parser.add_argument("--margin", type=float, metavar="POINTS", help="differences below it do not matter; 1, or as the study declares it")
+    parser.add_argument("--wandb", metavar="PROJECT", help="write a W&B Report there as well; [ENTITY/]PROJECT")
+    parser.add_argument("--wandb-group", metavar="NAME", help="on the runs of this study alone")
     values = parser.parse(arguments)
+    if values.wandb_group is not None and values.wandb is None:
+        raise UsageError("--wandb-group needs --wandb PROJECT")
     from ssl_vit_eval.compare import compare as run_compare
 
-    run_compare(values.folders, values.out)
+    run_compare(values.folders, values.out, values.margin, values.wandb, values.wandb_group)
 
 
 def study(arguments: list[str]) -> None:
     parser = Parser("study", "Pretrain, evaluate and compare every cell of a grid; finished cells are skipped.")
     parser.add_argument("study", metavar="STUDY", help="a YAML file or a name")
     parser.add_argument("--out", metavar="DIR", help="default: runs/STUDY")
+    parser.add_argument("--dry-run", action="store_true", help="cells, steps, images, FLOPs and time; trains and writes nothing")
+    parser.add_argument("--cell", metavar="NAME", help="pretrain and evaluate this cell alone, or 'controls'; for engines")
+    engines = "one after another (local), as Slurm jobs (slurm), by agents of a W&B sweep (wandb)"
+    parser.add_argument("--launcher", choices=("local", "slurm", "wandb"), default="local", metavar="L", help=engines)
+    parser.add_argument("--wandb", metavar="PROJECT", help="log every cell there; [ENTITY/]PROJECT")
     values = parser.parse(arguments)
-    from ssl_vit_eval.study import run_study
+    if (values.launcher != "local") + values.dry_run + (values.cell is not None) > 1:
+        raise UsageError("--dry-run, --cell and --launcher are different things to do with a study; choose one")
+    from ssl_vit.tracking import Tracking
 
-    run_study(values.study, values.out)
+    tracking = Tracking.parse(values.wandb) if values.wandb else None
+    if values.dry_run:
+        from ssl_vit_eval.costs import dry_run
+
+        dry_run(values.study, values.out)
+    elif values.launcher == "slurm":
+        from ssl_vit_eval.launchers import launch_slurm
+
+        launch_slurm(values.study, values.out, tracking)
+    elif values.launcher == "wandb":
+        from ssl_vit_eval.launchers import launch_wandb
+
+        launch_wandb(values.study, values.out, tracking)
+    else:
+        from ssl_vit_eval.study import run_cell, run_study
+
+        if values.cell is not None:
+            run_cell(values.study, values.out, values.cell, tracking)
+        else:
+            run_study(values.study, values.out, tracking)
 
 
 def export(arguments: list[str]) -> None:

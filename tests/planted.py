@@ -1,17 +1,23 @@
 """Evaluations with planted answers, for the tests of the comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import yaml
 
+from ssl_vit.readout import ReadoutSpec
+from ssl_vit_eval.comparison import Comparison, build
 from ssl_vit_eval.rows import Row, RowStore
 from ssl_vit_eval.stats import wilson_interval
+from ssl_vit_eval.verdict import Difference, Family
+
+PRIMARY = {"recipe": "toy", "data": "builtin:photos", "protocol": "knn", "compare": ["cls", "gap"]}
 
 
-def plant(store: RowStore, correct: Sequence[int] | torch.Tensor, **changes: object) -> list[Row]:
+def plant(store: RowStore, correct: Sequence[int] | torch.Tensor, labels: torch.Tensor | None = None, **changes: object) -> list[Row]:
     """Append the two rows of one evaluation that is right exactly where `correct` is; the fields of a DINO cell, or as changed."""
     right = torch.as_tensor(correct).bool()
-    labels = torch.arange(len(right)) % 3
+    labels = torch.arange(len(right)) % 3 if labels is None else labels
     accuracy = right.double().mean().item()
     low, high = wilson_interval(int(right.sum()), len(right))
     values: dict[str, object] = {
@@ -52,3 +58,54 @@ def plant_random(store: RowStore, correct: Sequence[int] | torch.Tensor, start: 
     """The random-initialised backbone with the weights `start`."""
     fields = {"method": "random", "trained_with": None, "checkpoint": start, "init": None, "source": "random:toy", **changes}
     return plant(store, correct, **fields)
+
+
+def plant_arm(
+    store: RowStore, readout: str, seeds: Iterable[int], correct: Callable[[int], torch.Tensor], read_with: str = "", **changes: object
+) -> None:
+    """One arm of the recipe `toy`, a row pair for each seed; read as it was trained unless another spec is given."""
+    for seed in seeds:
+        own: dict[str, object] = {"source": f"toy-{ReadoutSpec.parse(readout).slug}-s{seed}", "init": f"start{seed}"}
+        plant(store, correct(seed), trained_with=readout, read_with=read_with or readout, seed=seed, **{**own, **changes})
+
+
+def first(count: int, of: int) -> torch.Tensor:
+    """Right answers on the first `count` of `of` images."""
+    return torch.arange(of) < count
+
+
+def compared(store: RowStore, margin: float | None = None) -> Comparison:
+    return build([store.folder.parent], margin)
+
+
+def families(comparison: Comparison, question: str, primary: bool = False) -> list[Family]:
+    return [family for family in comparison.families if family.question == question and family.primary == primary]
+
+
+def only(comparison: Comparison, question: str, primary: bool = False) -> Difference:
+    (family,) = families(comparison, question, primary)
+    (difference,) = family.differences
+    return difference
+
+
+def specs(family: Family) -> list[tuple[str, str]]:
+    return [(found.a.read_with, found.b.read_with) for found in family.differences]
+
+
+def declare(store: RowStore, **content: object) -> None:
+    store.folder.parent.mkdir(parents=True, exist_ok=True)
+    (store.folder.parent / "study.yaml").write_text(yaml.safe_dump(content))
+
+
+def right(count: int, of: int = 200) -> Callable[[int], torch.Tensor]:
+    return lambda seed: first(count, of)
+
+
+def noisy(accuracy: float, of: int = 200, salt: int = 0) -> Callable[[int], torch.Tensor]:
+    return lambda seed: torch.rand(of, generator=torch.Generator().manual_seed(100 * salt + seed)) < accuracy
+
+
+def plant_three(store: RowStore, seeds: Iterable[int]) -> None:
+    plant_arm(store, "register", seeds, right(100))
+    plant_arm(store, "cls", seeds, lambda seed: first(160 + seed % 2, 200))
+    plant_arm(store, "gap", seeds, right(130))

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from planted import plant, plant_random
+from planted import plant, plant_arm, plant_random
 
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.arms import Arm
 from ssl_vit_eval.compare import compare, sentences, terminal
-from ssl_vit_eval.comparison import Cell, Gain, build, gain_text, score_text, signed
+from ssl_vit_eval.comparison import Cell, Gain, build, gain_text, score_text
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.runs import find_runs, recipe_name
 from ssl_vit_eval.stats import paired_difference
+from ssl_vit_eval.wording import signed
 
 DINO_CLS = Arm("dino", "toy", "cls")
 
@@ -165,6 +166,14 @@ def test_an_interval_that_includes_zero_is_said(store: RowStore) -> None:
     assert sentence.endswith("over its random initialisation, includes zero: no gain that these 400 images could show")
 
 
+def test_verdicts_follow_the_tables_and_notes_come_last(store: RowStore) -> None:
+    for readout, count in (("cls", 300), ("gap", 200)):
+        plant_arm(store, readout, range(6), lambda seed, count=count: torch.arange(400) < count)
+    text = terminal(build([store.folder]))
+    parts = ["* read as trained", "A is better than B if", "cls − gap: +25.0 points [", ", 6 seeds: better", "\n\nnote: "]
+    assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
+
+
 @pytest.mark.parametrize(
     ("gain", "text"),
     [
@@ -191,7 +200,8 @@ def test_compare_prints_the_table_and_ends_with_the_path(store: RowStore, capsys
     path.write_text(path.read_text().replace("Which token", "Old"))
     compare([store.folder])
     assert "Which token" in path.read_text()  # our own report is replaced
-    assert sorted(p.name for p in store.folder.iterdir()) == ["new", "predictions", "report.html", "rows.jsonl"]
+    there = {p.name for p in store.folder.iterdir() if not p.name.startswith(".")}
+    assert there == {"predictions", "rows.jsonl", "rows.lock", "new", "plots", "report.html", "report.md", "tables"}
 
 
 def test_compare_overwrites_nothing_else(store: RowStore, tmp_path: Path) -> None:

@@ -156,10 +156,10 @@ def test_rows_are_found_below_the_folders_once(tmp_path: Path) -> None:
     RowStore(tmp_path / "a" / "deep").append([row(value=0.1)], PREDICTIONS, LABELS)
     RowStore(tmp_path / "b").append([row(value=0.2)], LABELS, LABELS)
     RowStore(tmp_path / "b").append([row(read_with="cls")], PREDICTIONS, LABELS)
-    found = find_rows([tmp_path / "a", str(tmp_path / "b"), tmp_path / "b"])
-    assert {r.read_with: r.value for r, _ in found} == {"gap": 0.2, "cls": 2 / 3}
+    found = find_rows([tmp_path / "a", str(tmp_path / "b"), tmp_path / "b", tmp_path])
+    assert [(r.read_with, r.value) for r, _ in found] == [("gap", 0.1), ("gap", 0.2), ("cls", 2 / 3)]
     for r, store in found:
-        assert store.predictions(r)[0][:, 0].tolist() == (LABELS if r.read_with == "gap" else PREDICTIONS).tolist()
+        assert store.predictions(r)[0][:, 0].tolist() == (LABELS if r.value == 0.2 else PREDICTIONS).tolist()
 
 
 def test_folders_without_rows_are_refused(tmp_path: Path) -> None:

@@ -5,40 +5,51 @@ from pathlib import Path
 
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.arms import Arm
-from ssl_vit_eval.comparison import MISSING, ZERO, Cell, Comparison, Gain, Table, bounds_text, build, score_text, signed, under_text
+from ssl_vit_eval.comparison import MISSING, ZERO, Cell, Comparison, Gain, Table, bounds_text, build, score_text, under_text
+from ssl_vit_eval.listings import scores
 from ssl_vit_eval.models import PIXELS
-from ssl_vit_eval.report import MARKER, write_report
+from ssl_vit_eval.report import write_report
+from ssl_vit_eval.report_files import check_out
+from ssl_vit_eval.summary import verdicts
+from ssl_vit_eval.wandb_report import write_wandb_report
+from ssl_vit_eval.wording import signed
 
 
-def compare(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Compare every row below the folders, print the tables, write `report.html` into `out` (default: the first folder); its path.
+def compare(
+    folders: Sequence[str | Path],
+    out: str | Path | None = None,
+    margin: float | None = None,
+    wandb: str | None = None,
+    group: str | None = None,
+) -> Path:
+    """Compare every row below the folders, print the tables, write the report into `out` (default: the first folder); the path of its HTML.
 
-    UsageError for folders without rows, for an `out` that is a file and for a `report.html` in it that is not ours.
+    margin: points, of studies that declare none. wandb: the `[ENTITY/]PROJECT` that gets a W&B Report too, on the runs of `group`, or all.
+    UsageError for folders without rows, for an `out` that is a file, for a file of a report's name in it that is not ours, and for a
+    margin beside one that a study declared; of W&B as `write_wandb_report`, when the other report is written.
     """
     if not folders:
         raise UsageError("no folder was given: name those that `ssl-vit eval` or `ssl-vit study` wrote to")
     folder = Path(folders[0] if out is None else out)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file: name a folder, report.html is written into it")
-    path = folder / "report.html"
-    if path.exists() and not (path.is_file() and MARKER in path.read_text(encoding="utf-8", errors="replace")[:1000]):
-        raise UsageError(f"{path} was not written by ssl-vit compare and is left alone: name another folder with --out")
-    comparison = build(folders)
+    check_out(folder)
+    comparison = build(folders, margin)
     print(terminal(comparison))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report(comparison, path)
+    path = write_report(comparison, folders, folder)
     print(f"report: {path}")
+    if wandb is not None:
+        print(f"W&B Report: {write_wandb_report(comparison, wandb, group, [scores(comparison)])}")
     return path
 
 
 def terminal(comparison: Comparison) -> str:
-    """All tables as text, each followed by a sentence for every cell that was read as it was trained."""
+    """All tables as text, each followed by a sentence for every cell that was read as it was trained; then verdicts and notes."""
     parts = [part for table in comparison.tables for part in (_table(comparison, table), "\n".join(sentences(table))) if part]
     legend = (
         "Top-1 in %; below it the gain in points over the random-initialised backbone, with its 95 % interval over test images "
         f"({ZERO} includes zero).\nSeveral seeds: mean ± deviation, and the range of the gain over seeds. * read as trained."
     )
-    return "\n\n".join([*parts, legend, *(f"note: {note}" for note in comparison.notes)]) + "\n"
+    parts += [legend, verdicts(comparison.families, comparison.rule), *(f"note: {note}" for note in comparison.notes)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def sentences(table: Table) -> list[str]:

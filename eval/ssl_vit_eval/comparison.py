@@ -5,22 +5,23 @@ seeds instead, since an interval over images says nothing about another pretrain
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from jaxtyping import Float64
-from torch import Tensor
-
-from ssl_vit_eval.arms import Arm, Setting, arms_of, weights_of
+from ssl_vit_eval.arms import Arm, Setting, arms_of, clash_notes, ordered, weights_of
+from ssl_vit_eval.cautions import missing, repeated, revisions
+from ssl_vit_eval.declared import find_declared
+from ssl_vit_eval.differences import Answers, family_of
+from ssl_vit_eval.families import ask, cells_of, null_controls
 from ssl_vit_eval.models import PIXELS
-from ssl_vit_eval.rows import Key, Row, RowStore, find_rows
+from ssl_vit_eval.rows import Key, Row, find_rows
 from ssl_vit_eval.runs import Run, find_runs
 from ssl_vit_eval.stats import PairedDifference, paired_difference
 from ssl_vit_eval.verdict import Family, Rule
+from ssl_vit_eval.wording import signed
 
-FIRST = ("cls", "gap", "register")  # then the others as they come
 MISSING = "–"
 ZERO = "○"  # marks a gain whose interval includes zero
 
@@ -69,7 +70,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tables in order of appearance; sections are (method, recipe) of what was trained here; notes say what is missing or kept apart."""
+    """Tables in order of appearance; sections are (method, recipe) of what was trained here; notes say what is missing or kept apart.
+
+    families: the primary comparison first, then by question and setting.
+    """
 
     tables: list[Table]
     sections: list[tuple[str, str]]
@@ -91,42 +95,33 @@ class Comparison:
         return [arm for arm in table.arms() if arm.trained_with is None and arm[:2] not in self.sections and arm.method != PIXELS]
 
 
-def build(folders: Sequence[str | Path]) -> Comparison:
-    """Compare every row below the folders. UsageError for folders without rows, Failure where predictions cannot be read."""
-    found = find_rows(folders)
+def build(folders: Sequence[str | Path], margin: float | None = None) -> Comparison:
+    """Compare every row below the folders. margin: points, where no study declares one.
+
+    UsageError for folders without rows and for a study file that is wrong, Failure where predictions cannot be read or paired.
+    """
+    measured = find_rows(folders)
+    found = list({row.id: (row, store) for row, store in measured}.values())
     rows = [row for row, _ in found]
-    names = arms_of(rows)
-    inits: dict[str, dict[Arm, None]] = defaultdict(dict)  # the initialisation of a shared start is shown in every recipe that has it
-    for row in rows:
-        if row.trained_with and row.init:
-            inits[row.init][names[weights_of(row)]._replace(trained_with=None)] = None
-
-    grouped: dict[Setting, dict[tuple[Arm, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        setting = Setting.of(row)
-        arms = inits.get(row.checkpoint) if row.method == "random" else None
-        for arm in arms or [names[weights_of(row)]]:
-            grouped[setting][arm, row.read_with].append(row)
-
-    gains = _Gains(found)
-    tables = []
-    for setting, places in grouped.items():
-        cells = {place: _cell(of, gains) for place, of in places.items() if any(row.metric == "top1" for row in of)}
-        n_test = next(row.n_test for of in places.values() for row in of)
-        tables.append(Table(setting, n_test, cells))
-    order = list(dict.fromkeys(row.dataset for row in rows))
-    tables.sort(key=lambda table: order.index(table.setting.dataset))  # stable: the protocols of a data set stay together
+    names, answers = arms_of(rows), Answers(found)
+    tables = _tables(rows, names, answers)
     trained = [arm for arm in names.values() if arm.trained_with]
+
+    runs, declared, cells = find_runs(folders), find_declared(folders, margin), cells_of(rows, names)
+    cells = {table.setting: cells[table.setting] for table in tables if table.setting in cells}  # in their order
+    asked = ask(cells, null_controls(runs), declared.primary)
+    rule = Rule(declared.margin)
+    notes = [*repeated(measured), *clash_notes(rows), *_notes(tables), *missing(cells)]
     return Comparison(
         tables,
         sections=list(dict.fromkeys(arm[:2] for arm in trained)),
-        trained_with=_ordered(arm.trained_with for arm in trained if arm.trained_with),
-        read_with=_ordered(row.read_with for row in rows if row.method != PIXELS),
+        trained_with=ordered(arm.trained_with for arm in trained if arm.trained_with),
+        read_with=ordered(row.read_with for row in rows if row.method != PIXELS),
         rows=rows,
-        runs=find_runs(folders),
-        notes=_notes(tables),
-        families=[],
-        rule=Rule(),
+        runs=runs,
+        notes=[*notes, *asked.notes, *revisions(asked.groups), *declared.notes],
+        families=[family_of(group, answers, rule) for group in asked.groups],
+        rule=rule,
     )
 
 
@@ -154,28 +149,40 @@ def bounds_text(gain: Gain) -> str:
     return f"[{low}, {high}]" if gain.seeds == 1 else f"({low} … {high})"
 
 
-def signed(points: float) -> str:
-    """One decimal with its sign; zero, also a rounded one, has none."""
-    text = f"{points:+.1f}".replace("-", "−")
-    return text[1:] if text[1:] == "0.0" else text
+def _tables(rows: Sequence[Row], names: Mapping[tuple[str, str], Arm], answers: Answers) -> list[Table]:
+    """A table for each setting, those of a data set together."""
+    inits: dict[str, dict[Arm, None]] = defaultdict(dict)  # the initialisation of a shared start is shown in every recipe that has it
+    for row in rows:
+        if row.trained_with and row.init:
+            inits[row.init][names[weights_of(row)]._replace(trained_with=None)] = None
+
+    grouped: dict[Setting, dict[tuple[Arm, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        arms = inits.get(row.checkpoint) if row.method == "random" else None
+        for arm in arms or [names[weights_of(row)]]:
+            grouped[Setting.of(row)][arm, row.read_with].append(row)
+
+    gains = _Gains(rows, answers)
+    tables = []
+    for setting, places in grouped.items():
+        cells = {place: _cell(of, gains) for place, of in places.items() if any(row.metric == "top1" for row in of)}
+        n_test = next(row.n_test for of in places.values() for row in of)
+        tables.append(Table(setting, n_test, cells))
+    order = list(dict.fromkeys(row.dataset for row in rows))
+    return sorted(tables, key=lambda table: order.index(table.setting.dataset))  # stable: in the order of the protocols
 
 
 class _Gains:
     """Pairs a row with the random-initialised backbone that its checkpoint started from: same images, protocol and readout."""
 
-    def __init__(self, found: Sequence[tuple[Row, RowStore]]) -> None:
-        self._found = {row.key: (row, store) for row, store in found if row.metric == "top1"}
+    def __init__(self, rows: Sequence[Row], answers: Answers) -> None:
+        self._rows: dict[Key, Row] = {row.key: row for row in rows if row.metric == "top1"}
+        self._answers = answers
 
     def over_random(self, row: Row) -> PairedDifference | None:
         """None where that backbone was not evaluated so."""
-        baseline = row.key._replace(checkpoint=row.init) if row.trained_with and row.init else None
-        if baseline is None or baseline not in self._found:
-            return None
-        return paired_difference(self._correct(row.key), self._correct(baseline))
-
-    def _correct(self, key: Key) -> Float64[Tensor, " n"]:
-        row, store = self._found[key]
-        return store.correct(row)
+        baseline = self._rows.get(row.key._replace(checkpoint=row.init)) if row.trained_with and row.init else None
+        return paired_difference(*self._answers.together([row, baseline])) if baseline else None
 
 
 def _cell(rows: Sequence[Row], gains: _Gains) -> Cell:
@@ -198,11 +205,6 @@ def _cell(rows: Sequence[Row], gains: _Gains) -> Cell:
         seeds=len(values),
         gain=gain,
     )
-
-
-def _ordered(specs: Iterable[str]) -> list[str]:
-    found = dict.fromkeys(specs)
-    return [spec for spec in FIRST if spec in found] + [spec for spec in found if spec not in FIRST]
 
 
 def _notes(tables: Sequence[Table]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -18,6 +19,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure, UsageError
+from ssl_vit_eval.locks import locked
 
 FORMAT = 1  # of a line; one with a higher number was written by a later version
 
@@ -110,7 +112,7 @@ class RowStore:
         predictions: a column for each draw of a protocol that draws several training sets.
 
         The predictions are complete before a row names them, and the rows are one write: a kill leaves whole lines, or one cut
-        last line, which is ignored on reading and cleared away by the next append.
+        last line, which is ignored on reading and cleared away by the next append. Several processes may append at once.
         """
         if len({row.key for row in rows}) != 1:
             raise ValueError("append takes the rows of exactly one evaluation")
@@ -121,29 +123,32 @@ class RowStore:
         draws = predictions.reshape(len(labels), -1).T.tolist()
         columns = {"image": range(len(labels)), "label": labels.tolist()}
         columns |= {f"prediction{number or ''}": answers for number, answers in enumerate(draws)}
-        partial = path.with_name(f"{path.name}.partial")
-        pq.write_table(pa.table({column: pa.array(values, pa.int64()) for column, values in columns.items()}), partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-
         lines = [json.dumps({"format": FORMAT, "id": row.id, **asdict(row)}, allow_nan=False) + "\n" for row in rows]
-        text, cut = self._read()
-        with open(self.file, "ab") as file:
-            file.truncate(len(text) - len(cut))
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with locked(self.folder / "rows.lock"):  # not the rows themselves: over NFS, closing a file that is read gives its locks back
+            partial = path.with_name(f"{path.name}.partial")
+            pq.write_table(pa.table({column: pa.array(values, pa.int64()) for column, values in columns.items()}), partial)
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            text, cut = self._read()
+            with open(self.file, "ab") as file:
+                file.truncate(len(text) - len(cut))
+                file.write("".join(lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
         return rows
 
     def rows(self) -> list[Row]:
         """Every row, the last of those with the same id; Failure for a line that is not a row of a known format."""
+        return list({row.id: row for row in self.measured()}.values())
+
+    def measured(self) -> list[Row]:
+        """Every row in the order of writing, also those that were measured again; Failure as `rows`."""
         text, cut = self._read()
         if cut:
             warnings.warn(f"{self.file}: the last line was cut short and is ignored; evaluate again to have it back", stacklevel=2)
         lines = text.removesuffix(cut).decode(errors="replace").split("\n")[:-1]
-        rows = [_parse(line, f"{self.file}, line {number}") for number, line in enumerate(lines, 1)]
-        return list({row.id: row for row in rows}.values())
+        return [_parse(line, f"{self.file}, line {number}") for number, line in enumerate(lines, 1)]
 
     def known(self) -> set[tuple[Key, str]]:
         """The evaluations and metrics that are there, with their predictions."""
@@ -155,17 +160,19 @@ class RowStore:
         try:
             table = pq.read_table(path)
             names = ["label", "prediction", *(name for name in table.column_names if re.fullmatch(r"prediction\d+", name))]
-            label, *draws = (torch.tensor(table[name].to_pylist(), dtype=torch.int64) for name in names)
-        except (OSError, KeyError, pa.ArrowException) as error:
+            label, *draws = (torch.from_numpy(table[name].to_numpy().astype(np.int64)) for name in names)
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise Failure(f"cannot read the predictions {path}: {error}; remove the row or evaluate again") from error
         return torch.stack(draws, dim=1), label
 
-    def correct(self, row: Row) -> Float64[Tensor, " n"]:
-        """How often each test image was answered rightly: 1 or 0, a share where there are several draws. Failure as `predictions`."""
+    def correct(self, row: Row) -> tuple[Float64[Tensor, " n"], Int64[Tensor, " n"]]:
+        """How often each test image was answered rightly, 1 or 0, a share where there are several draws, and its class.
+
+        Failure as `predictions`, and where the row speaks of another number of images."""
         predictions, labels = self.predictions(row)
         if len(labels) != row.n_test:
             raise Failure(f"{self.folder / row.predictions} has {len(labels)} predictions, its row {row.n_test} images: evaluate again")
-        return (predictions == labels[:, None]).double().mean(dim=1)
+        return (predictions == labels[:, None]).double().mean(dim=1), labels
 
     def _read(self) -> tuple[bytes, bytes]:
         """The file's bytes, and the end of them that follows the last complete line."""
@@ -174,20 +181,23 @@ class RowStore:
 
 
 def find_rows(folders: Sequence[str | Path]) -> list[tuple[Row, RowStore]]:
-    """Every row in and below the folders, with the store that has its predictions; of equal ids the last one found.
+    """Every row in and below the folders, with the store that has its predictions; what was measured again (equal ids) as often as it is
+    there, the last one last.
 
     UsageError for a folder that does not exist or has no rows.
     """
-    found: dict[str, tuple[Row, RowStore]] = {}
+    found: dict[Path, list[tuple[Row, RowStore]]] = {}  # by file: folders may lie in each other
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UsageError(f"there is no folder {str(folder)!r}: give folders that `ssl-vit eval` or `ssl-vit study` wrote to")
-        stores = [RowStore(file.parent) for file in sorted(folder.rglob("rows.jsonl"))]
-        pairs = [(row, store) for store in stores for row in store.rows()]
-        if not pairs:
+        files = sorted(folder.rglob("rows.jsonl"))
+        for file in files:
+            if file.resolve() not in found:
+                store = RowStore(file.parent)
+                found[file.resolve()] = [(row, store) for row in store.measured()]
+        if not any(found[file.resolve()] for file in files):
             raise UsageError(f"folder {str(folder)!r} holds no rows (rows.jsonl): run `ssl-vit eval SOURCE --out {folder}` first")
-        found.update({row.id: (row, store) for row, store in pairs})
-    return list(found.values())
+    return [pair for of_file in found.values() for pair in of_file]
 
 
 def _parse(line: str, where: str) -> Row:
