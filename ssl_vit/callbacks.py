@@ -68,7 +68,7 @@ class RunFolder(Checkpoint):
         self._start = self._saved = time.monotonic()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(module.recipe, sort_keys=False))
+            _replace(self.folder / "recipe.yaml", yaml.safe_dump(module.recipe, sort_keys=False))
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             # ranks of a group may stand at different steps; they end as Lightning ends them
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
@@ -78,7 +78,7 @@ class RunFolder(Checkpoint):
         self._total, self._step = module.total_steps, trainer.global_step
         metrics = self.folder / "metrics.jsonl"
         if trainer.is_global_zero and metrics.exists():  # a resumed run writes the steps behind its checkpoint again
-            metrics.write_text("".join(json.dumps(record) + "\n" for record in self._records() if record["step"] <= self._step))
+            _replace(metrics, "".join(json.dumps(record) + "\n" for record in self._records() if record["step"] <= self._step))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -118,7 +118,7 @@ class RunFolder(Checkpoint):
             "metrics": records[-1] if records else {},
         }
         if trainer.is_global_zero:
-            (self.folder / "run.json").write_text(json.dumps(summary, indent=1) + "\n")
+            _replace(self.folder / "run.json", json.dumps(summary, indent=1) + "\n")
         return True
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
@@ -135,6 +135,13 @@ class RunFolder(Checkpoint):
         if self.interrupted:  # a second Ctrl-C does not wait for the step
             raise KeyboardInterrupt
         self.interrupted = True
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a whole file: a kill leaves the old one, or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 class Progress(ProgressBar):

@@ -21,6 +21,8 @@ from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit.flops import training_flops
 from ssl_vit.methods import METHODS, Method
 from ssl_vit.methods.base import plain
+from ssl_vit.tracking import Tracking
+from ssl_vit.training_log import TrainingLog
 
 # Of the Trainer's options, those that change the result, with their defaults: they are a part of the recipe, the others of the machine.
 TRAINER_IDENTITY = {
@@ -91,22 +93,26 @@ def build_method(config: Namespace, values: Namespace) -> Method:
     return module
 
 
-def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()) -> Path:
+def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = (), tracking: Tracking | None = None) -> Path:
     """Train, and return the path of the checkpoint. A finished run that is resumed is left as it is.
 
-    callbacks: what watches the run beside those of `trainer.callbacks`, and is no part of its recipe."""
+    callbacks: what watches the run beside those of `trainer.callbacks`, and is no part of its recipe. tracking: where W&B shows it,
+    as `ssl_vit.tracking` says; a finished run is logged too."""
     parser, config = parse_recipe(recipe, options)
     folder = Path(config.out or Path("runs") / Path(recipe).stem)
     values = parser.instantiate(config)
     flops = training_flops(build_method(config, values))  # of a model of its own: the one that is trained is left as it was drawn
     module = build_method(config, values)
     record = RunFolder(folder, flops)
+    log = TrainingLog(tracking, folder) if tracking else None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("SLURM_PROCID", 0)) == 0:
         _check_folder(folder, record.checkpoint, module.recipe, config.resume)
     if config.resume and (folder / "run.json").exists():
         rank_zero_info(f"{folder} is finished; nothing to do")
+        if log:
+            log.catch_up()
         return record.checkpoint
-    values.trainer.callbacks = [*_as_list(values.trainer.callbacks), *callbacks]
+    values.trainer.callbacks = [*_as_list(values.trainer.callbacks), *callbacks, *([log] if log else [])]
     trainer = build_trainer(values.trainer, record, folder.name)
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
@@ -114,6 +120,8 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
     rest = "" if record.finish(trainer, module) else f" of {module.total_steps}; go on with --resume"
     rank_zero_info(f"{record.checkpoint}: {trainer.global_step} steps{rest}, trained with {module.spec}")
+    if log:
+        log.close()
     return record.checkpoint
 
 
@@ -143,7 +151,8 @@ def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume
     """UsageError if the run would overwrite something, or if there is nothing to resume."""
     ours = (folder / "recipe.yaml").exists()
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # W&B's files alone: killed before the first step, and tracked
+        if folder.exists() and (not folder.is_dir() or any(path.name != "wandb" for path in folder.iterdir())):
             what, advice = ("a run", "add --resume to go on with it, or ") if ours else ("something else", "")
             raise UsageError(f"{folder} already holds {what}; {advice}name another folder with --out")
         return

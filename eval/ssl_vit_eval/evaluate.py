@@ -13,6 +13,7 @@ from torch import Tensor
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.readout import ReadoutSpec, learned
 from ssl_vit.sources import Split
+from ssl_vit.tracking import Tracking
 from ssl_vit_eval.controls import PROJECTED, SHUFFLED, check_controls, controls_of, projected, shuffled
 from ssl_vit_eval.distributed import agreed, gather_objects, rank, world
 from ssl_vit_eval.examine import examine, with_blocks
@@ -24,6 +25,7 @@ from ssl_vit_eval.rows import Key, RowStore
 from ssl_vit_eval.selection import Found
 from ssl_vit_eval.suites import Dataset
 from ssl_vit_eval.tokens_cache import TokenReader, open_tokens
+from ssl_vit_eval.tracking import track_rows
 
 Say = Callable[[str], None]
 Result = tuple[dict[str, Found], float] | UsageError | Failure | None  # of a job; None of a process that has none
@@ -59,11 +61,13 @@ def evaluate(
     cache: str | Path | None = None,
     diagnostics: bool = False,
     say: Say = print,
+    tracking: Tracking | None = None,
 ) -> RowStore:
     """Every combination that `out` does not hold yet, one row a metric; the store of all of them.
 
     readouts None: each single readout that a source has and, for protocols that train one, each learned readout. controls: of
     `controls.CONTROLS`. cache: the folder of the features, None for `features` in `out`. diagnostics: as `examine.examine`.
+    tracking: where W&B shows every source's rows, as `ssl_vit_eval.tracking` says.
     Raises UsageError before any work for names that are wrong. A dataset that cannot be evaluated is said and left out, and raises
     Failure at the end; the only one raises at once. On several processes (torchrun) all call it, the first one writes and speaks.
     """
@@ -97,6 +101,8 @@ def evaluate(
                 failed.append(f"{source.name} on {dataset.source}")
                 say(f"{failed[-1]} is left out: {error}")
     say(f"rows: {store.file}")
+    if tracking and rank() == 0:
+        track_rows(sources, store, tracking)
     if failed:
         raise Failure(f"could not be evaluated: {', '.join(failed)}; the reasons stand above, the other rows are in {store.file}")
     return store
@@ -242,7 +248,6 @@ class Evaluation:
         return found, (time.perf_counter() - begun) / len(job.specs)
 
     def controlled(self, X: Float[Tensor, "n d"], control: str) -> Float[Tensor, "n _"]:
-        assert self.source.backbone is not None or not control
         return projected(X, self.source.backbone.width) if self.source.backbone and control.startswith(PROJECTED) else X
 
     def keep(self, job: Job, result: Result) -> Exception | None:
