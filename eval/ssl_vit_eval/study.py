@@ -1,135 +1,161 @@
-"""`ssl-vit study`: a grid of recipes x trained-with x seeds is pretrained, evaluated and compared; what is finished is skipped."""
+"""`ssl-vit study`: the cells of a plan are pretrained, evaluated and compared; what is finished is skipped.
 
+The folder is the whole state. Any number of processes, on machines that share it, may work on one study at once: a cell belongs to
+whoever holds its lock, and a lock ends with its process.
+"""
+
+import os
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from ssl_vit.assets import find_asset, read_yaml
-from ssl_vit.errors import UsageError, one_of
-from ssl_vit.pretrain import build_method, parse_recipe, pretrain, recipe_changes
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.errors import Failure
+from ssl_vit.pretrain import pretrain
 from ssl_vit.sources import load_split
+from ssl_vit.tracking import Tracking
 from ssl_vit_eval.compare import compare
 from ssl_vit_eval.evaluate import evaluate, wanted_specs
-from ssl_vit_eval.models import open_source, random_source
+from ssl_vit_eval.fairness import check_fair
+from ssl_vit_eval.locks import locked
+from ssl_vit_eval.models import Source, open_source
 from ssl_vit_eval.pictures import save_reconstructions
-from ssl_vit_eval.protocols import load_protocols
-from ssl_vit_eval.suites import Dataset
+from ssl_vit_eval.plan import CONTROLS, Cell, Plan, start_source
 
 
-@dataclass(frozen=True)
-class Study:
-    """A study file. Every arm is the recipe with one field changed, `readout`, and the seed.
+def run_study(name: str, out: str | None, tracking: Tracking | None = None) -> Path:
+    """Run what is missing of a study, and return the path of its report. Wrong names and unfair arms end it before anything trains.
 
-    recipes: names or files; trained_with: readout specs; seeds; data, protocols, read_with: what every arm is evaluated on and how.
+    Cells that another process works on are left to it; then it is waited for, and what it left undone is done here.
     """
-
-    recipes: list[str]
-    trained_with: list[str]
-    seeds: list[int]
-    data: list[str]
-    protocols: list[str]
-    read_with: list[str]
-
-    @classmethod
-    def load(cls, name: str) -> "Study":
-        """UsageError for an unknown study, an unknown or missing key, and a value that is not a list of names (of numbers for seeds)."""
-        content = read_yaml(find_asset("studies", name))
-        keys = [field.name for field in fields(cls)]
-        for key in content:
-            if key not in keys:
-                raise UsageError(f"study {name}: unknown key {key!r}; {one_of(str(key), keys)}")
-        for key in keys:
-            values, kind = content.get(key), int if key == "seeds" else str
-            if not isinstance(values, list) or not values or not all(type(value) is kind for value in values):
-                what = "whole numbers" if kind is int else "names"
-                raise UsageError(f"study {name}: {key} is {values!r}; give a list of {what} in brackets")
-        return cls(**content)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One pretraining of a study."""
-
-    recipe: str
-    readout: str
-    seed: int
-    folder: Path
-
-    @property
-    def options(self) -> list[str]:
-        # One device: a study is a loop over small runs; what is spread over several GPUs is pretrained by `ssl-vit pretrain`.
-        return ["--readout", self.readout, "--seed", str(self.seed), "--trainer.devices", "1", "--out", str(self.folder)]
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "run.json").exists()
-
-
-def run_study(name: str, out: str | None) -> Path:
-    """Run what is missing of a study, and return the path of its report. Wrong names end it before anything trains."""
-    start = time.monotonic()
-    study = Study.load(name)
-    folder = Path(out or Path("runs") / Path(name).stem)
-    cells = [
-        Cell(recipe, str(ReadoutSpec.parse(spec)), seed, folder / "cells" / f"{Path(recipe).stem}-{ReadoutSpec.parse(spec).slug}-s{seed}")
-        for recipe in study.recipes
-        for spec in study.trained_with
-        for seed in study.seeds
-    ]
-    data = [Dataset(name) for name in study.data]
-    for dataset in data:
-        dataset.check()
-    rules = load_protocols(study.protocols)
-    randoms = [random_source(recipe, ["--seed", str(seed)]) for recipe in study.recipes for seed in study.seeds]
-    for source in randoms:
-        wanted_specs(source, rules, study.read_with, study.trained_with)
-    for cell in cells:
-        _check_cell(cell, cells)
-    _open_folder(folder, study)
-
-    for number, cell in enumerate(cells, 1):
-        what = f"[{number}/{len(cells)}] {cell.recipe}, trained with {cell.readout}, seed {cell.seed}"
-        print(f"{what}: done before" if cell.finished else what, flush=True)
-        if not cell.finished:
-            pretrain(cell.recipe, [*cell.options, "--resume"] if (cell.folder / "recipe.yaml").exists() else cell.options)
-        _draw_reconstructions(cell)
-    sizes = dict.fromkeys(source.image_size for source in randoms)
-    controls = [*(open_source(f"pixels:{size}") for size in sizes), *randoms]
-    trained = [open_source(str(cell.folder / "last.ckpt")) for cell in cells]
-    print(f"evaluating {len(trained)} backbones and {len(controls)} controls on {', '.join(study.data)}", flush=True)
-    evaluate([*controls, *trained], data, study.protocols, study.read_with, folder / "eval", say=lambda line: None)
-    report = compare([folder], folder)
-    print(f"{time.monotonic() - start:.0f} s in all; a second run skips what is done")
+    begun = time.monotonic()
+    plan = open_plan(name, out)
+    taken = []
+    for number, cell in enumerate(plan.cells, 1):
+        with locked(cell.lock, wait=False) as mine:
+            if mine:
+                _train(plan, cell, f"[{number}/{len(plan.cells)}]", tracking)
+            else:
+                taken.append((number, cell))
+                print(f"[{number}/{len(plan.cells)}] {cell.folder.name}: another process works on it", flush=True)
+    for number, cell in taken:
+        with locked(cell.lock):
+            _train(plan, cell, f"[{number}/{len(plan.cells)}]", tracking)
+    with locked(_controls_lock(plan)):
+        controls, trained = plan.controls(plan.starts), [_trained(cell) for cell in plan.cells]
+        _check_starts(plan, controls, trained)
+        print(f"evaluating {len(trained)} backbones and {len(controls)} controls", flush=True)
+        failed = None
+        try:
+            _evaluate(plan, [*controls, *trained], tracking, ())
+        except Failure as error:  # some of it: what there is can be compared
+            if not (plan.folder / "eval" / "rows.jsonl").exists():
+                raise
+            failed = error
+        report = compare([plan.folder], plan.folder)
+    print(f"{time.monotonic() - begun:.0f} s in all; a second run skips what is done")
+    if failed:
+        raise failed
     return report
 
 
-def _open_folder(folder: Path, study: Study) -> None:
-    """Create the study's folder, or find the same study in it."""
-    plan = folder / "study.yaml"
-    if plan.exists():
-        before = read_yaml(plan)
-        changed = [key for key, value in asdict(study).items() if value != before.get(key)]
-        if changed:
-            raise UsageError(f"{folder} holds a study with other {', '.join(changed)}; name another folder with --out")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} already holds something else; name another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    plan.write_text(yaml.safe_dump(asdict(study), sort_keys=False))
+def run_cell(name: str, out: str | None, cell_name: str, tracking: Tracking | None = None) -> None:
+    """Pretrain and evaluate this cell alone, or evaluate the controls; what is done is skipped, what another process does left to it."""
+    # an agent of W&B names its own run here, which every `wandb.init` below would take for its own
+    for variable in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+        os.environ.pop(variable, None)
+    plan = open_plan(name, out, cell_name)
+    cell = plan.cell(cell_name)
+    with locked(cell.lock if cell else _controls_lock(plan), wait=False) as mine:
+        if not mine:
+            print(f"{cell_name}: another process works on it, so it is left to that one")
+        elif cell is None:
+            _evaluate(plan, plan.controls(plan.starts), tracking, (CONTROLS,))
+        else:
+            _train(plan, cell, "", tracking)
+            _evaluate(plan, [_trained(cell)], tracking, _tags(cell))
+    print(f"when all cells are done: ssl-vit study {name} --out {plan.folder}")
 
 
-def _check_cell(cell: Cell, cells: list[Cell]) -> None:
-    """UsageError for a cell that cannot be trained as its recipe says, or whose folder belongs to another recipe."""
-    if any(other.folder == cell.folder and other != cell for other in cells):
-        raise UsageError(f"two recipes of the study are called {cell.folder.name!r}; rename one of the files")
-    parser, config = parse_recipe(cell.recipe, cell.options)
-    recipe = build_method(config, parser.instantiate(config)).recipe
-    before = cell.folder / "recipe.yaml"
-    if before.exists() and (changed := recipe_changes(read_yaml(before), recipe)):
-        raise UsageError(f"{cell.folder} was trained with another recipe ({changed}); use the same one, or another --out")
+def open_plan(name: str, out: str | None, cell_name: str | None = None) -> Plan:
+    """The plan, found sound and its arms fair, in its folder; of one cell, its own start alone is looked at."""
+    plan = Plan.load(name, out)
+    cell = plan.cell(cell_name) if cell_name else None
+    check(plan, [other for other in plan.cells if cell is None or other.start == cell.start])
+    plan.open()
+    return plan
+
+
+def check(plan: Plan, cells: Sequence[Cell]) -> None:
+    """UsageError for a readout that a model cannot be read with, and for arms that are not fair."""
+    for start in {cell.start.name: cell.start for cell in cells}.values():
+        wanted_specs(start_source(start), plan.rules, plan.study.read_with, [cell.readout for cell in cells])
+    print(check_fair(cells), flush=True)
+
+
+def _train(plan: Plan, cell: Cell, number: str, tracking: Tracking | None) -> None:
+    what = f"{number} {cell.start.name}, trained with {cell.readout}, seed {cell.start.seed}".strip()
+    done = cell.summary is not None
+    print(f"{what}: done before" if done else what, flush=True)
+    own = tracking and replace(tracking, group=plan.name, tags=_tags(cell))
+    if not done or own:  # a finished run may not have been logged
+        begun = (cell.folder / "recipe.yaml").exists()
+        for partial in cell.folder.glob(".*.partial"):  # of a process that was killed, since this one holds the lock
+            partial.unlink()
+        pretrain(cell.start.recipe, [*cell.options, "--resume"] if begun else cell.options, tracking=own)
+    _draw_reconstructions(cell)
+
+
+def _evaluate(plan: Plan, sources: Sequence[Source], tracking: Tracking | None, tags: tuple[str, ...]) -> None:
+    """Rows of what the store lacks; of all that is said, only what was left out and why. Failure at the end, if anything was.
+
+    Diagnostics, which describe one network and read it at every block, are for the first seed of every arm."""
+    study, failed = plan.study, None
+    first = [source for source in sources if study.diagnostics and source.seed == study.seeds[0]]
+    for chosen in filter(None, (first, [source for source in sources if source not in first])):
+        try:
+            evaluate(
+                chosen,
+                plan.data,
+                study.protocols,
+                study.read_with if any(source.trained_with for source in chosen) else plan.read_with,
+                plan.folder / "eval",
+                controls=study.controls,
+                diagnostics=chosen is first,
+                say=lambda line: print(line) if " is left out: " in line else None,
+                tracking=tracking and replace(tracking, group=plan.name, tags=tags),
+            )
+        except Failure as error:
+            failed = error
+    if failed:
+        raise failed
+
+
+def _check_starts(plan: Plan, controls: Sequence[Source], trained: Sequence[Source]) -> None:
+    """Failure for a cell that did not begin with its start's weights, as on a machine whose libraries draw other numbers."""
+    weights = {start: source.weights for start, source in zip(plan.starts, controls[-len(plan.starts) :], strict=True)}
+    for cell, source in zip(plan.cells, trained, strict=True):
+        if source.init != weights[cell.start]:
+            raise Failure(
+                f"{cell.folder} was trained from other initial weights ({source.init}) than its study has here ({weights[cell.start]}); "
+                "train all cells with one version of the libraries: remove this folder"
+            )
+
+
+def _trained(cell: Cell) -> Source:
+    return open_source(str(cell.folder / "last.ckpt"))
+
+
+def _controls_lock(plan: Plan) -> Path:
+    return plan.folder / "cells" / f"{CONTROLS}.lock"
+
+
+def _tags(cell: Cell) -> tuple[str, ...]:
+    method = str(read_yaml(find_asset("recipes", cell.start.recipe))["method"])
+    return (method, cell.readout, *filter(None, [cell.start.token_set]))
 
 
 def _draw_reconstructions(cell: Cell) -> None:
@@ -143,4 +169,6 @@ def _draw_reconstructions(cell: Cell) -> None:
         data["source"], data["split"], image_column=data["image_column"], size=recipe["backbone"]["image_size"], progress=False
     )
     images, _ = split.images.batch(torch.linspace(0, len(split.images) - 1, 8).long())
-    save_reconstructions(cell.folder / "last.ckpt", images, picture)
+    partial = cell.folder / "reconstructions.partial.png"
+    save_reconstructions(cell.folder / "last.ckpt", images, partial)
+    os.replace(partial, picture)

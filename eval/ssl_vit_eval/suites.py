@@ -65,10 +65,10 @@ def load_suite(name: str) -> list[Dataset]:
     entries = content.get("data")
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"suite {name} has data {entries!r}; give a list of names in brackets")
-    return [_dataset(f"suite {name}, dataset {number}", entry, common, path.parent) for number, entry in enumerate(entries, 1)]
+    return [parse_dataset(f"suite {name}, dataset {number}", entry, common, path.parent) for number, entry in enumerate(entries, 1)]
 
 
-def _dataset(where: str, entry: object, common: Mapping[str, Any], folder: Path) -> Dataset:
+def parse_dataset(where: str, entry: object, common: Mapping[str, Any], folder: Path) -> Dataset:
     if isinstance(entry, str):
         entry = {"source": entry}
     if not isinstance(entry, dict) or "source" not in entry:
