@@ -1,13 +1,12 @@
 """Pictures of what a pretraining did: its curves, and what a masked autoencoder makes of masked images."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from jaxtyping import Float, Int64, UInt8
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -18,11 +17,18 @@ from ssl_vit.errors import UsageError
 from ssl_vit.methods.mae import MAE, DecoderConfig, masked, random_keep
 from ssl_vit.transforms import normalise
 from ssl_vit.views import SingleCrop
+from ssl_vit_eval.plots import Plot, draw, legend, looks, name_of
 from ssl_vit_eval.runs import Run
 
-CURVES = {"loss": "loss", "teacher_information": "teacher information (share of ln k)"}  # drawn where a method logs them
-POINTS = 400  # of a curve at most, so that long runs do not make the report large
-COLOURS = ("#2f6db3", "#c8641b", "#2e8b68", "#8a5ba8", "#7a6a4f", "#b3436a")
+CURVES = {  # drawn where a method logs them
+    "loss": ("loss", "Losses do not compare between methods."),
+    "teacher_information": (
+        "teacher information",
+        "H(mean teacher output) − mean H(teacher output), as a share of ln k; near 0 the teacher has collapsed.",
+    ),
+    "knn_top1": ("k-NN top-1 while training (share)", "A monitor with fixed settings, not the protocol of the tables."),
+}
+POINTS = 200  # of a curve at most, so that long runs do not make the report large
 
 MASK_SEED = 0
 MASK_GREY = 0.55
@@ -31,40 +37,39 @@ GAP, LABEL = 4, 128
 ROWS = ("original", "masked", "reconstruction", "with visible patches")
 
 
-def training_curves(runs: Sequence[Run]) -> list[str]:
-    """One SVG element for each recipe and logged curve; a line for each run, coloured by its trained-with, seeds alike."""
+def training_curves(runs: Sequence[Run]) -> list[Plot]:
+    """For each recipe and logged curve a figure; in it a line for each run, which looks like its trained-with, seeds alike."""
     recipes = dict.fromkeys((run.recipe["method"], run.name) for run in runs)
-    specs = list(dict.fromkeys(run.recipe["readout"] for run in runs))
-    drawings = []
+    drawn = []
     for method, name in recipes:
         of = [run for run in runs if (run.recipe["method"], run.name) == (method, name)]
-        for key, text in CURVES.items():
+        for key, (text, note) in CURVES.items():
             logged = [(run.recipe["readout"], [(line["step"], line[key]) for line in run.metrics if key in line]) for run in of]
             if curves := [(spec, points) for spec, points in logged if points]:
-                drawings.append(_curves(f"{method} ({name}): {text}", specs, curves))
-    return drawings
+                count = f"{len(curves)} runs" if len(curves) > 1 else "1 run"
+                drawn.append(
+                    _curves(name_of("curve", method, name, key), f"{method} ({name}): {text}", curves, f"{count}, a line each. {note}")
+                )
+    return drawn
 
 
-def _curves(title: str, specs: list[str], curves: list[tuple[str, list[tuple[int, float]]]]) -> str:
-    # names are shown as they are, not as mathematics
-    style: Any = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": title}
-    style |= {"font.size": 9, "axes.grid": True, "grid.color": "#e6e8eb"}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.1, 2.7), layout="constrained")
+def _curves(name: str, title: str, curves: list[tuple[str, list[tuple[int, float]]]], note: str) -> Plot:
+    look = looks(spec for spec, _ in curves)
+
+    def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
-        lines = {}
+        lines: dict[str, Artist] = {}
         for spec, points in curves:
-            thinned = points[:: max(1, len(points) // POINTS)]
-            colour = COLOURS[specs.index(spec) % len(COLOURS)]
-            (lines[f"trained with {spec}"],) = axes.plot(*zip(*thinned, strict=True), color=colour, linewidth=1.3, alpha=0.9)
-        axes.set_title(title, fontsize=9.5, loc="left")
+            thinned = [*points[:: max(1, len(points) // POINTS)], points[-1]]
+            steps, values = zip(*thinned, strict=True)
+            # a curve of one or two values is seen by its markers only
+            marker = look[spec].marker if len(points) < 3 else ""
+            (line,) = axes.plot(steps, values, color=look[spec].colour, dashes=look[spec].dashes, marker=marker, linewidth=1.0, alpha=0.85)
+            lines[f"trained with {spec}"] = line
         axes.set_xlabel("optimiser step")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(lines.values(), lines.keys(), frameon=False, fontsize=8.5)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+        legend(figure, lines)
+
+    return draw(name, title, (4.4, 2.5), paint, note)
 
 
 def save_reconstructions(checkpoint: Path, images: UInt8[Tensor, "n 3 s s"], path: Path) -> None:

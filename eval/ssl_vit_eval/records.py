@@ -1,19 +1,26 @@
-"""What was run, as HTML tables: pretrainings, data sets, protocols with what they selected, and every number."""
+"""What was run, as tables: pretrainings and their costs, data sets, what the protocols selected, and every number."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from ssl_vit_eval.comparison import MISSING, Comparison, signed
+from ssl_vit_eval.arms import Setting
+from ssl_vit_eval.comparison import Comparison
 from ssl_vit_eval.rows import Row
+from ssl_vit_eval.runs import Run
+from ssl_vit_eval.sheets import MISSING, Sheet, Value
+from ssl_vit_eval.wording import signed
+
+GONE = Value(MISSING)
+SELECTION = (
+    "Settings are chosen on a slice of train and frozen. The oracle is the best of the grid on test: it is never used, and its bias is "
+    "what choosing on test would have added, in points. A choice at the edge of the grid may have its optimum outside."
+)
 
 
-def pretrainings(comparison: Comparison) -> str:
+def pretrainings(comparison: Comparison) -> Sheet:
     """One line a run folder; the weights' hash is known where the run was evaluated."""
-    if not comparison.runs:
-        return ""
     weights = {row.recipe: row.checkpoint for row in comparison.rows if row.trained_with and row.recipe}
     lines = []
     for run in comparison.runs:
@@ -21,115 +28,162 @@ def pretrainings(comparison: Comparison) -> str:
         seconds = done.get("seconds")
         lines.append(
             [
-                run.name,
-                run.recipe["readout"],
-                run.recipe["seed"],
-                f"{done['steps']:,}" if done else "unfinished",
-                f"{done['images']:,}" if done else MISSING,
-                f"{seconds:,.0f}" if seconds is not None else MISSING,
-                f"{done['images'] / seconds:,.0f}" if seconds else MISSING,
-                done.get("devices", MISSING),
-                _code(done.get("recipe_hash")),
-                _code(weights.get(done.get("recipe_hash", ""))),
-                _code(done.get("git")),
+                Value(run.name),
+                Value(run.recipe["readout"]),
+                Value(str(run.recipe["seed"]), float(run.recipe["seed"])),
+                number(done.get("steps"), "{:,}") if done else Value("unfinished"),
+                number(done.get("images"), "{:,}"),
+                number(seconds, "{:,.0f}"),
+                number(done["images"] / seconds if seconds else None, "{:,.0f}"),
+                Value(done.get("devices", MISSING)),
+                code(done.get("recipe_hash")),
+                code(weights.get(done.get("recipe_hash", ""))),
+                code(done.get("git")),
             ]
         )
     head = ["recipe", "trained with", "seed", "steps", "images", "seconds", "images/s", "device", "recipe hash", "weights hash", "git"]
-    return "<h3>Pretrainings</h3>" + _table(head, lines, numbers=(2, 3, 4, 5, 6))
+    return Sheet("pretrainings", "Pretrainings", head, lines)
 
 
-def datasets(rows: Sequence[Row]) -> str:
-    """One line a data set and its content."""
-    found = dict.fromkeys((row.dataset, row.data, row.n_train, row.n_test) for row in rows)
-    lines = [[dataset, _Html(f"<code>{escape(data)}</code>"), f"{train:,}", f"{test:,}"] for dataset, data, train, test in found]
-    return "<h3>Data sets</h3>" + _table(["name", "content hash", "train images", "test images"], lines, numbers=(2, 3))
-
-
-def protocols(rows: Sequence[Row]) -> str:
-    """One line a protocol and data set: what its evaluations selected, how often at the edge of the grid, and what the oracle would add."""
-    groups: dict[tuple[str, int, str], list[Row]] = {}
-    for row in rows:
-        if row.metric == "top1":
-            groups.setdefault((row.protocol, row.protocol_version, row.dataset), []).append(row)
+def costs(comparison: Comparison) -> Sheet:
+    """One line an arm: what a pretraining of it took, mean over its runs, and the time of a probe, mean over its evaluations."""
+    arms: dict[tuple[str, str, str], list[Run]] = {}
+    for run in comparison.runs:
+        arms.setdefault((run.recipe["method"], run.name, run.recipe["readout"]), []).append(run)
+    rules = list(dict.fromkeys(row.protocol for row in comparison.rows))
     lines = []
-    for (protocol, version, dataset), of in groups.items():
-        grids = list(dict.fromkeys(_grid(row) for row in of))
-        chosen = [key for key in of[0].selected if of[0].grid is None or key in of[0].grid]
-        values = Counter(_named(row.selected, chosen) for row in of)
-        bias = [row.oracle - row.value for row in of if row.oracle is not None]
+    for arm, runs in arms.items():
+        done = [run.summary for run in runs if run.summary]
+        hashes = {summary["recipe_hash"] for summary in done}
+        own = [row for row in comparison.rows if row.recipe in hashes and row.trained_with and row.metric == "top1"]
+        speeds = [summary["images"] / summary["seconds"] for summary in done if summary.get("seconds")]
         lines.append(
             [
-                protocol,
-                version,
-                dataset,
-                len(of),
-                "; ".join(grids),
-                ", ".join(f"{value} ({count}×)" for value, count in sorted(values.items())),
-                MISSING if of[0].edge_of_grid is None else f"{sum(bool(row.edge_of_grid) for row in of)} of {len(of)}",
-                f"{_points(fmean(bias))} (at most {_points(max(bias))})" if bias else MISSING,
-                "; ".join(dict.fromkeys(text for row in of for text in row.deviations)) or MISSING,
+                *map(Value, arm),
+                number(len(done)),
+                number(_mean([summary.get("seconds") for summary in done]), "{:,.0f}"),
+                number(_mean(speeds), "{:,.0f}"),
+                _prefixed(_mean([summary.get("flops") for summary in done])),
+                _prefixed(_mean([summary.get("parameters") for summary in done])),
+                Value(", ".join(sorted({summary["devices"] for summary in done if "devices" in summary})) or MISSING),
+                *(number(_mean([row.seconds for row in own if row.protocol == rule]), "{:.1f}") for rule in rules),
             ]
         )
+    head = ["method", "recipe", "trained with", "finished runs", "seconds", "images/s", "FLOPs", "parameters", "device"]
     note = (
-        "Settings are chosen on a slice of train and frozen. The oracle is the best of the grid on test: it is never used, and its bias is "
-        "what choosing on test would have added, in points. A choice at the edge of the grid may have its optimum outside."
+        "A pretraining, mean over the finished runs: seconds and images a second of training, floating-point operations of the training, "
+        "parameters of the backbone. A probe: seconds of one evaluation, without the features, mean over readouts and data sets. "
+        "Runs of older versions did not count operations and parameters."
     )
-    head = ["protocol", "version", "data set", "evaluations", "grid", "selected", "at the edge", "oracle bias", "deviations"]
-    return f'<h3>Protocols</h3><p class="soft">{note}</p>' + _table(head, lines, numbers=(1, 3))
+    return Sheet("costs", "What an arm costs", [*head, *(f"{rule} probe, s" for rule in rules)], lines, note)
 
 
-def evaluations(rows: Sequence[Row]) -> str:
+def datasets(rows: Sequence[Row]) -> Sheet:
+    """One line a data set and its content."""
+    found = dict.fromkeys((row.dataset, row.data, row.n_train, row.n_test) for row in rows)
+    lines = [[Value(name), code(data), number(train, "{:,}"), number(test, "{:,}")] for name, data, train, test in found]
+    return Sheet("data", "Data sets", ["name", "content hash", "train images", "test images"], lines)
+
+
+def selections(rows: Sequence[Row]) -> Sheet:
+    """One line a protocol and data set: what its evaluations selected, how often at the edge of the grid, and what the oracle would add."""
+    lines = []
+    for (protocol, version, dataset), of in _by_rule(rows).items():
+        grids = dict.fromkeys(map(_grid, of))
+        chosen = [key for key in of[0].selected if of[0].grid is None or key in of[0].grid]
+        values = Counter(_named(row.selected, chosen) for row in of)
+        bias = [100 * (row.oracle - row.value) for row in of if row.oracle is not None]
+        lines.append(
+            [
+                Value(protocol),
+                number(version),
+                Value(dataset),
+                number(len(of)),
+                Value("; ".join(grids)),
+                Value(", ".join(f"{value} ({count}×)" for value, count in sorted(values.items()))),
+                GONE if of[0].edge_of_grid is None else Value(f"{_edges(of)} of {len(of)}", _edges(of) / len(of)),
+                Value(signed(fmean(bias)), fmean(bias)) if bias else GONE,
+                Value(signed(max(bias)), max(bias)) if bias else GONE,
+                Value("; ".join(dict.fromkeys(text for row in of for text in row.deviations)) or MISSING),
+            ]
+        )
+    head = ["protocol", "version", "data set", "evaluations", "grid", "selected", "at the edge", "mean bias", "largest bias", "deviations"]
+    return Sheet("selection", "Protocols and what they selected", head, lines, SELECTION)
+
+
+def selection_warnings(rows: Sequence[Row]) -> list[str]:
+    """What of the selection can have cost accuracy, or would have added to it on test by more than a point."""
+    found = []
+    for (protocol, version, dataset), of in _by_rule(rows).items():
+        where = f"{dataset}, {protocol} v{version}"
+        if edges := _edges(of):
+            found.append(f"{where}: {edges} of {len(of)} choices lie at the edge of the grid; a better value may lie beyond it")
+        bias = max((100 * (row.oracle - row.value) for row in of if row.oracle is not None), default=0.0)
+        if bias > 1:
+            found.append(f"{where}: choosing on test would have added up to {bias:.1f} points to a number")
+    return found
+
+
+def evaluations(rows: Sequence[Row]) -> Sheet:
     """Every top-1, with what was selected for it and its hashes."""
     lines = [
         [
-            row.dataset,
-            f"{row.protocol} v{row.protocol_version}",
-            row.source,
-            row.trained_with or MISSING,
-            row.read_with,
-            MISSING if row.seed is None else row.seed,
-            f"{100 * row.value:.1f} [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]",
-            _named(row.selected, list(row.selected)) + (", edge of the grid" if row.edge_of_grid else ""),
-            MISSING if row.oracle is None else f"{100 * row.oracle:.1f} ({_points(row.oracle - row.value)})",
-            f"{row.seconds:.1f}",
-            _code(row.checkpoint),
-            _code(row.git),
+            Value(row.dataset),
+            Value(f"{Setting.of(row).rule} v{row.protocol_version}"),
+            Value(row.source),
+            Value(row.trained_with or MISSING),
+            Value(row.read_with),
+            number(row.seed),
+            number(100 * row.value, "{:.1f}"),
+            number(100 * row.ci_low, "{:.1f}"),
+            number(100 * row.ci_high, "{:.1f}"),
+            Value(_named(row.selected, list(row.selected)) + (", edge of the grid" if row.edge_of_grid else "")),
+            number(None if row.oracle is None else 100 * row.oracle, "{:.1f}"),
+            number(row.seconds, "{:.1f}"),
+            code(row.checkpoint),
+            code(row.git),
         ]
         for row in rows
         if row.metric == "top1"
     ]
-    head = [
-        "data set",
-        "protocol",
-        "source",
-        "trained",
-        "read",
-        "seed",
-        "top-1, %",
-        "selected",
-        "oracle (bias)",
-        "seconds",
-        "weights",
-        "git",
-    ]
-    return f"<details><summary>Every number ({len(lines)} evaluations)</summary>{_table(head, lines, numbers=(5, 6, 8, 9))}</details>"
+    head = ["data set", "protocol", "source", "trained", "read", "seed", "top-1, %", "low", "high", "selected", "oracle, %", "seconds"]
+    return Sheet("evaluations", f"Every number ({len(lines)} evaluations)", [*head, "weights", "git"], lines)
 
 
-class _Html(str):
-    """Text that is escaped already."""
+def number(value: float | int | None, form: str = "{}") -> Value:
+    """`value` as `form` shows it; – where there is none."""
+    return GONE if value is None else Value(form.format(value), float(value))
 
 
-def _code(text: str | None) -> str:
-    return MISSING if text is None else _Html(f"<code>{escape(text[:16])}</code>")
+def code(text: str | None) -> Value:
+    return GONE if text is None else Value(text[:16], style="code")
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[object]], numbers: Sequence[int]) -> str:
-    def tag(name: str, place: int, item: object) -> str:
-        return f"<{name}{' class=number' if place in numbers else ''}>{item if isinstance(item, _Html) else escape(str(item))}</{name}>"
+def _by_rule(rows: Sequence[Row]) -> dict[tuple[str, int, str], list[Row]]:
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        if row.metric == "top1":
+            groups.setdefault((Setting.of(row).rule, row.protocol_version, row.dataset), []).append(row)
+    return groups
 
-    rows = "".join("<tr>" + "".join(tag("td", i, item) for i, item in enumerate(line)) + "</tr>" for line in lines)
-    header = "".join(tag("th", i, item) for i, item in enumerate(head))
-    return f'<div class="wide"><table class="plain"><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+def _edges(rows: Sequence[Row]) -> int:
+    return sum(bool(row.edge_of_grid) for row in rows)
+
+
+def _mean(values: Sequence[float | int | None]) -> float | None:
+    """Of those that are there; None where none is."""
+    there = [value for value in values if value is not None]
+    return fmean(there) if there else None
+
+
+def _prefixed(value: float | None) -> Value:
+    """With the prefix of a thousand, a million, ...: `6.11 T`."""
+    if value is None:
+        return GONE
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    power = min(len(prefixes) - 1, max(0, (len(str(int(value))) - 1) // 3))
+    return Value(f"{value / 1000**power:.3g} {prefixes[power]}".rstrip(), float(value))
 
 
 def _grid(row: Row) -> str:
@@ -148,7 +202,3 @@ def _short(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _points(value: float) -> str:
-    return signed(100 * value)
