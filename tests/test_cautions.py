@@ -38,6 +38,14 @@ def test_a_missing_cell_is_named(store: RowStore) -> None:
     assert "1 of 8 cells are missing (trained with gap, seed 1, read with cls)" in note
 
 
+def test_the_curves_of_diagnostics_are_no_missing_cells(store: RowStore) -> None:
+    plant_arm(store, "cls", [0, 1], right(150))
+    plant_arm(store, "cls", [0], right(150), "cls@block0")  # of the first seed, by design
+    notes = compared(store).notes
+    assert not [note for note in notes if "missing" in note]
+    assert any(note.startswith("1 of 1 trained cells have no gain") for note in notes)
+
+
 def test_a_learned_readout_is_missing_nowhere_else(store: RowStore) -> None:
     for readout in ("cls", "abmilp"):
         plant_arm(store, readout, [0, 1], right(150), "cls")

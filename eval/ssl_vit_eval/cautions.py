@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ssl_vit.readout import ReadoutSpec
-from ssl_vit_eval.arms import Arm, Setting
+from ssl_vit_eval.arms import Arm, Setting, at_last
 from ssl_vit_eval.families import Cells, Group, Section
 from ssl_vit_eval.rows import Key, Row, RowStore
 
@@ -45,7 +45,7 @@ def missing(cells: Cells) -> list[str]:
     for setting, of_setting in cells.items():
         for section, own in arms.items():
             here = {arm: of_setting.get(arm, {}) for arm in own}
-            specs = list(dict.fromkeys(spec for found in here.values() for spec in found))
+            specs = list(dict.fromkeys(spec for found in here.values() for spec in found if at_last(spec)))
             expected = [(arm, seed, spec) for arm in own for seed in sorted(seeds[section]) for spec in specs if _readable(spec, arm, here)]
             lacking = [(arm, seed, spec) for arm, seed, spec in expected if seed not in here[arm].get(spec, {})]
             if lacking:

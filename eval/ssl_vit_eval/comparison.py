@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from ssl_vit_eval.arms import Arm, Setting, arms_of, clash_notes, ordered, weights_of
+from ssl_vit_eval.arms import Arm, Setting, arms_of, at_last, clash_notes, ordered, weights_of
 from ssl_vit_eval.cautions import missing, repeated, revisions
 from ssl_vit_eval.declared import find_declared
 from ssl_vit_eval.differences import Answers, family_of
@@ -216,7 +216,7 @@ def _notes(tables: Sequence[Table]) -> list[str]:
         what = " and ".join(name for name, field in differs.items() if len({getattr(setting, field) for setting in apart}) > 1)
         if what:
             notes.append(f"{dataset}, {rule}: {len(apart)} tables that differ in {what}: never averaged, not comparable")
-    trained = [cell for table in tables for (arm, _), cell in table.cells.items() if arm.trained_with]
+    trained = [cell for table in tables for (arm, spec), cell in table.cells.items() if arm.trained_with and at_last(spec)]
     if lacking := sum(cell.gain is None for cell in trained):
         notes.append(
             f"{lacking} of {len(trained)} trained cells have no gain: evaluate random:RUN/recipe.yaml, its own start, on the same data"

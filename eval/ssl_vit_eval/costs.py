@@ -61,7 +61,11 @@ def dry_run(study: str, out: str | None) -> None:
         lines.append([f"{title}: {len(of)} cells", *(f"{value:,}" for value in sums), f"{flops:.2g}", clock(seconds), ""])
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     for name, *numbers, source in lines:
-        print("  ".join([f"{name:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(numbers, widths[1:5], strict=True)), source]))
+        print(
+            "  ".join(
+                [f"{name:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(numbers, widths[1:5], strict=True)), source]
+            ).rstrip()
+        )
     print("FLOPs: forward and backward passes as torch counts them, 2 a multiply-add; time: of one cell on one device")
     print(evaluations(plan))
 

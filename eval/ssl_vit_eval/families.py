@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import NamedTuple, get_args
 
 from ssl_vit.readout import ReadoutSpec
-from ssl_vit_eval.arms import Arm, Setting, ordered, weights_of
+from ssl_vit_eval.arms import Arm, Setting, at_last, ordered, weights_of
 from ssl_vit_eval.declared import Primary
 from ssl_vit_eval.models import PIXELS
 from ssl_vit_eval.rows import Row
@@ -214,7 +214,7 @@ def _pairs(arm: Arm, cells: Mapping[str, Seeds], specs: Sequence[tuple[str, str]
 
 def _whole(cells: Mapping[str, Seeds]) -> list[str]:
     """The readouts of the last blocks."""
-    return ordered(spec for spec in cells if all(block < 0 for block in ReadoutSpec.parse(spec).blocks))
+    return ordered(spec for spec in cells if at_last(spec))
 
 
 def _at_post(spec: str) -> str:

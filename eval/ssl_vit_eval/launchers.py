@@ -50,6 +50,7 @@ def launch_slurm(study: str, out: str | None, tracking: Tracking | None = None) 
     cells = _unfinished(plan)
     if not cells:
         print(f"nothing is left to submit. {_afterwards(study, plan)}")
+        return []
     try:
         with executor.batch():
             jobs = [executor.submit(Job(study, str(plan.folder), cell, tracking)) for cell in cells]
