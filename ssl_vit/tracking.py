@@ -142,7 +142,9 @@ class TrackedRun:
         # silent: what is to be said we say, and above all nobody is asked for a key
         mode = wandb.setup(settings=wandb.Settings(silent=True)).settings.mode
         why = "WANDB_MODE"
-        if mode == "online" and (offline or not wandb.login(prompt=False, verify=False)):
+        # beside a run of the user's own, `login` answers nothing
+        known = not wandb.run.offline if wandb.run else mode != "online" or wandb.login(prompt=False, verify=False)
+        if offline or not known:
             offline, why = True, "not reached" if offline else "no account; run `wandb login`, or set WANDB_API_KEY"
         settings = wandb.Settings(
             silent=True,
@@ -174,6 +176,7 @@ class TrackedRun:
             why = _line(error)
             run = wandb.init(mode="offline", **arguments)
         if run.disabled:
+            run.finish()
             return None
         say(f"offline ({why}); to upload: wandb sync {self.folder}/wandb/offline-run-*-{run.id}" if run.offline else f"{run.url}")
         return run
