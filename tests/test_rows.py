@@ -59,7 +59,9 @@ def test_rows_and_predictions_come_back(tmp_path: Path) -> None:
     assert labels.tolist() == [1, 1, 2]
     line = json.loads(store.file.read_text().splitlines()[0])
     assert line == {"format": FORMAT, "id": written[0].id, **asdict(written[0])}
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == sorted([Path(written[0].predictions).name, "rows.jsonl"])
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == sorted(
+        [Path(written[0].predictions).name, "rows.jsonl", "rows.lock"]
+    )
 
 
 def test_what_is_there_is_known(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ import pytest
 import torch
 import wandb
 from fake_wandb import ENTITY, FakeRun, FakeWandb
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from ssl_vit import load_backbone
 from ssl_vit.callbacks import Interrupted
@@ -29,7 +28,14 @@ from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.tracking import summary_key, summary_of
 
 BIN = Path(sys.executable).parent
-STEPS = 500
+STEPS = 150
+SLOWLY = """
+import sys, time
+from lightning.pytorch.callbacks import LambdaCallback
+from ssl_vit.pretrain import pretrain
+from ssl_vit.tracking import Tracking
+pretrain("mae.yaml", sys.argv[1:], [LambdaCallback(on_train_batch_end=lambda *_: time.sleep(0.03))], Tracking("readouts"))
+"""
 OPTIONS = ["--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "False"]
 
 
@@ -71,15 +77,8 @@ def assert_mirrors(tracked: FakeRun, folder: str) -> None:
     assert tracked.summary["init"] == read_checkpoint(Path(folder) / "last.ckpt")["ssl_vit"]["init"]
 
 
-class At(Callback):
-    """Does something behind a step."""
-
-    def __init__(self, action: Callable[[], None], step: int) -> None:
-        self.action, self.step = action, step
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *rest: object) -> None:
-        if trainer.global_step == self.step:
-            self.action()
+def at(step: int, action: Callable[[], None]) -> Callback:
+    return LambdaCallback(on_train_batch_end=lambda trainer, *_: action() if trainer.global_step == step else None)
 
 
 @pytest.mark.usefixtures("pictures_and_recipes")
@@ -89,13 +88,13 @@ class TestPretraining:
         """Ctrl-C at step 10, with its checkpoint; a real process that is killed some steps behind it; and then to the end."""
         # short, so that the kill leaves a part of it on the server or in the file
         for name in ("FILE_STREAM_TRANSMIT", "TRANSACTION_LOG_FLUSH"):
-            monkeypatch.setenv(f"WANDB_X_{name}_INTERVAL", "0.2")
+            monkeypatch.setenv(f"WANDB_X_{name}_INTERVAL", "1")
         monkeypatch.setenv("WANDB_MODE", mode)
         options, tracking = [*OPTIONS, "--out", "run", "--trainer.max_steps", f"{STEPS}"], Tracking("readouts")
         with pytest.raises(Interrupted):
-            pretrain("mae.yaml", options, [At(lambda: signal.raise_signal(signal.SIGINT), 10)], tracking)
+            pretrain("mae.yaml", options, [at(10, lambda: signal.raise_signal(signal.SIGINT))], tracking)
         wandb.teardown()  # a child would else log by way of this process
-        command = [f"{BIN}/ssl-vit", "pretrain", "mae.yaml", *options, "--resume", "--wandb", "readouts"]
+        command = [sys.executable, "-c", SLOWLY, *options, "--resume"]
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
         while process.poll() is None and not arrived(server, 50):
             time.sleep(0.01)
@@ -163,7 +162,7 @@ class TestPretraining:
         monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
         pretrain("mae.yaml", [*OPTIONS, "--out", "plain"])
         tracking = Tracking("readouts")
-        pretrain("mae.yaml", [*OPTIONS, "--out", "run"], [At(server.down, step)], tracking)
+        pretrain("mae.yaml", [*OPTIONS, "--out", "run"], [at(step, server.down)], tracking)
         assert_same_weights("plain", "run")
         (tracked,) = server.runs.values()
         assert tracked.exit_code is None
