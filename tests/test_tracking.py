@@ -211,6 +211,7 @@ class TestEvaluation:
         (pretrained,) = [tracked for tracked in server.runs.values() if tracked.job_type == "pretrain"]
         first, second = evaluated = [tracked for tracked in server.runs.values() if tracked.job_type == "eval"]
         assert (first.name, second.name) == ("toy-gap-s0", "random:mae")
+        assert (first.tags, second.tags) == (["mae", "gap"], ["random"])
         assert first.config["checkpoint"] == pretrained.summary["checkpoint"] != second.config["checkpoint"]
         assert first.config["init"] == pretrained.summary["init"] == second.config["checkpoint"]
         assert first.config["recipe_hash"] == pretrained.config["recipe_hash"]

@@ -65,7 +65,7 @@ def run_study(name: str, out: str | None, tracking: Tracking | None = None) -> P
 def run_cell(name: str, out: str | None, cell_name: str, tracking: Tracking | None = None) -> None:
     """Pretrain and evaluate this cell alone, or evaluate the controls; what is done is skipped, what another process does left to it."""
     # an agent of W&B names its own run here, which every `wandb.init` below would take for its own
-    for variable in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+    for variable in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_SERVICE"):
         os.environ.pop(variable, None)
     plan = open_plan(name, out, cell_name)
     cell = plan.cell(cell_name)

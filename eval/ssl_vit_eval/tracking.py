@@ -17,7 +17,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ssl_vit.readout import ReadoutSpec
@@ -36,7 +36,8 @@ def track_rows(sources: Sequence[Source], store: RowStore, tracking: Tracking) -
     for source in sources:
         rows = [row for row in store.rows() if (row.checkpoint, row.source) == (source.weights, source.name)]
         part = f"{_plain(source.name)}-{source.weights}"
-        run = TrackedRun(tracking, store.folder, "eval", part)
+        tags = dict.fromkeys((*tracking.tags, source.method, *filter(None, [source.trained_with])))
+        run = TrackedRun(replace(tracking, tags=tuple(tags)), store.folder, "eval", part)
         content = hashlib.sha256(json.dumps([asdict(row) for row in rows]).encode()).hexdigest() + "+predictions" * tracking.predictions
         if rows and not run.sent.startswith(content):
             run.start(source.name, config_of(rows[0]), offline)
