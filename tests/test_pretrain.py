@@ -268,7 +268,9 @@ def test_wandb_logger_by_its_name() -> None:
     """Any Trainer flag: here a logger class, offline."""
     command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", "mae.yaml", "--trainer.max_steps", "2", "--out", "run"]
     logger = ["--trainer.logger", "WandbLogger", "--trainer.logger.project", "tests", "--trainer.logger.save_dir", "logs"]
-    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    # of its own: a test in this process that logged before has left the address of its W&B service
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {**own, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     Path("logs").mkdir()
     done = subprocess.run([*command, *logger], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
