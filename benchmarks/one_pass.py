@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ssl_vit.backbone import BackboneConfig, build_backbone
-from ssl_vit.images import ImageStore
+from ssl_vit.data.images import ImageStore
+from ssl_vit.model.backbone import BackboneConfig, build_backbone
 from ssl_vit_eval.features import cached_features
 from ssl_vit_eval.models import Source
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from ssl_vit.views import MultiCrop, SingleCrop, multi_crop, single_crop
+from ssl_vit.data.views import MultiCrop, SingleCrop, multi_crop, single_crop
 
 
 def milliseconds(work: Callable[[], object], seconds: float = 3.0) -> float:

@@ -62,7 +62,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
     except SystemExit as error:  # argparse's --help, --print_config; Lightning after a second Ctrl-C
         return int(error.code or 0)
     except Exception as error:
-        from ssl_vit.callbacks import Interrupted
+        from ssl_vit.train.callbacks import Interrupted
 
         interrupted = isinstance(error, Interrupted)
         code, raised = (130 if interrupted else 1), error
@@ -128,8 +128,8 @@ def pretrain(arguments: list[str]) -> None:
         callbacks.append(OnlineKNN(online.online_knn, every=online.online_knn_every))
     elif any(option.startswith("--online-knn-every") for option in arguments):
         raise UsageError("--online-knn-every needs --online-knn DATA")
-    from ssl_vit.pretrain import pretrain as run_pretrain
-    from ssl_vit.tracking import Tracking
+    from ssl_vit.train.pretrain import pretrain as run_pretrain
+    from ssl_vit.train.tracking import Tracking
 
     run_pretrain(arguments[0], options, callbacks, Tracking.parse(online.wandb) if online.wandb is not None else None)
 
@@ -152,7 +152,7 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--wandb", metavar="PROJECT", help="log every source there; [ENTITY/]PROJECT")
     parser.add_argument("--wandb-predictions", action="store_true", help="the answer to every image too, as an artefact")
     values = parser.parse(arguments)
-    from ssl_vit.tracking import Tracking
+    from ssl_vit.train.tracking import Tracking
 
     if values.wandb_predictions and values.wandb is None:
         raise UsageError("--wandb-predictions needs --wandb PROJECT")
@@ -200,7 +200,7 @@ def study(arguments: list[str]) -> None:
     values = parser.parse(arguments)
     if (values.launcher != "local") + values.dry_run + (values.cell is not None) > 1:
         raise UsageError("--dry-run, --cell and --launcher are different things to do with a study; choose one")
-    from ssl_vit.tracking import Tracking
+    from ssl_vit.train.tracking import Tracking
 
     tracking = Tracking.parse(values.wandb) if values.wandb else None
     if values.dry_run:
@@ -229,7 +229,7 @@ def export(arguments: list[str]) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint; CKPT:student for the student of a DINO run")
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is new or empty")
     values = parser.parse(arguments)
-    from ssl_vit.export import export as run_export
+    from ssl_vit.weights.export import export as run_export
 
     print(f"exported: {run_export(values.checkpoint, values.out)}")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import yaml
 
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.comparison import Comparison, build
 from ssl_vit_eval.rows import Row, RowStore
 from ssl_vit_eval.stats import wilson_interval

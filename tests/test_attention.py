@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor
 
-from ssl_vit.backbone import Backbone
+from ssl_vit.model.backbone import Backbone
 from ssl_vit_eval.attention import NoAttention, attention_statistics, watched
 
 SMALL: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ssl_vit.backbone import Backbone
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.transforms import normalise
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit.images import ImageStore
-from ssl_vit.readout import ReadoutSpec
-from ssl_vit.tokens import Tokens
-from ssl_vit.transforms import normalise
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit.model.tokens import Tokens
 from ssl_vit_eval import attentive
 from ssl_vit_eval.attentive import TokenProbe, run
 from ssl_vit_eval.models import Source

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_vit.checkpoint import read_checkpoint
 from ssl_vit.cli import run
+from ssl_vit.weights.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
 

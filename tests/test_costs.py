@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from ssl_vit.cli import run
-from ssl_vit.pretrain import parse_recipe
+from ssl_vit.train.pretrain import parse_recipe
 from ssl_vit_eval.costs import clock, step_seconds
 
 pytestmark = pytest.mark.usefixtures("three_classes")

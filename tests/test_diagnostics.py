@@ -11,11 +11,11 @@ import timm
 import torch
 from PIL import Image
 
-from ssl_vit.backbone import Backbone, build_backbone
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.transforms import normalise
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit.images import ImageStore
-from ssl_vit.readout import READOUTS, Entry, readout
-from ssl_vit.transforms import normalise
+from ssl_vit.model.backbone import Backbone, build_backbone
+from ssl_vit.model.readout import READOUTS, Entry, readout
 from ssl_vit_eval.attention import watched
 from ssl_vit_eval.diagnostics import diagnose
 from ssl_vit_eval.geometry import rankme

@@ -10,8 +10,8 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 from ssl_vit.cli import run
-from ssl_vit.images import ImageStore
-from ssl_vit.readout import readout
+from ssl_vit.data.images import ImageStore
+from ssl_vit.model.readout import readout
 from ssl_vit_eval.features import cached_features
 from ssl_vit_eval.knn import KNNProbe
 from ssl_vit_eval.models import open_source

@@ -11,12 +11,12 @@ from timm.data.mixup import Mixup
 from timm.layers import DropPath
 from torch.nn import functional as F
 
-from ssl_vit.backbone import Backbone
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.transforms import normalise
+from ssl_vit.data.views import SingleCrop, single_crop
 from ssl_vit.errors import UsageError
-from ssl_vit.images import ImageStore
-from ssl_vit.readout import Readout, ReadoutSpec
-from ssl_vit.transforms import normalise
-from ssl_vit.views import SingleCrop, single_crop
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit_eval import finetune
 from ssl_vit_eval.finetune import Network, fit, layer_groups, run, set_drop_path
 

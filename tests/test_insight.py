@@ -13,11 +13,11 @@ import torch
 from drawing import Drawing
 from planted import plant
 
-from ssl_vit.backbone import build_backbone
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.sources import Split
 from ssl_vit.errors import Failure
-from ssl_vit.images import ImageStore
-from ssl_vit.readout import readout
-from ssl_vit.sources import Split
+from ssl_vit.model.backbone import build_backbone
+from ssl_vit.model.readout import readout
 from ssl_vit_eval import by_block, insight
 from ssl_vit_eval.diagnoses import Diagnosis, find_diagnoses, maps
 from ssl_vit_eval.examine import examine, with_blocks

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ssl_vit import load_backbone
-from ssl_vit.backbone import Backbone
 from ssl_vit.errors import UsageError
-from ssl_vit.readout import readout
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.readout import readout
 from ssl_vit_eval.models import Source, open_source
-from tests.test_export import checkpoint
+from tests.weights.test_export import checkpoint
 
 
 @pytest.fixture(autouse=True)

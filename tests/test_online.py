@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from ssl_vit import load_backbone, readout
-from ssl_vit.callbacks import RunFolder
-from ssl_vit.checkpoint import read_checkpoint
+from ssl_vit.data.images import EvalTransform
+from ssl_vit.data.sources import load_train_test
 from ssl_vit.errors import UsageError
-from ssl_vit.images import EvalTransform
-from ssl_vit.pretrain import build_method, parse_recipe, pretrain
-from ssl_vit.readout import ReadoutSpec
-from ssl_vit.sources import load_train_test
+from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit.train.callbacks import RunFolder
+from ssl_vit.train.pretrain import build_method, parse_recipe, pretrain
+from ssl_vit.weights.checkpoint import read_checkpoint
 from ssl_vit_eval import online
 from ssl_vit_eval.online import OnlineKNN, evaluating, subsets, trained
 from ssl_vit_eval.selection import stratified_slice

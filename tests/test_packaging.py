@@ -22,7 +22,7 @@ def test_wheel_holds_two_packages_and_works_without_the_checkout(tmp_path: Path)
     assert "ssl_vit_eval/report.css" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     script = (
-        "import ssl_vit, ssl_vit.assets as a; from ssl_vit.pretrain import parse_recipe; parse_recipe('mae_photos', []);"
+        "import ssl_vit, ssl_vit.assets as a; from ssl_vit.train.pretrain import parse_recipe; parse_recipe('mae_photos', []);"
         "from ssl_vit_eval.protocols import load_protocol; load_protocol('logreg'); print(a.find_asset('studies', 'quickstart'))"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.backbone import BackboneConfig
-from ssl_vit.checkpoint import FORMAT
+from ssl_vit.data.views import SingleCrop
 from ssl_vit.errors import UsageError
 from ssl_vit.methods import MAE
 from ssl_vit.methods.mae import DecoderConfig
-from ssl_vit.views import SingleCrop
+from ssl_vit.model.backbone import BackboneConfig
+from ssl_vit.weights.checkpoint import FORMAT
 from ssl_vit_eval.pictures import GAP, LABEL, MASK_GREY, TILE, save_reconstructions
 
 

@@ -31,7 +31,7 @@ STUDY: dict[str, Any] = {
     "read_with": ["cls", "gap"],
 }
 SERVER = multiprocessing.get_context("forkserver")  # its processes begin with what it has imported, and with no thread of ours
-SERVER.set_forkserver_preload(["ssl_vit.pretrain", "ssl_vit_eval.study", "ssl_vit_eval.compare", "datasets", "tests.test_study"])
+SERVER.set_forkserver_preload(["ssl_vit.train.pretrain", "ssl_vit_eval.study", "ssl_vit_eval.compare", "datasets", "tests.test_study"])
 
 
 def write(**changes: Any) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from fake_wandb import ENTITY, FakeRun, FakeWandb
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from ssl_vit import load_backbone
-from ssl_vit.callbacks import Interrupted
-from ssl_vit.checkpoint import read_checkpoint
 from ssl_vit.cli import run
 from ssl_vit.errors import UsageError
-from ssl_vit.pretrain import pretrain
-from ssl_vit.tracking import STEP, Tracking, last_step
+from ssl_vit.train.callbacks import Interrupted
+from ssl_vit.train.pretrain import pretrain
+from ssl_vit.train.tracking import STEP, Tracking, last_step
+from ssl_vit.weights.checkpoint import read_checkpoint
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.tracking import summary_key, summary_of
 
@@ -32,8 +32,8 @@ STEPS = 150
 SLOWLY = """
 import sys, time
 from lightning.pytorch.callbacks import LambdaCallback
-from ssl_vit.pretrain import pretrain
-from ssl_vit.tracking import Tracking
+from ssl_vit.train.pretrain import pretrain
+from ssl_vit.train.tracking import Tracking
 pretrain("mae.yaml", sys.argv[1:], [LambdaCallback(on_train_batch_end=lambda *_: time.sleep(0.03))], Tracking("readouts"))
 """
 OPTIONS = ["--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "False"]

@@ -6,7 +6,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.arms import Arm, Setting, ordered
 from ssl_vit_eval.comparison import Comparison
 from ssl_vit_eval.models import PIXELS

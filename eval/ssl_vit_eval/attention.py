@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_vit.backbone import Backbone
 from ssl_vit.errors import Failure
+from ssl_vit.model.backbone import Backbone
 
 
 class NoAttention(Failure):

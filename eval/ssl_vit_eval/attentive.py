@@ -1,4 +1,4 @@
-"""Attentive probes: readouts with parameters (ssl_vit/poolers.py) and a linear head, trained on the tokens of a frozen backbone.
+"""Attentive probes: readouts with parameters (ssl_vit/model/poolers.py) and a linear head, trained on the tokens of a frozen backbone.
 
 The optimisation is CAPI's (Darcet et al. 2025, appendix on evaluation): AdamW with betas (0.9, 0.95), linear warm-up and cosine to 0, no
 normalisation before the head, the rate and the weight decay of each readout chosen on a slice of train.
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.errors import UsageError
-from ssl_vit.optim import parameter_groups
-from ssl_vit.readout import Readout, ReadoutSpec
-from ssl_vit.tokens import Tokens
+from ssl_vit.methods.optim import parameter_groups
+from ssl_vit.model.readout import Readout, ReadoutSpec
+from ssl_vit.model.tokens import Tokens
 from ssl_vit_eval.batches import Course
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.features import BATCH

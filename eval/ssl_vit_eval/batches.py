@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ssl_vit.data.images import available_memory
 from ssl_vit.errors import UsageError, one_of, require
-from ssl_vit.images import available_memory
-from ssl_vit.schedules import cosine
+from ssl_vit.methods.schedules import cosine
 from ssl_vit_eval.distributed import device
 
 ROWS = 2048  # read, standardised or answered at once

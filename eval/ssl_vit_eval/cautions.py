@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.arms import Arm, Setting, at_last
 from ssl_vit_eval.families import Cells, Group, Section
 from ssl_vit_eval.rows import Key, Row, RowStore

@@ -15,12 +15,12 @@ from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from ssl_vit.data import ImageData
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.sources import load_split
+from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import UsageError
-from ssl_vit.flops import training_flops
-from ssl_vit.images import ImageStore
-from ssl_vit.pretrain import build_method, parse_recipe
-from ssl_vit.sources import load_split
+from ssl_vit.train.cost import training_flops
+from ssl_vit.train.pretrain import build_method, parse_recipe
 from ssl_vit_eval.controls import controls_of
 from ssl_vit_eval.evaluate import wanted_specs
 from ssl_vit_eval.examine import with_blocks

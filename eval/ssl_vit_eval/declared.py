@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ssl_vit.assets import read_yaml
 from ssl_vit.errors import UsageError
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.arms import Arm, Setting
 from ssl_vit_eval.verdict import Rule
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ssl_vit.backbone import Backbone
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.transforms import normalise
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit.images import ImageStore
-from ssl_vit.readout import ReadoutSpec
-from ssl_vit.transforms import normalise
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval import distributed
 from ssl_vit_eval.attention import NoAttention, attention_statistics, cls_attention, watched
 from ssl_vit_eval.geometry import MADS, PERMUTATIONS, RANKS, alpha_req, cka_table, norm_histograms, rankme

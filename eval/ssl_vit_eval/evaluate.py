@@ -10,10 +10,10 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from ssl_vit.data.sources import Split
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit.readout import ReadoutSpec, learned
-from ssl_vit.sources import Split
-from ssl_vit.tracking import Tracking
+from ssl_vit.model.readout import ReadoutSpec, learned
+from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.controls import PROJECTED, SHUFFLED, check_controls, controls_of, projected, shuffled
 from ssl_vit_eval.distributed import agreed, gather_objects, rank, world
 from ssl_vit_eval.examine import examine, with_blocks

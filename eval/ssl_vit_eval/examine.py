@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.readout import ReadoutSpec
-from ssl_vit.sources import Split
+from ssl_vit.data.sources import Split
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.controls import PROJECTED
 from ssl_vit_eval.diagnostics import at_each_block, diagnose
 from ssl_vit_eval.geometry import redundancy

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ssl_vit.assets import read_yaml
-from ssl_vit.data import Stream
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.stream import Stream
 from ssl_vit.errors import UsageError
-from ssl_vit.images import ImageStore
 from ssl_vit.methods import Method
-from ssl_vit.pretrain import build_method, parse_recipe, recipe_changes
+from ssl_vit.train.pretrain import build_method, parse_recipe, recipe_changes
 from ssl_vit_eval.plan import Cell, Start
 
 PICTURES = 8  # of the first batch: views are functions of the seed and of a picture's position in the stream, and of no other picture

@@ -13,7 +13,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import NamedTuple, get_args
 
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.arms import Arm, Setting, at_last, ordered, weights_of
 from ssl_vit_eval.declared import Primary
 from ssl_vit_eval.models import PIXELS

@@ -10,8 +10,8 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_vit.data.images import ImageStore
 from ssl_vit.errors import Failure
-from ssl_vit.images import ImageStore
 from ssl_vit_eval.cache import FeatureFile, FeatureKey
 from ssl_vit_eval.distributed import agreed, device, gather_objects, parts, rank
 from ssl_vit_eval.models import Source

@@ -15,13 +15,13 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.backbone import Backbone
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.transforms import normalise
+from ssl_vit.data.views import SingleCrop, single_crop
 from ssl_vit.errors import UsageError, require
-from ssl_vit.images import ImageStore
-from ssl_vit.readout import Readout, ReadoutSpec
-from ssl_vit.schedules import cosine
-from ssl_vit.transforms import normalise
-from ssl_vit.views import SingleCrop, single_crop
+from ssl_vit.methods.schedules import cosine
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit_eval.attentive import accuracy, class_targets, classes_of, finite, found
 from ssl_vit_eval.batches import Course
 from ssl_vit_eval.distributed import device

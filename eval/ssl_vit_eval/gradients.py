@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ssl_vit.backbone import patchify
+from ssl_vit.model.backbone import patchify
 from ssl_vit_eval.models import Source
 
 DIRECTIONS = 4  # maps of other 4 directions correlate by 0.998 with these

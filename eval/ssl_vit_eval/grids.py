@@ -5,7 +5,7 @@ from dataclasses import replace
 from html import escape
 from typing import NamedTuple
 
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.arms import Arm, Setting
 from ssl_vit_eval.comparison import ZERO, Cell, Comparison, Table, score_text, under_text
 from ssl_vit_eval.document import Block, Grid

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssl_vit.errors import Failure, UsageError, one_of
-from ssl_vit.tracking import Tracking
+from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.plan import CONTROLS, Plan
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.study import open_plan, run_cell

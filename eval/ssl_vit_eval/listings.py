@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.arms import Arm
 from ssl_vit_eval.comparison import Comparison, score_text
 from ssl_vit_eval.models import PIXELS

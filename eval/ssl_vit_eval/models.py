@@ -9,13 +9,13 @@ from typing import Any
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ssl_vit.backbone import Backbone
-from ssl_vit.checkpoint import arm_of, backbone_of, is_ours, load_backbone, read_weights, split_arm
+from ssl_vit.data.transforms import normalise
 from ssl_vit.errors import UsageError
-from ssl_vit.official import check_size, official_backbone
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.readout import Readout, ReadoutSpec, available
 from ssl_vit.provenance import recipe_hash
-from ssl_vit.readout import Readout, ReadoutSpec, available
-from ssl_vit.transforms import normalise
+from ssl_vit.weights.checkpoint import arm_of, backbone_of, is_ours, load_backbone, read_weights, split_arm
+from ssl_vit.weights.official import check_size, official_backbone
 
 PIXELS = "pixels"
 
@@ -129,7 +129,7 @@ def open_source(text: str, image_size: int | None = None) -> Source:
 
 def random_source(recipe: str, options: list[str], image_size: int | None = None) -> Source:
     """The backbone that a recipe starts from: its architecture, its initialisation, its seed, and no training."""
-    from ssl_vit.pretrain import build_method, parse_recipe  # lightning's parser, which the other sources do without
+    from ssl_vit.train.pretrain import build_method, parse_recipe  # lightning's parser, which the other sources do without
 
     parser, config = parse_recipe(recipe, options)
     module = build_method(config, parser.instantiate(config))

@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from ssl_vit.backbone import Backbone
-from ssl_vit.callbacks import RunFolder
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.sources import Split, load_train_test
+from ssl_vit.data.transforms import normalise
 from ssl_vit.errors import UsageError, require
-from ssl_vit.images import ImageStore
 from ssl_vit.methods import Method
-from ssl_vit.readout import Readout
-from ssl_vit.sources import Split, load_train_test
-from ssl_vit.transforms import normalise
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.readout import Readout
+from ssl_vit.train.callbacks import RunFolder
 from ssl_vit_eval.distributed import merge_parts, parts
 from ssl_vit_eval.knn import KNNProbe
 from ssl_vit_eval.selection import stratified_slice

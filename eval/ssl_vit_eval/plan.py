@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from ssl_vit.assets import find_asset, read_yaml
+from ssl_vit.data.folders import local_path
 from ssl_vit.errors import UsageError, one_of
-from ssl_vit.folders import local_path
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.controls import check_controls
 from ssl_vit_eval.models import Source, open_source, random_source
 from ssl_vit_eval.protocols import Protocol, load_protocols

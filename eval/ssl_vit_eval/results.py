@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from ssl_vit.data.sources import Split
 from ssl_vit.provenance import git_revision
-from ssl_vit.sources import Split
 from ssl_vit_eval.models import PIXELS, Source
 from ssl_vit_eval.rows import Key, Row
 from ssl_vit_eval.selection import Found

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ssl_vit.errors import Failure
-from ssl_vit.readout import ReadoutSpec
+from ssl_vit.model.readout import ReadoutSpec
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from ssl_vit.assets import find_asset, read_yaml
+from ssl_vit.data.sources import load_split
 from ssl_vit.errors import Failure
-from ssl_vit.pretrain import pretrain
-from ssl_vit.sources import load_split
-from ssl_vit.tracking import Tracking
+from ssl_vit.train.pretrain import pretrain
+from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.compare import compare
 from ssl_vit_eval.evaluate import evaluate, wanted_specs
 from ssl_vit_eval.fairness import check_fair

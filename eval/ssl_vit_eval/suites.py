@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit.assets import find_asset, read_yaml
+from ssl_vit.data.images import CROP, Crop, EvalTransform
+from ssl_vit.data.sources import Split, check_source, load_train_test
 from ssl_vit.errors import UsageError, one_of
-from ssl_vit.images import CROP, Crop, EvalTransform
-from ssl_vit.sources import Split, check_source, load_train_test
 from ssl_vit_eval.distributed import rank
 
 

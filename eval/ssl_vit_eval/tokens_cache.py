@@ -10,11 +10,11 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit.backbone import Backbone
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.transforms import normalise
 from ssl_vit.errors import Failure
-from ssl_vit.images import ImageStore
-from ssl_vit.tokens import Tokens
-from ssl_vit.transforms import normalise
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.tokens import Tokens
 from ssl_vit_eval.cache import FeatureFile, FeatureKey
 from ssl_vit_eval.distributed import agreed, device, gather_objects, parts, rank
 from ssl_vit_eval.features import BATCH

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from ssl_vit.readout import ReadoutSpec
-from ssl_vit.tracking import TrackedRun, Tracking, say
+from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit.train.tracking import TrackedRun, Tracking, say
 from ssl_vit_eval.arms import Setting
 from ssl_vit_eval.models import PIXELS, Source
 from ssl_vit_eval.rows import Row, RowStore

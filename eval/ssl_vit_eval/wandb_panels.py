@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ssl_vit.tracking import STEP, Tracking
+from ssl_vit.train.tracking import STEP, Tracking
 from ssl_vit_eval.arms import Arm, arms_of, weights_of
 from ssl_vit_eval.comparison import Comparison
 from ssl_vit_eval.tracking import RESULTS, TRAINED, summary_key

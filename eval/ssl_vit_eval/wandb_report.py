@@ -16,7 +16,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit.tracking import TrackedRun, Tracking
+from ssl_vit.train.tracking import TrackedRun, Tracking
 from ssl_vit_eval import findings
 from ssl_vit_eval.comparison import Comparison
 from ssl_vit_eval.document import Block, Bullets, Drawings, Grid, Heading, Listing, Picture, Text

@@ -2,28 +2,20 @@
 
 import dataclasses
 import importlib.metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
-from ssl_vit.backbone import Backbone
-from ssl_vit.checkpoint import FORMAT
+from ssl_vit.data.stream import Batch
 from ssl_vit.errors import Failure
-from ssl_vit.optim import OptimConfig, adamw
-from ssl_vit.readout import ReadoutSpec
-from ssl_vit.schedules import cosine
-
-
-class Batch(NamedTuple):
-    """One rank's share of a global batch, as decoded: padded to the largest picture, with the true sizes."""
-
-    images: UInt8[Tensor, "b 3 h w"]
-    sizes: Int64[Tensor, "b 2"]
-    positions: Int64[Tensor, "b"]  # in the stream of samples; what every random number is drawn from
-    step: int  # of the global batch, the same on all ranks
+from ssl_vit.methods.optim import OptimConfig, adamw
+from ssl_vit.methods.schedules import cosine
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit.weights.checkpoint import FORMAT
 
 
 class Method(lightning.LightningModule):

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from ssl_vit.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_vit.data.stream import Batch
+from ssl_vit.data.transforms import normalise
+from ssl_vit.data.views import MultiCrop, multi_crop
 from ssl_vit.errors import UsageError, require
-from ssl_vit.methods.base import Batch, Method
-from ssl_vit.optim import OptimConfig, clip_each
-from ssl_vit.readout import Readout, ReadoutSpec
-from ssl_vit.schedules import cosine, linear
-from ssl_vit.transforms import normalise
-from ssl_vit.views import MultiCrop, multi_crop
+from ssl_vit.methods.base import Method
+from ssl_vit.methods.optim import OptimConfig, clip_each
+from ssl_vit.methods.schedules import cosine, linear
+from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_vit.model.readout import Readout, ReadoutSpec
 
 log = logging.getLogger(__name__)
 

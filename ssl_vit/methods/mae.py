@@ -8,15 +8,16 @@ from jaxtyping import Bool, Float, Int64
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ssl_vit.backbone import BackboneConfig, build_backbone, patchify
+from ssl_vit.data.rng import uniform
+from ssl_vit.data.stream import Batch
+from ssl_vit.data.transforms import normalise
+from ssl_vit.data.views import SingleCrop, single_crop
 from ssl_vit.errors import UsageError, require
-from ssl_vit.methods.base import Batch, Method
-from ssl_vit.optim import OptimConfig
-from ssl_vit.readout import Readout, ReadoutSpec
-from ssl_vit.rng import uniform
-from ssl_vit.tokens import Tokens
-from ssl_vit.transforms import normalise
-from ssl_vit.views import SingleCrop, single_crop
+from ssl_vit.methods.base import Method
+from ssl_vit.methods.optim import OptimConfig
+from ssl_vit.model.backbone import BackboneConfig, build_backbone, patchify
+from ssl_vit.model.readout import Readout, ReadoutSpec
+from ssl_vit.model.tokens import Tokens
 
 MASK_STREAM = 0  # of the random numbers; those of the views are at 1000 and above
 

@@ -1,0 +1,177 @@
+"""Local folders as tables: class folders of pictures, Parquet and Arrow files, and what `Dataset.save_to_disk` wrote.
+
+Nothing outside the folder is read: a link or a file name in a metadata file that leads out of it is refused.
+"""
+
+import csv
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ssl_vit.data.images import EXTENSIONS
+from ssl_vit.errors import Failure, UsageError
+
+VALIDATION = ("validation", "val", "valid")
+_SPLITS = ("train", "test", *VALIDATION)
+_METADATA = ("metadata.csv", "metadata.jsonl")
+
+Tables = dict[str, Callable[[bool], Any]]
+"""Split name -> function that opens its `datasets.Dataset`; its argument says whether labels are wanted."""
+
+
+def hf_datasets() -> Any:
+    """The package `datasets`, without progress bars of its own; raises Failure where it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise Failure("reading this source needs the package datasets; install it, or use builtin:photos") from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def local_path(source: str) -> Path:
+    """The path that a source names; `~` and environment variables (`$DATA/cifar10`) are the machine's, not the recipe's."""
+    return Path(os.path.expandvars(source)).expanduser()
+
+
+def inside(path: Path, root: Path) -> Path:
+    """`path` (relative ones start at `root`), or Failure if it leads out of `root`."""
+    resolved = (root / path).resolve()
+    if not resolved.is_relative_to(root.resolve()):
+        raise Failure(f"{path} leads out of {root}, so it is refused; put the file itself into the folder")
+    return root / path
+
+
+def local_tables(path: Path) -> Tables:
+    """The splits of a folder (or of one Parquet or Arrow file), opened when asked for.
+
+    Raises UsageError when there is nothing to read, Failure for a link out of the folder and for files that cannot be grouped into splits.
+    """
+    root = path if path.is_dir() else path.parent
+    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
+        return _saved_tables(root)
+    files = sorted(_walk(root)) if path.is_dir() else [path]
+    for kind in ("parquet", "arrow"):
+        tables = [file for file in files if file.suffix == f".{kind}"]
+        if tables:
+            return {split: partial(_open_files, kind, split, parts) for split, parts in _grouped(tables, root).items()}
+    pictures = [file for file in files if file.suffix.lower() in EXTENSIONS]
+    if not pictures:
+        found = ", ".join(
+            f"{count} {suffix or 'without extension'}" for suffix, count in Counter(file.suffix for file in files).most_common(5)
+        )
+        raise UsageError(
+            f"{path} holds no pictures (found: {found or 'nothing, it is empty'}); allowed: class folders of pictures "
+            f"({' '.join(sorted(EXTENSIONS))}), Parquet or Arrow files"
+        )
+    folders = [folder.name for folder in _subfolders(root)]
+    if not any(name in _SPLITS for name in folders):
+        return {"train": partial(_open_pictures, root, root, pictures)}
+    by_split = {name: [file for file in pictures if file.is_relative_to(root / name)] for name in folders}
+    return {name: partial(_open_pictures, root, root / name, found) for name, found in by_split.items() if found}
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if not _hidden(name)]
+        for name in [*names, *files]:
+            if (Path(folder) / name).is_symlink():
+                inside((Path(folder) / name).relative_to(root), root)
+        # os.walk leaves links to folders out, and a split or class would be missing unnoticed
+        if linked := [name for name in names if (Path(folder) / name).is_symlink()]:
+            raise Failure(
+                f"{Path(folder) / linked[0]} is a link to a folder; links to folders are not followed: put the folder itself there"
+            )
+        yield from (Path(folder) / name for name in files if not _hidden(name))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
+
+
+def _grouped(files: list[Path], root: Path) -> dict[str, list[Path]]:
+    """Files by split: `train-00000-of-00001.parquet`, `test.parquet`, `val/0000.parquet`; a name that tells nothing is train."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        numbered = re.fullmatch(r"(.+?)-\d{5}-of-\d{5}.*", file.stem)
+        folder = file.parent.name if file.parent != root else ""
+        stem = re.split(r"[-_.]", file.stem)[0]
+        split = numbered[1] if numbered else next((name for name in (stem, folder) if name in _SPLITS), "train")
+        groups.setdefault(split, []).append(file)
+    for split, parts in groups.items():
+        folders = sorted({str(part.parent.relative_to(root)) for part in parts})
+        if len(folders) > 1:
+            raise Failure(f"{root} holds the split {split!r} in several folders ({', '.join(folders)}); name one of them as the source")
+    return groups
+
+
+def _open_files(kind: str, split: str, files: list[Path], labels: bool) -> Any:
+    datasets = hf_datasets()
+    try:
+        # `datasets` keeps its converted copy in its own cache folder, memory-mapped
+        return datasets.load_dataset(kind, data_files={split: [str(file) for file in files]}, split=split)
+    except Exception as error:
+        reason = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+        raise Failure(f"{files[0]} (split {split!r}) cannot be read as {kind}: {reason[0]}") from error
+
+
+def _saved_tables(root: Path) -> Tables:
+    try:
+        saved = hf_datasets().load_from_disk(str(root))
+    except Failure:
+        raise
+    except Exception as error:
+        raise Failure(f"{root} cannot be read as a folder of Dataset.save_to_disk: {str(error).splitlines()[0]}") from error
+    tables = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    return {split: partial(_opened, table) for split, table in tables.items()}
+
+
+def _opened(table: Any, labels: bool) -> Any:
+    return table
+
+
+def _open_pictures(root: Path, base: Path, pictures: list[Path], labels: bool) -> Any:
+    """The table of a folder `base` of pictures: its metadata file if there is one, else class folders, else pictures alone."""
+    datasets = hf_datasets()
+    if metadata := next((base / name for name in _METADATA if (base / name).exists()), None):
+        return _open_metadata(root, metadata)
+    columns: dict[str, list[Any]] = {"image": [str(picture) for picture in pictures]}
+    features = {"image": datasets.Image(decode=False)}
+    if labels:
+        classes = [folder.name for folder in _subfolders(base)]
+        if not classes:
+            raise UsageError(
+                f"{base} holds pictures but no class folders, and labels are needed; sort the pictures into one folder per class"
+            )
+        folder_of = [picture.relative_to(base).parts[0] for picture in pictures]
+        if loose := next((p for p, name in zip(pictures, folder_of, strict=True) if p.parent == base), None):
+            raise Failure(f"{loose} lies beside the class folders, so it has no label; move it into one of them")
+        if empty := sorted(set(classes) - set(folder_of)):
+            raise Failure(f"class folder {empty[0]!r} in {base} holds no pictures; fill it or remove it")
+        columns["label"] = [classes.index(name) for name in folder_of]
+        features["label"] = datasets.ClassLabel(names=classes)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _open_metadata(root: Path, file: Path) -> Any:
+    """metadata.csv or metadata.jsonl beside the pictures: `file_name`, relative to it, and further columns."""
+    datasets = hf_datasets()
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines)) if file.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
+        names = [row.pop("file_name") for row in rows]
+    except (ValueError, KeyError) as error:
+        raise Failure(f"{file} cannot be read: {error}; every row needs a file_name") from error
+    paths = [str(inside((file.parent / name).relative_to(root), root)) for name in names]
+    table = datasets.Dataset.from_list(rows) if rows and rows[0] else datasets.Dataset.from_dict({})
+    image = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image(decode=False)}))
+    return datasets.concatenate_datasets([image, table], axis=1) if table.num_columns else image

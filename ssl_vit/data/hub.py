@@ -1,0 +1,36 @@
+"""Hugging Face dataset ids as tables, with an error of one line, and within seconds, for what cannot be fetched."""
+
+from functools import partial
+from typing import Any
+
+from ssl_vit.data.folders import Tables, hf_datasets
+from ssl_vit.errors import Failure
+
+
+def hub_tables(source: str) -> Tables:
+    """The splits of `owner/name` or `owner/name:config`; Failure for one that cannot be fetched."""
+    datasets = hf_datasets()
+    from huggingface_hub import constants, get_session
+
+    name, _, config = source.partition(":")
+    advice = f"no folder {source!r} is here either; give a local folder"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            # `datasets` itself would retry for 23 s before it gives up
+            get_session().head(constants.ENDPOINT, timeout=3)
+        except Exception as error:
+            reason = f"{constants.ENDPOINT} does not answer"
+            raise Failure(
+                f"the dataset {name!r} cannot be fetched: {reason}; {advice} or set HF_HUB_OFFLINE=1 for a cached copy"
+            ) from error
+    try:
+        loaded = datasets.load_dataset(name, config or None)
+    except Exception as error:
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Failure(f"the dataset {name!r} cannot be fetched{offline}: {reason}; {advice}") from error
+    return {str(split): partial(_loaded, table) for split, table in loaded.items()}
+
+
+def _loaded(table: Any, labels: bool) -> Any:
+    return table

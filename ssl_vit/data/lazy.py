@@ -1,0 +1,70 @@
+"""Pictures that are decoded when they are asked for, so that evaluation needs no more memory for a larger set."""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from ssl_vit.data.images import EvalTransform, ImageStore, available_memory, decode, to_tensor
+
+# the decoded pictures of a split are kept if they need at most this share of the memory that is available
+MEMORY_SHARE = 0.25
+_THREADS = min(8, os.cpu_count() or 1)
+_ROWS = 64  # encoded pictures held at once: a photograph may have 10 MB
+
+Picture = tuple[str, bytes | Image.Image]
+"""What errors call it, and the picture itself, encoded or not."""
+
+
+class EncodedImages(ImageStore):
+    """The pictures of a split at one size, [n 3 s s]: read, decoded and transformed when asked for, by a few threads.
+
+    Once decoded they are kept, where all of the split fits in `MEMORY_SHARE`; else they are decoded each time. A corrupt picture is
+    found when it is asked for: `batch` then raises the Failure of `decode`, which names it.
+    """
+
+    def __init__(self, read: Callable[[Sequence[int]], Sequence[Picture]], count: int, transform: EvalTransform) -> None:
+        """`read` gives the pictures of some rows, in their order; `count` is n."""
+        self.sizes = torch.full((count, 2), transform.size)
+        self._read, self._transform = read, transform
+        self._is_kept = torch.zeros(count, dtype=torch.bool)
+
+    def __getitem__(self, index: int) -> UInt8[Tensor, "3 s s"]:
+        return self.batch(torch.tensor([index]))[0][0]
+
+    def batch(self, indices: Int64[Tensor, "b"]) -> tuple[UInt8[Tensor, "b 3 s s"], Int64[Tensor, "b 2"]]:
+        """The pictures `indices`, and their (height, width), which is s everywhere."""
+        if self._kept is None:
+            return self._decoded(indices), self.sizes[indices]
+        missing = torch.unique(indices[~self._is_kept[indices]])
+        self._kept[missing] = self._decoded(missing)
+        self._is_kept[missing] = True
+        return self._kept[indices], self.sizes[indices]
+
+    @cached_property
+    def _kept(self) -> UInt8[Tensor, "n 3 s s"] | None:
+        """The place of the decoded pictures; the system commits its pages as they are written."""
+        shape = (len(self), 3, self._transform.size, self._transform.size)
+        return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_SHARE * available_memory() else None
+
+    def _decoded(self, rows: Int64[Tensor, "b"]) -> UInt8[Tensor, "b 3 s s"]:
+        images = torch.empty(len(rows), 3, self._transform.size, self._transform.size, dtype=torch.uint8)
+        # `decode` silences PIL for a moment; threads that do so at the same time would leave the filters as they found each other's
+        with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
+            warnings.simplefilter("ignore")
+            for start in range(0, len(rows), _ROWS):
+                pictures = self._read(rows[start : start + _ROWS].tolist())
+                for place, picture in enumerate(pool.map(self._picture, pictures), start):
+                    images[place] = picture
+        return images
+
+    def _picture(self, picture: Picture) -> UInt8[Tensor, "3 s s"]:
+        name, data = picture
+        return to_tensor(self._transform(decode(data, name)))

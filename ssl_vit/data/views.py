@@ -1,0 +1,162 @@
+"""The views of an image that a method trains on, made for a whole batch at once on the device where the images are.
+
+Parameters come from `rng.uniform`, keyed by seed, sample position and view, so that an image has the same views in
+whatever batch, rank or worker it turns up. A position is a place in the flat stream of samples (epoch after epoch), not
+an index into the dataset, or every epoch would repeat the views of the first.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from torch import Tensor
+
+from ssl_vit.data.rng import uniform
+from ssl_vit.data.transforms import CROP_DRAWS, colour_jitter, crop_resize, gaussian_blur, grey, random_resized_crop_boxes, solarise
+from ssl_vit.errors import require
+
+JITTER_ORDER_STREAM = -2
+VIEW_STREAM = 1000
+
+# which draw of a view decides what, after those of the crop box
+FLIP, JITTER, FACTORS, GREY, BLUR, SIGMA, SOLARISE = CROP_DRAWS, CROP_DRAWS + 1, CROP_DRAWS + 2, *range(CROP_DRAWS + 6, CROP_DRAWS + 10)
+DRAWS = SOLARISE + 1
+
+
+def _require_scale(field: str, scale: tuple[float, float]) -> None:
+    require(0 < scale[0] <= scale[1] <= 1, field, scale, "two shares of the image's area, low then high, above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class SingleCrop:
+    """MAE's views (He et al. 2021, appendix A.1): a random resized crop and a flip, nothing else. Sizes in pixels."""
+
+    size: int = 224
+    scale: tuple[float, float] = (0.2, 1.0)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.size > 0, "crop.size", self.size, "a number of pixels above 0")
+        _require_scale("crop.scale", self.scale)
+        require(0 <= self.flip <= 1, "crop.flip", self.flip, "a probability from 0 to 1")
+
+
+@dataclass(frozen=True)
+class MultiCrop:
+    """DINO's views (Caron et al. 2021, section 3 and the official script): two global crops and `n_local` local ones.
+
+    Sizes in pixels. `jitter` is (brightness, contrast, saturation, hue) as in torchvision's ColorJitter; `blur_p` belongs to
+    (global 1, global 2, each local); `blur_sigma` is in pixels of the view; `solarise_p` is for global 2 only.
+    """
+
+    global_size: int = 224
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_size: int = 96
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    n_local: int = 8
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    blur_p: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarise_p: float = 0.2
+
+    def __post_init__(self) -> None:
+        for field in ("global_size", "local_size"):
+            require(getattr(self, field) > 0, f"crops.{field}", getattr(self, field), "a number of pixels above 0")
+        _require_scale("crops.global_scale", self.global_scale)
+        _require_scale("crops.local_scale", self.local_scale)
+        require(self.n_local >= 0, "crops.n_local", self.n_local, "0 or more")
+        for field in ("flip", "jitter_p", "grey_p", "solarise_p"):
+            require(0 <= getattr(self, field) <= 1, f"crops.{field}", getattr(self, field), "a probability from 0 to 1")
+        require(all(0 <= p <= 1 for p in self.blur_p), "crops.blur_p", self.blur_p, "three probabilities from 0 to 1")
+        require(
+            min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "crops.jitter", self.jitter, "strengths of 0 or more, the last (hue) up to 0.5"
+        )
+        require(
+            0 < self.blur_sigma[0] <= self.blur_sigma[1],
+            "crops.blur_sigma",
+            self.blur_sigma,
+            "two lengths in pixels, low then high, above 0",
+        )
+
+
+def _apply(x: Float[Tensor, "n 3 s s"], chosen: Bool[Tensor, "v b"], transform: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Transform, in place, the images that are chosen: `transform` gets them and their indices."""
+    indices = chosen.flatten().nonzero().squeeze(1)
+    x.index_copy_(0, indices, transform(x[indices], indices))
+
+
+def _distort(
+    x: Float32[Tensor, "v b 3 s s"],
+    u: Float32[Tensor, "v b draws"],
+    blur_p: list[float],
+    solarise_p: list[float],
+    order: list[int],
+    config: MultiCrop,
+) -> None:
+    """Jitter, grey, blur and solarise in place, in the order of the official script; `blur_p` and `solarise_p` are per view."""
+    flat, parameters, device = x.flatten(0, 1), u.flatten(0, 1), x.device
+    strength = torch.tensor(config.jitter, device=device)
+    centre = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)
+    low = torch.maximum(centre[:3] - strength[:3], torch.zeros_like(strength[:3]))
+    lows = torch.cat([low, -strength[3:]])
+    factors = lows + parameters[:, FACTORS:GREY] * (centre + strength - lows)
+    sigma = config.blur_sigma[0] + parameters[:, SIGMA] * (config.blur_sigma[1] - config.blur_sigma[0])
+    radius = min(math.ceil(3 * config.blur_sigma[1]), x.shape[-1] - 1)
+
+    _apply(flat, u[..., JITTER] < config.jitter_p, lambda images, i: colour_jitter(images, factors[i], order))
+    _apply(flat, u[..., GREY] < config.grey_p, lambda images, _: grey(images).expand_as(images))
+    _apply(flat, u[..., BLUR] < torch.tensor(blur_p, device=device)[:, None], lambda images, i: gaussian_blur(images, sigma[i], radius))
+    _apply(flat, u[..., SOLARISE] < torch.tensor(solarise_p, device=device)[:, None], lambda images, _: solarise(images))
+
+
+def _draw(seed: int, positions: Int64[Tensor, "b"], views: range, count: int) -> Float32[Tensor, "v b count"]:
+    return torch.stack([uniform(seed, positions, VIEW_STREAM + view, count) for view in views])
+
+
+def _crop(
+    images: UInt8[Tensor, "b 3 h w"],
+    sizes: Int64[Tensor, "b 2"],
+    u: Float32[Tensor, "v b draws"],
+    scale: tuple[float, float],
+    flip: float,
+    size: int,
+) -> Float32[Tensor, "v b 3 s s"]:
+    return crop_resize(images, random_resized_crop_boxes(u[..., :CROP_DRAWS], sizes, scale), u[..., FLIP] < flip, size)
+
+
+@torch.no_grad()
+def multi_crop(
+    images: UInt8[Tensor, "b 3 h w"], sizes: Int64[Tensor, "b 2"], positions: Int64[Tensor, "b"], step: int, seed: int, config: MultiCrop
+) -> tuple[Float32[Tensor, "2 b 3 S S"], Float32[Tensor, "v b 3 s s"]]:
+    """DINO's global and local views in [0, 1], not normalised; float32 whatever the autocast.
+
+    Images may be padded at the bottom and on the right; `sizes` are their true (height, width). The order of the four jitters is
+    drawn once a step for the global and once for the local views, from (seed, step), so that it is the same on all ranks.
+    """
+    orders = uniform(seed, torch.tensor([step]), JITTER_ORDER_STREAM, 8).view(2, 4).argsort(1).tolist()
+    b, n = len(images), config.n_local
+    with torch.autocast(images.device.type, enabled=False):
+        u = _draw(seed, positions, range(2), DRAWS)
+        global_views = _crop(images, sizes, u, config.global_scale, config.flip, config.global_size)
+        _distort(global_views, u, list(config.blur_p[:2]), [0.0, config.solarise_p], orders[0], config)
+        if n == 0:
+            return global_views, global_views.new_empty(0, b, 3, config.local_size, config.local_size)
+        u = _draw(seed, positions, range(2, 2 + n), DRAWS)
+        local_views = _crop(images, sizes, u, config.local_scale, config.flip, config.local_size)
+        _distort(local_views, u, [config.blur_p[2]] * n, [0.0] * n, orders[1], config)
+    return global_views, local_views
+
+
+@torch.no_grad()
+def single_crop(
+    images: UInt8[Tensor, "b 3 h w"], sizes: Int64[Tensor, "b 2"], positions: Int64[Tensor, "b"], seed: int, config: SingleCrop
+) -> Float32[Tensor, "b 3 s s"]:
+    """MAE's one view in [0, 1], not normalised; float32 whatever the autocast. `sizes` as for `multi_crop`."""
+    with torch.autocast(images.device.type, enabled=False):
+        u = _draw(seed, positions, range(1), FLIP + 1)
+        return _crop(images, sizes, u, config.scale, config.flip, config.size)[0]

@@ -1,0 +1,1 @@
+"""The network: Tokens, what reads them, and the ViT that writes them."""

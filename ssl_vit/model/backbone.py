@@ -1,0 +1,228 @@
+"""The backbone: a timm Vision Transformer that answers with named Tokens. All index arithmetic on the token sequence is here."""
+
+import difflib
+import hashlib
+import warnings
+from dataclasses import dataclass
+from typing import Any, cast
+
+import timm
+import torch
+from jaxtyping import Float, Int64
+from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssl_vit.errors import UsageError, require
+from ssl_vit.model.readout import Readout, ReadoutSpec
+from ssl_vit.model.tokens import Tokens
+
+Channels = tuple[float, float, float]
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which ViT is trained: a timm name, and sizes that replace that model's own where they are given.
+
+    Args:
+        name: a Vision Transformer of timm, e.g. vit_small_patch16_224.
+        image_size: side of the (global) training view in pixels; a multiple of `patch`.
+        patch: side of a patch in pixels.
+        width: token width d; a multiple of `heads`.
+        depth: number of blocks.
+        heads: attention heads.
+        cls_tokens: 0 or 1 class token.
+        registers: number of register tokens, without positions (Darcet et al. 2023).
+        drop_path: stochastic depth of the trained network, growing to this rate at the last block.
+    """
+
+    name: str = "vit_small_patch16_224"
+    image_size: int = 224
+    patch: int = 16
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    cls_tokens: int = 1
+    registers: int = 0
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key, least in {"image_size": 1, "patch": 1, "width": 1, "depth": 1, "heads": 1, "registers": 0}.items():
+            value = getattr(self, key)
+            require(value is None or value >= least, f"backbone.{key}", value, f"at least {least}")
+        require(0 <= self.drop_path < 1, "backbone.drop_path", self.drop_path, "from 0 to below 1")
+        require(self.cls_tokens in (0, 1), "backbone.cls_tokens", self.cls_tokens, "0 or 1")
+        if self.image_size % self.patch:
+            near = round(self.image_size / self.patch) * self.patch or self.patch
+            raise UsageError(
+                f"backbone.image_size {self.image_size} is not divisible by backbone.patch {self.patch}; "
+                f"set image_size to {near} or change patch"
+            )
+        if self.width and self.heads and self.width % self.heads:
+            raise UsageError(f"backbone.width {self.width} is not divisible by backbone.heads {self.heads}; change one of them")
+
+
+class Backbone(nn.Module):
+    """A timm ViT with named output.
+
+    >>> tokens = backbone(images)                             # the last block's Tokens
+    >>> tokens = backbone(images, blocks=spec.blocks)         # and those of other blocks: tokens.at(7)
+    >>> tokens = backbone(images, keep=kept)                  # only these patches are embedded and encoded (MAE, section 3)
+
+    Attributes: width d, depth, patch, image_size, cls_tokens t, registers r; mean and std of the input normalisation;
+    trained_readout, what its loss was attached to, with the trained parameters (None for a model that is not from here).
+    """
+
+    def __init__(self, vit: nn.Module, image_size: int, mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD) -> None:
+        super().__init__()
+        self.vit: Any
+        self.vit = vit
+        self.mean, self.std = mean, std
+        self.image_size = image_size
+        self.trained_readout: Readout | None = None
+        self.width: int = self.vit.embed_dim
+        self.depth = len(self.vit.blocks)
+        self.patch: int = self.vit.patch_embed.patch_size[0]
+        register_token = getattr(self.vit, "reg_token", None)  # not every family of timm counts them (`num_reg_tokens`)
+        self.registers: int = 0 if register_token is None else register_token.shape[1]
+        self.cls_tokens: int = self.vit.num_prefix_tokens - self.registers
+        self._notified: set[tuple[int, int]] = set()
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm, wherever timm keeps it (`fc_norm` in models that pool before they norm)."""
+        own = getattr(self.vit, "norm", None)
+        return cast(nn.Module, self.vit.fc_norm if own is None or isinstance(own, nn.Identity) else own)
+
+    def weights_hash(self) -> str:
+        """16 hex digits over all that the tokens depend on: the weights, what is done with them, the input normalisation."""
+        digest = hashlib.sha256(repr((self.mean, self.std, self.patch)).encode())
+        for name, module in self.named_modules():
+            if name.startswith("trained_readout"):  # its parameters, if it has any, are below
+                continue
+            settings = [getattr(module, key) for key in ("num_heads", "eps", "approximate") if hasattr(module, key)]
+            # activations have no weights that would tell them apart; what only training uses (dropout, drop path) is not a part of it
+            acts = not any(True for _ in module.parameters()) and not type(module).__name__.startswith(("Identity", "Drop"))
+            if settings or acts:
+                digest.update(repr((name, type(module).__name__ if acts else "", settings)).encode())
+        for key, value in self.state_dict().items():
+            digest.update(repr((key, tuple(value.shape), str(value.dtype))).encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def check(self, spec: ReadoutSpec, name: str = "backbone") -> None:
+        """UsageError unless this model can be read as `spec` says."""
+        spec.check(self.cls_tokens, self.registers, self.depth, change=name)
+
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], blocks: tuple[int, ...] = (-1,), keep: Int64[Tensor, "b k"] | None = None
+    ) -> Tokens:
+        """Tokens before the final norm.
+
+        images: normalised by mean and std. blocks: which blocks to keep, negative from the last.
+        keep: indices of the patches to encode, row-major, one row an image; all of them if None.
+        """
+        self._notice_other_size(images)
+        wanted = sorted({self._block_number(block) for block in blocks})
+        if keep is None:
+            outputs = self.vit.forward_intermediates(
+                images, indices=wanted, return_prefix_tokens=True, norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
+            )
+        else:
+            outputs = self._forward_kept(images, wanted, keep)
+        parts = {number: self._named(output, number) for number, output in zip(wanted, outputs, strict=True)}
+        deepest = parts.pop(wanted[-1])
+        return Tokens(deepest.cls, deepest.registers, deepest.patches, self.norm, deepest.block, self.depth, others=parts)
+
+    def _named(self, output: Any, block: int) -> Tokens:
+        if isinstance(output, tuple):
+            patches, prefix = output
+        else:  # no class token and no register
+            patches, prefix = output, output[:, :0]
+        return Tokens(prefix[:, : self.cls_tokens], prefix[:, self.cls_tokens :], patches, self.norm, block, self.depth)
+
+    def _forward_kept(self, images: Tensor, wanted: list[int], keep: Tensor) -> list[tuple[Tensor, Tensor]]:
+        vit = self.vit
+        if not isinstance(vit, VisionTransformer):
+            raise UsageError(f"masked forward needs a plain ViT of timm, got {type(vit).__name__}; choose one such as vit_base_patch16_224")
+        convolution = vit.patch_embed.proj  # as a matrix product on the kept patches, the same numbers for a fraction of the cost
+        kept = patchify(images, self.patch).gather(1, keep[:, :, None].expand(-1, -1, 3 * self.patch**2))
+        x = vit.patch_embed.norm(F.linear(kept, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias))
+        grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
+        prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+        has_slots = not vit.no_embed_class and vit.num_prefix_tokens > 0
+        if vit.pos_embed is not None:
+            slots = vit.num_prefix_tokens if has_slots else 0
+            position = resample_abs_pos_embed(vit.pos_embed, list(grid), list(vit.patch_embed.grid_size), num_prefix_tokens=slots)
+            x = x + position[:, slots:].expand(len(x), -1, -1).gather(1, keep[:, :, None].expand(-1, -1, self.width))
+            if has_slots:
+                prefix = [torch.cat(prefix, dim=1) + position[:, :slots]]
+        x = vit.norm_pre(vit.pos_drop(torch.cat([*prefix, x], dim=1)))
+        outputs = []
+        for number, block in enumerate(vit.blocks[: wanted[-1] + 1]):
+            x = block(x)
+            if number in wanted:
+                outputs.append((x[:, vit.num_prefix_tokens :], x[:, : vit.num_prefix_tokens]))
+        return outputs
+
+    def _block_number(self, block: int) -> int:
+        number = block + self.depth if block < 0 else block
+        if not 0 <= number < self.depth:
+            raise UsageError(f"block {block} is not in this model; its {self.depth} blocks count from 0 to {self.depth - 1}")
+        return number
+
+    def _notice_other_size(self, images: Tensor) -> None:
+        size = (images.shape[-2], images.shape[-1])
+        if any(side % self.patch for side in size):
+            raise UsageError(
+                f"images of {size[0]} x {size[1]} px are not divisible by the patch of {self.patch} px; resize them to {self.image_size}"
+            )
+        # Smaller crops are a part of training (DINO's local views); in evaluation another size is never silent.
+        if not self.training and size != (self.image_size, self.image_size) and size not in self._notified:
+            self._notified.add(size)
+            warnings.warn(f"images of {size[0]} x {size[1]} px: positions interpolated from {self.image_size} px", stacklevel=3)
+
+
+def patchify(images: Float[Tensor, "b 3 h w"], patch: int) -> Float[Tensor, "b n d"]:
+    """Images as rows of patches, d = patch * patch * 3 in the order (row, column, channel) (MAE's `patchify`)."""
+    b, c, h, w = images.shape
+    grid = images.reshape(b, c, h // patch, patch, w // patch, patch)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def build_backbone(config: BackboneConfig, drop_path: float | None = None) -> Backbone:
+    """A ViT with random weights, as the config says; `drop_path` replaces the config's (0 for a teacher).
+
+    Positions belong to patches only: a class token's position is a second name for the same parameter, and without it class token
+    and registers start exchangeable (design: with one register the register readout is the class token's null control).
+    """
+    names = [name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_")]
+    if config.name not in names:
+        near = difflib.get_close_matches(config.name, names, n=3, cutoff=0.3)
+        raise UsageError(
+            f"backbone.name {config.name!r} is not a Vision Transformer of timm; choose one such as {', '.join(near or names[:3])}"
+        )
+    sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    try:
+        vit = timm.create_model(
+            config.name,
+            num_classes=0,
+            global_pool="",
+            img_size=config.image_size,
+            patch_size=config.patch,
+            class_token=config.cls_tokens == 1,
+            reg_tokens=config.registers,
+            no_embed_class=True,
+            dynamic_img_size=True,
+            drop_path_rate=config.drop_path if drop_path is None else drop_path,
+            **{key: value for key, value in sizes.items() if value is not None},
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UsageError(f"timm cannot build {config.name} with {config}: {error}") from error
+    for token in (vit.cls_token, vit.reg_token):
+        if token is not None:  # timm's own start (std 1e-6) would make several registers copies of each other
+            trunc_normal_(token, std=0.02)
+    return Backbone(vit, config.image_size)

@@ -1,0 +1,27 @@
+"""What a training costs, counted: the floating-point operations of one image through a method."""
+
+import warnings
+from collections import defaultdict
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssl_vit.data.stream import Batch
+from ssl_vit.methods.base import Method
+
+
+def training_flops(module: Method) -> int:
+    """Operations of one image's views, forward and backward passes, two for each multiply-add, as torch counts them.
+
+    module: as built from a recipe, outside of a Trainer; its gradients, its schedule and DINO's centre are changed. Matrix products,
+    convolutions and attention are counted, element-wise operations and the optimiser's step are not.
+    """
+    size = module.backbone.image_size
+    batch = Batch(torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.full((1, 2), size), torch.zeros(1, dtype=torch.int64), 0)
+    module.now = defaultdict(lambda: 1.0)  # temperatures and rates do not change the count
+    with FlopCounterMode(display=False) as counter, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, that without a Trainer nothing is logged
+        loss = module.training_step(batch, 0)
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return int(counter.get_total_flops())

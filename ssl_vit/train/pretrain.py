@@ -1,0 +1,194 @@
+"""`ssl-vit pretrain RECIPE`: a recipe and command-line options, by Lightning's argument parser, into a trained checkpoint."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, Namespace
+from lightning import Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
+
+from ssl_vit.assets import find_asset, read_yaml
+from ssl_vit.data.stream import ImageData
+from ssl_vit.errors import UsageError, one_of, require
+from ssl_vit.methods import METHODS, Method
+from ssl_vit.methods.base import plain
+from ssl_vit.train.callbacks import AtomicCheckpointIO, Progress, RunFolder
+from ssl_vit.train.cost import training_flops
+from ssl_vit.train.tracking import Tracking
+from ssl_vit.train.training_log import TrainingLog
+from ssl_vit.weights.checkpoint import read_checkpoint
+
+# Of the Trainer's options, those that change the result, with their defaults: they are a part of the recipe, the others of the machine.
+TRAINER_IDENTITY = {
+    "max_epochs": None,
+    "max_steps": -1,
+    "min_epochs": None,
+    "min_steps": None,
+    "precision": None,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": None,
+    "gradient_clip_algorithm": None,
+    "limit_train_batches": None,
+    "overfit_batches": 0.0,
+}
+
+
+def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentParser, Namespace]:
+    """The parser of the recipe's method, and recipe and options parsed; UsageError, in one line, for whatever is wrong in them."""
+    path = find_asset("recipes", recipe)
+    fields = read_yaml(path)
+    method = fields.get("method")
+    if not isinstance(method, str) or method not in METHODS:
+        raise UsageError(f"recipe {recipe} has method {method!r}; {one_of(str(method), METHODS)}")
+    parser = recipe_parser(METHODS[method])
+    known = list(parser.get_defaults().keys())
+    for key in _flatten(fields):
+        _check_key(key, known, f"recipe {recipe}: ")
+    for option in options:
+        if option.startswith("--"):
+            _check_key(option[2:].split("=")[0].removesuffix("+"), [*known, "print_config", "help"], "")
+    try:
+        config = parser.parse_args(["--config", str(path), *options])
+    except argparse.ArgumentError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if config.method != method:
+        raise UsageError(f"--method {config.method} with a recipe for {method}; choose a recipe of that method")
+    return parser, config
+
+
+def recipe_parser(method: type[Method]) -> LightningArgumentParser:
+    """Recipe fields at the top, `data.*` and any Trainer flag as `trainer.*`."""
+    description = method.__doc__ or ""
+    parser = LightningArgumentParser(prog="ssl-vit pretrain RECIPE", description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help=argparse.SUPPRESS)
+    parser.add_argument("--method", type=str, help="dino or mae; a recipe's first line")
+    parser.add_argument("--out", type=str | None, default=None, help="run folder; runs/RECIPE if not given")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.ckpt")
+    parser.add_class_arguments(method, None)
+    parser.add_lightning_class_args(ImageData, "data")
+    parser.link_arguments("seed", "data.seed")
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.set_defaults({"trainer.logger": False, "trainer.enable_model_summary": False, "trainer.log_every_n_steps": 10})
+    parser.set_defaults({"trainer.use_distributed_sampler": False})  # the stream knows its rank
+    return parser
+
+
+def build_method(config: Namespace, values: Namespace) -> Method:
+    """The LightningModule of a parsed and instantiated recipe, its weights drawn from the recipe's seed alone."""
+    method = METHODS[config.method]
+    arguments = {key: values[key] for key in method.__init__.__annotations__ if key in values}
+    require(0 <= config.seed < 2**32, "seed", config.seed, "from 0 to 4294967295")
+    seed_everything(config.seed, verbose=False)
+    module = method(**arguments)
+    module.init = module.backbone.weights_hash()
+    trainer = {key: value for key, default in TRAINER_IDENTITY.items() if (value := config.trainer[key]) != default}
+    data = {key: value for key, value in config.data.items() if key != "seed"}
+    module.recipe |= {"data": plain(data), "trainer": trainer}
+    return module
+
+
+def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = (), tracking: Tracking | None = None) -> Path:
+    """Train, and return the path of the checkpoint. A finished run that is resumed is left as it is.
+
+    callbacks: what watches the run beside those of `trainer.callbacks`, and is no part of its recipe. tracking: where W&B shows it,
+    as `ssl_vit.train.tracking` says; a finished run is logged too."""
+    parser, config = parse_recipe(recipe, options)
+    folder = Path(config.out or Path("runs") / Path(recipe).stem)
+    values = parser.instantiate(config)
+    flops = training_flops(build_method(config, values))  # of a model of its own: the one that is trained is left as it was drawn
+    module = build_method(config, values)
+    record = RunFolder(folder, flops)
+    log = TrainingLog(tracking, folder) if tracking else None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("SLURM_PROCID", 0)) == 0:
+        _check_folder(folder, record.checkpoint, module.recipe, config.resume)
+    if config.resume and (folder / "run.json").exists():
+        rank_zero_info(f"{folder} is finished; nothing to do")
+        if log:
+            log.catch_up()
+        return record.checkpoint
+    values.trainer.callbacks = [*_as_list(values.trainer.callbacks), *callbacks, *([log] if log else [])]
+    trainer = build_trainer(values.trainer, record, folder.name)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(module.recipe)
+    resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
+    trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
+    rest = "" if record.finish(trainer, module) else f" of {module.total_steps}; go on with --resume"
+    rank_zero_info(f"{record.checkpoint}: {trainer.global_step} steps{rest}, trained with {module.spec}")
+    if log:
+        log.close()
+    return record.checkpoint
+
+
+def build_trainer(options: Namespace, record: RunFolder, name: str) -> Trainer:
+    """Lightning's Trainer with the run folder, the progress bar and whole-file checkpoints; UsageError for options it refuses."""
+    if options.max_epochs in (None, -1) and options.max_steps == -1:
+        raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
+    for key in ("max_epochs", "max_steps", "accumulate_grad_batches", "limit_train_batches", "devices"):
+        value = options[key]
+        if isinstance(value, int | float) and value <= 0 and value != -1:
+            raise UsageError(f"trainer.{key} is {value}; it must be above 0")
+    arguments = dict(options)
+    callbacks, plugins = _as_list(arguments.pop("callbacks")), _as_list(arguments.pop("plugins"))
+    if arguments["enable_progress_bar"] is not False:
+        callbacks.append(Progress(name))
+    try:
+        return Trainer(**arguments, callbacks=[*callbacks, record], plugins=[*plugins, AtomicCheckpointIO()])
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UsageError(f"Lightning's Trainer refuses these options: {' '.join(str(error).split())}") from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume: bool) -> None:
+    """UsageError if the run would overwrite something, or if there is nothing to resume."""
+    ours = (folder / "recipe.yaml").exists()
+    if not resume:
+        # W&B's files alone: killed before the first step, and tracked
+        if folder.exists() and (not folder.is_dir() or any(path.name != "wandb" for path in folder.iterdir())):
+            what, advice = ("a run", "add --resume to go on with it, or ") if ours else ("something else", "")
+            raise UsageError(f"{folder} already holds {what}; {advice}name another folder with --out")
+        return
+    if not ours:
+        raise UsageError(f"nothing to resume: there is no run in {folder}; leave --resume out to start")
+    # a run that was killed before its first checkpoint has only its recipe, and starts again
+    before = read_checkpoint(checkpoint)["ssl_vit"]["recipe"] if checkpoint.exists() else read_yaml(folder / "recipe.yaml")
+    if changed := recipe_changes(before, recipe):
+        raise UsageError(f"cannot resume {folder} with another recipe ({changed}); use the same one, or another --out")
+
+
+def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """`"optim.lr 0.1 -> 0.2, ..."`, empty if the recipes are the same."""
+    old, new = dict(_flatten(before, values=True)), dict(_flatten(now, values=True))
+    changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return ", ".join(changed[:4])
+
+
+def _flatten(fields: dict[str, Any], prefix: str = "", values: bool = False) -> list[Any]:
+    """`{a: {b: 1}}` -> `["a.b"]`, or `[("a.b", 1)]` with values. What hangs below `trainer.NAME` belongs to Lightning."""
+    items: list[Any] = []
+    for key, value in fields.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value and not prefix.startswith("trainer."):
+            items += _flatten(value, f"{name}.", values)
+        else:
+            items.append((name, value) if values else name)
+    return items
+
+
+def _check_key(key: str, known: list[str], where: str) -> None:
+    groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
+    if key in known or key in groups or ".".join(key.split(".")[:2]) in [k for k in known if k.startswith("trainer.")]:
+        return
+    group = key.rsplit(".", 1)[0] + "." if "." in key else ""
+    siblings = [name for name in known if name.startswith(group)] if group.rstrip(".") in groups else known
+    if not group:
+        siblings = sorted({name.split(".")[0] for name in known})
+    raise UsageError(f"{where}unknown key {key!r}; {one_of(key, siblings)}")

@@ -1,0 +1,227 @@
+"""Checkpoints, exported folders, the authors' weight files and timm names, turned into a Backbone; nothing is ever unpickled."""
+
+import argparse
+import difflib
+import hashlib
+import inspect
+import json
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import is_model
+
+from ssl_vit.errors import Failure, UsageError, one_of, require
+from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_vit.model.readout import Readout, ReadoutSpec
+from ssl_vit.weights.official import UNDERSTOOD, check_size, official_backbone
+
+FORMAT = 1  # of a checkpoint's "ssl_vit" entry
+Arm = Literal["teacher", "student"]
+
+
+def split_arm(text: str) -> tuple[str, Arm | None]:
+    """`PATH` and `PATH:student` as the path and what follows it; None asks for the teacher, where there are two networks."""
+    path = text.removesuffix(":student")
+    return path, None if path == text else "student"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint, or an exported folder in the form of one: `ssl_vit` and `state_dict`.
+
+    UsageError if it is not there, Failure if it is not one of ours."""
+    content = read_weights(path)
+    if not is_ours(content):
+        raise Failure(f"{path} is not a checkpoint of ssl-vit; give a *.ckpt that ssl-vit pretrain wrote")
+    return dict(content)
+
+
+def is_ours(content: object) -> bool:
+    return isinstance(content, dict) and "ssl_vit" in content and "state_dict" in content
+
+
+def read_weights(path: str | Path) -> Any:
+    """What a checkpoint, an exported folder or another weights file holds, loaded with `weights_only=True`.
+
+    UsageError if it is not there, Failure if it cannot be read or another version of ssl-vit wrote it."""
+    content = _read_exported(path) if (Path(path).expanduser() / "config.json").exists() else _read_file(path)
+    if is_ours(content) and content["ssl_vit"]["format"] != FORMAT:
+        ours = content["ssl_vit"]
+        raise Failure(f"{path} has checkpoint format {ours['format']}, this version reads {FORMAT}; it was written by {ours['versions']}")
+    return content
+
+
+def _read_file(path: str | Path) -> Any:
+    file = Path(path).expanduser()
+    if file.is_dir():
+        inside = sorted(str(p) for p in file.glob("*.ckpt"))
+        advice = f"name the file in it: {', '.join(inside)}" if inside else "it holds no *.ckpt and no config.json of ssl-vit export"
+        raise UsageError(f"{path} is a folder, not a checkpoint; {advice}")
+    if not file.exists():
+        raise UsageError(
+            f"there is no checkpoint {path}; give a *.ckpt file (CKPT:student for a DINO student), an exported folder, a weights file of "
+            "DINO, MAE or DINOv2, timm:NAME, random:RECIPE or pixels"
+        )
+    try:
+        # the authors' full checkpoints keep their command line in a Namespace, which holds plain values
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file makes the unpickler raise almost anything
+        raise Failure(f"{path} is not a readable checkpoint ({_reason(error)}); give {UNDERSTOOD}") from error
+
+
+def _read_exported(path: str | Path) -> dict[str, Any]:
+    """An exported folder in the form of a checkpoint that holds one network."""
+    folder = Path(path).expanduser()
+    try:
+        ours = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("ssl_vit")
+        if ours is None:
+            raise Failure(f"{folder} was not written by ssl-vit export: its config.json has no entry ssl_vit; give {UNDERSTOOD}")
+        arm = f"{ours['arm']}." if ours["arm"] else ""
+        state = {f"{arm}backbone.vit.{key}": value for key, value in load_file(folder / "model.safetensors").items()}
+        if (folder / "readout.safetensors").exists():
+            state |= {f"{arm}readout.{key}": value for key, value in load_file(folder / "readout.safetensors").items()}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise Failure(f"{folder} is not a readable export ({_reason(error)}); export the checkpoint again") from error
+    return {"ssl_vit": ours, "state_dict": state}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:120]
+
+
+def file_hash(path: str | Path) -> str:
+    """16 hex digits of the file's SHA-256."""
+    with Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def load_backbone(
+    source: str | Path, pretrained: bool = True, which: Arm | None = None, image_size: int | None = None, **kwargs: Any
+) -> Backbone:
+    """A backbone in evaluation mode.
+
+    Args:
+        source: the path of a checkpoint, of an exported folder or of a weights file of DINO, MAE or DINOv2; or `timm:NAME`.
+        pretrained: False for the same architecture with random weights.
+        which: of a DINO checkpoint; None for the teacher, or for the one network that there is.
+        image_size: side in pixels that it will read. Models of ssl-vit take any multiple of the patch as it comes (positions are
+            interpolated in the forward); None leaves the others at their own, official files at 224 at most.
+        kwargs: for `timm:NAME`, further arguments of `timm.create_model`; those that the model does not take are left out with a warning.
+
+    Raises UsageError for an unknown name, path or size, Failure for a file that is not understood or weights that cannot be fetched.
+    """
+    text = str(source)
+    if text.startswith("timm:"):
+        return _load_timm(text.removeprefix("timm:"), pretrained, image_size, kwargs).eval()
+    if kwargs:
+        raise UsageError(f"{source} takes no further arguments, got {', '.join(kwargs)}; a checkpoint knows its own architecture")
+    content = read_weights(source)
+    if is_ours(content):
+        return backbone_of(content, text, which, image_size, pretrained)
+    if not pretrained:
+        raise UsageError(f"{source} is nothing but weights; for random ones name the architecture, as timm:NAME or random:RECIPE")
+    return official_backbone(content, text, which, image_size)[1]
+
+
+def backbone_of(
+    checkpoint: dict[str, Any], name: str, which: Arm | None = None, image_size: int | None = None, pretrained: bool = True
+) -> Backbone:
+    """The backbone in what `read_weights` found to be a checkpoint of ssl-vit (`name` is for messages)."""
+    ours = checkpoint["ssl_vit"]
+    backbone = build_backbone(BackboneConfig(**ours["recipe"]["backbone"]), drop_path=0.0)
+    check_size(image_size, backbone.patch, name)
+    if pretrained:
+        arm = arm_of(checkpoint, name, which)
+        at = f"{arm}." if arm else ""
+        trained = Readout(ReadoutSpec.parse(ours["readout"]), backbone.width)
+        for module, prefix in ((backbone, f"{at}backbone."), (trained, f"{at}readout.")):
+            state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+            try:
+                module.load_state_dict(state)
+            except RuntimeError as error:
+                raise Failure(f"the weights in {name} do not fit its recipe: {' '.join(str(error).split())[:200]}") from error
+        backbone.trained_readout = trained
+    backbone.mean, backbone.std = (ours["mean"][0], ours["mean"][1], ours["mean"][2]), (ours["std"][0], ours["std"][1], ours["std"][2])
+    return backbone.eval()
+
+
+def arm_of(checkpoint: dict[str, Any], name: str, which: str | None = None) -> Arm | None:
+    """The network that is read: the one asked for, else the teacher, else the only one; None for MAE's, which has no such name."""
+    arms: tuple[Arm, ...] = ("teacher", "student")
+    require(which in (None, *arms), "which", repr(which), "'teacher' or 'student'")
+    there = [arm for arm in arms if any(key.startswith(f"{arm}.") for key in checkpoint["state_dict"])]
+    if which is not None and which not in there:
+        holds = f"the {there[0]} only" if there else f"one network, trained with {checkpoint['ssl_vit']['recipe']['method']}"
+        raise UsageError(f"{name} holds no {which}: it holds {holds}; leave out ':{which}'")
+    return next((arm for arm in there if which in (None, arm)), None)
+
+
+def _load_timm(name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]) -> Backbone:
+    if not is_model(name.split(".")[0]):
+        raise UsageError(
+            f"timm has no model {name!r}; {one_of(name, difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.3))}"
+        )
+    with torch.device("meta"):  # the architecture alone, before any weight is fetched
+        kind = timm.create_model(name, pretrained=False)
+    reads = inspect.signature(kind.forward_intermediates).parameters if hasattr(kind, "forward_intermediates") else ()
+    if "return_prefix_tokens" not in reads or not hasattr(kind.patch_embed, "patch_size"):
+        raise UsageError(f"timm:{name} is not a Vision Transformer that yields tokens; choose one such as timm:vit_small_patch16_224")
+    dynamic = {"dynamic_img_size": True} if hasattr(kind, "dynamic_img_size") else {}  # BEiT has no such thing
+    kwargs = {"num_classes": 0, **dynamic, **kwargs}
+    if image_size is not None and image_size != _side(kind):
+        check_size(image_size, kind.patch_embed.patch_size[0], f"timm:{name}")
+        kwargs["img_size"] = image_size
+        if pretrained:
+            warnings.warn(f"timm:{name}: positions interpolated from {_side(kind)} px to {image_size} px", stacklevel=3)
+    while True:
+        try:
+            with _quick_offline_error(f"the weights of timm:{name}", pretrained):
+                vit = timm.create_model(name, pretrained=pretrained, **kwargs)
+            break
+        except TypeError as error:  # "... got an unexpected keyword argument 'reg_tokens'"
+            refused = [key for key in kwargs if f"'{key}'" in str(error)]
+            if "unexpected keyword" not in str(error) or not refused:
+                raise
+            if refused[0] == "img_size" and image_size is not None:
+                raise UsageError(f"timm:{name} reads {_side(kind)} px only, got {image_size}; leave the image size out") from error
+            warnings.warn(f"timm:{name} does not take {refused[0]}; left out", stacklevel=3)
+            kwargs.pop(refused[0])
+    return Backbone(vit, _side(vit), mean=vit.pretrained_cfg["mean"], std=vit.pretrained_cfg["std"])
+
+
+def _side(vit: Any) -> int:
+    """The side of the images that a model of timm is made for, in pixels."""
+    size = getattr(vit.patch_embed, "img_size", None) or vit.pretrained_cfg["input_size"][1:]
+    return int(size[0])
+
+
+@contextmanager
+def _quick_offline_error(what: str, online: bool) -> Iterator[None]:
+    """Say within seconds that the hub is out of reach, instead of retrying for a minute; weights in the cache still load."""
+    offline = constants.HF_HUB_OFFLINE
+    if online and not offline:
+        try:
+            socket.create_connection((urlparse(constants.ENDPOINT).hostname or "", 443), timeout=3).close()
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not online or not constants.HF_HUB_OFFLINE:
+            raise
+        raise Failure(
+            f"cannot fetch {what}: no network, and they are not in the cache; fetch them where there is one, or use pretrained=False"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline

@@ -1,0 +1,99 @@
+"""`ssl-vit export`: one network of a checkpoint as a folder that `timm.create_model("local-dir:DIR", pretrained=True)` loads."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit.model.backbone import Backbone, BackboneConfig
+from ssl_vit.weights.checkpoint import Arm, arm_of, backbone_of, read_checkpoint, split_arm
+
+# What `model(images)` gives: the readout that was trained, where timm has it, else all tokens after the final norm.
+POOLS: dict[str, dict[str, Any]] = {
+    "cls": {"global_pool": "token"},
+    "gap": {"global_pool": "avg", "fc_norm": False},  # timm would otherwise move the final norm behind this pool
+}
+
+
+def export(source: str, out: str | Path) -> Path:
+    """Write `model.safetensors`, `config.json` and, where the trained readout has parameters, `readout.safetensors`; the folder.
+
+    Args:
+        source: `CKPT` for the teacher, or the one network that there is; `CKPT:student` for the student of a DINO run.
+        out: a folder that does not exist or is empty. It is there complete or not at all.
+
+    timm opens the folder before it is put in place: Failure unless it gives the same tokens, bit for bit.
+    UsageError for a source that is not there, one without a student, and for a folder in use.
+    """
+    folder, (path, which) = Path(out).expanduser(), split_arm(source)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{out} already holds something; name another folder with --out")
+    checkpoint = read_checkpoint(path)
+    backbone = backbone_of(checkpoint, path, which)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        _write(partial, checkpoint["ssl_vit"], backbone, arm_of(checkpoint, path, which))
+        _verify(partial, backbone)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write(folder: Path, ours: dict[str, Any], backbone: Backbone, arm: Arm | None) -> None:
+    config = timm_config(BackboneConfig(**ours["recipe"]["backbone"]), backbone, ours["readout"])
+    config["ssl_vit"] = {**ours, "arm": arm}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file({key: value.contiguous() for key, value in backbone.vit.state_dict().items()}, folder / "model.safetensors")
+    assert backbone.trained_readout is not None
+    if parameters := backbone.trained_readout.state_dict():
+        save_file({key: value.contiguous() for key, value in parameters.items()}, folder / "readout.safetensors")
+
+
+def timm_config(config: BackboneConfig, backbone: Backbone, readout: str) -> dict[str, Any]:
+    """What timm reads in config.json: `build_backbone`'s arguments, and how images are brought in."""
+    pool = POOLS.get(readout, {"global_pool": ""})
+    sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    return {
+        "architecture": config.name,
+        "num_classes": 0,
+        "num_features": backbone.width,
+        "model_args": {
+            "img_size": config.image_size,
+            "patch_size": config.patch,
+            "class_token": config.cls_tokens == 1,
+            "reg_tokens": config.registers,
+            "no_embed_class": True,
+            "dynamic_img_size": True,
+            **{key: value for key, value in sizes.items() if value is not None},
+            **pool,
+        },
+        "pretrained_cfg": {
+            "input_size": [3, config.image_size, config.image_size],
+            "interpolation": "bicubic",
+            "crop_pct": 224 / 256,
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+@torch.no_grad()
+def _verify(folder: Path, backbone: Backbone) -> None:
+    vit = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, backbone.image_size, backbone.image_size, generator=torch.Generator().manual_seed(0))
+    tokens = backbone(images).normed
+    if not torch.equal(vit.forward_features(images), torch.cat([tokens.cls, tokens.registers, tokens.patches], dim=1)):
+        raise Failure(f"timm {timm.__version__} reads the exported weights as another model; export with the timm of the training")

@@ -1,0 +1,313 @@
+"""`ssl-vit pretrain` as its users meet it: recipes, options, interruption, resume, two processes."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ssl_vit import Backbone, load_backbone
+from ssl_vit.assets import list_assets
+from ssl_vit.cli import run
+from ssl_vit.methods import METHODS
+from ssl_vit.train.callbacks import RunFolder
+from ssl_vit.train.cost import training_flops
+from ssl_vit.train.pretrain import build_method, parse_recipe, recipe_parser
+from ssl_vit.weights.checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
+
+
+def pretrain(*options: str) -> int:
+    return run(["pretrain", *options, "--trainer.accelerator", "cpu"])
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return dict(read_checkpoint(Path(folder) / "last.ckpt")["state_dict"])
+
+
+@pytest.mark.parametrize("recipe", [name for name in list_assets("recipes") if name.endswith("smoke")])
+def test_smoke_recipes(recipe: str) -> None:
+    assert pretrain(recipe) == 0
+    summary = json.loads(Path(f"runs/{recipe}/run.json").read_text())
+    assert summary["steps"] == 2
+    _, config = parse_recipe(recipe, [])
+    module = build_method(config, recipe_parser(METHODS[config.method]).instantiate(config))
+    assert summary["flops"] == training_flops(module) * 2 * 8
+    assert summary["parameters"] == sum(len(parameter.flatten()) for parameter in module.backbone.parameters())
+
+
+@pytest.mark.parametrize("readout", ["cls", "gap"])
+def test_flops_are_those_of_the_layers(readout: str) -> None:
+    """Counted by hand for MAE: a Linear costs 2 n in out, and as much again for its weights' and (but the first) its input's gradient."""
+    parser, config = parse_recipe("mae_smoke", ["--readout", readout])
+    module = build_method(config, parser.instantiate(config))
+    counted: list[int] = []
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _, inputs, out: counted.append(2 * out.numel() * inputs[0].shape[-1]))
+    flops = training_flops(module)
+    encoder, decoder = module.recipe["backbone"], module.recipe["decoder"]
+    patches = (encoder["image_size"] // encoder["patch"]) ** 2
+    visible = patches // 4
+    embed = 2 * visible * encoder["width"] * 3 * encoder["patch"] ** 2  # of what the encoder sees; no gradient of the pictures
+    length, whole = visible + 1 + encoder["registers"], patches + 1
+    products = 2 * (encoder["depth"] * length**2 * encoder["width"] + decoder["depth"] * whole**2 * decoder["width"])
+    # attention: two products forward, five backward, since the scores are computed again; 2 n n d each
+    by_hand = 3 * sum(counted) + 2 * embed + 7 * products
+    crop = 2 * 3 * 2 * 32**3  # the view: two products with a matrix of weights for each channel
+    assert flops == by_hand + crop
+
+
+@pytest.mark.parametrize("recipe", list_assets("recipes"))
+def test_shipped_recipes_parse_and_are_short(recipe: str) -> None:
+    _, config = parse_recipe(recipe, [])
+    text = Path(__file__).parents[2].joinpath("recipes", f"{recipe}.yaml").read_text()
+    assert len(text.splitlines()) <= 30
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("# ")][:3] == ["command", "cost", "score"]
+    assert config.method == recipe.split("_")[0]
+
+
+def test_paper_settings_are_the_defaults() -> None:
+    """Spot checks of the defaults against the official scripts, by a recipe that names nothing but the method."""
+    Path("dino_paper.yaml").write_text("method: dino\ndata: {source: ./pictures}\n")
+    Path("mae_paper.yaml").write_text("method: mae\ndata: {source: ./pictures}\n")
+    _, dino = parse_recipe("dino_paper.yaml", [])
+    _, mae = parse_recipe("mae_paper.yaml", [])
+    assert (dino.head.prototypes, dino.head.hidden, dino.head.bottleneck, dino.teacher.momentum) == (65536, 2048, 256, 0.996)
+    assert (dino.crops.n_local, dino.crops.local_size, dino.crops.global_scale, dino.clip_grad) == (8, 96, (0.4, 1.0), 3.0)
+    assert (dino.optim.lr, dino.optim.weight_decay_end, dino.backbone.drop_path, dino.backbone.patch) == (5e-4, 0.4, 0.1, 16)
+    assert (mae.mask_ratio, mae.decoder.width, mae.decoder.depth, mae.decoder.heads, mae.norm_pixels) == (0.75, 512, 8, 16, True)
+    assert (mae.optim.lr, mae.optim.betas, mae.optim.warmup_epochs, mae.crop.scale) == (1.5e-4, (0.9, 0.95), 40.0, (0.2, 1.0))
+
+
+def test_a_run_folder_and_its_checkpoint() -> None:
+    assert pretrain("dino.yaml", "--readout", "gap/pre", "--out", "run", "--trainer.log_every_n_steps", "1") == 0
+    assert sorted(p.name for p in Path("run").iterdir()) == ["last.ckpt", "metrics.jsonl", "recipe.yaml", "run.json"]
+    ours = read_checkpoint("run/last.ckpt")["ssl_vit"]
+    recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    assert ours["recipe"] == recipe
+    assert (ours["readout"], recipe["readout"], recipe["data"]["batch_size"], recipe["trainer"]) == (
+        "gap/pre",
+        "gap/pre",
+        8,
+        {"max_steps": 7},
+    )
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 8))
+    assert {"loss", "lr", "weight_decay", "teacher_momentum", "teacher_temperature", "teacher_information"} <= records[0].keys()
+    state = weights("run")
+    for which in ("teacher", "student"):
+        backbone = load_backbone("run/last.ckpt", which=which)
+        assert str(backbone.trained_readout.spec) == "gap/pre"
+        assert backbone.weights_hash() == hash_without_readout(backbone)
+        assert torch.equal(backbone.vit.cls_token, state[f"{which}.backbone.vit.cls_token"])
+    assert not torch.equal(state["teacher.backbone.vit.cls_token"], state["student.backbone.vit.cls_token"])
+    fresh = load_backbone("run/last.ckpt", pretrained=False)
+    assert fresh.trained_readout is None
+
+
+def hash_without_readout(backbone: Backbone) -> str:
+    bare = copy.deepcopy(backbone)
+    bare.trained_readout = None
+    return bare.weights_hash()
+
+
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_a_learned_readout_is_trained_resumed_and_given_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (f"{method}.yaml", "--readout", "ep_cls", "--optim.warmup_epochs", "0")
+    assert pretrain(*options, "--out", "whole") == 0
+    original = RunFolder.on_train_batch_end
+
+    def interrupted(self: RunFolder, trainer: Any, *args: Any) -> None:
+        self.interrupted = trainer.global_step == 4
+        original(self, trainer, *args)
+
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)
+    assert pretrain(*options, "--out", "cut") == 130
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", original)
+    assert pretrain(*options, "--out", "cut", "--resume") == 0
+    state, resumed = weights("whole"), weights("cut")
+    assert [key for key in state if not torch.equal(state[key], resumed[key])] == []
+
+    parser, config = parse_recipe(options[0], list(options[1:]))
+    start = build_method(config, parser.instantiate(config)).state_dict()
+    for arm in ("teacher", "student") if method == "dino" else (None,):
+        backbone = load_backbone("whole/last.ckpt", which=arm)
+        trained, prefix = backbone.trained_readout, f"{arm}.readout." if arm else "readout."
+        assert (str(trained.spec), trained.training) == ("ep_cls", False)
+        assert sorted(trained.state_dict()) == ["poolers.ep_cls.0.queries", "poolers.ep_cls.0.value.weight"]
+        for key, value in trained.state_dict().items():
+            assert torch.equal(value, state[prefix + key])
+            assert not torch.equal(value, start[prefix + key])
+        assert backbone.weights_hash() != hash_without_readout(backbone)
+    if method == "dino":
+        key = "readout.poolers.ep_cls.0.queries"
+        teacher, student = ((state[f"{arm}.{key}"] - start[f"{arm}.{key}"]).norm() for arm in ("teacher", "student"))
+        assert teacher < student  # the moving average follows
+
+
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_the_arm_of_a_learned_readout_shares_its_start_with_the_others(method: str) -> None:
+    """Only `readout.*` is its own, drawn after everything that the arms have in common, and drawn alike under every loss."""
+    states = {}
+    for readout in ("cls", "ep", "class_attention"):
+        parser, config = parse_recipe(f"{method}.yaml", [f"--readout={readout}"])
+        states[readout] = build_method(config, parser.instantiate(config)).state_dict()
+    for arm in ("ep", "class_attention"):
+        own = {key for key in states[arm] if "readout." in key}
+        assert states[arm].keys() - own == states["cls"].keys()
+        assert all(torch.equal(states[arm][key], value) for key, value in states["cls"].items())
+        matrices = [states[arm][key] for key in own if key.endswith(("query.weight", "value.weight", "queries"))]
+        assert matrices
+        assert all(matrix.std().item() == pytest.approx(0.02, rel=0.15) for matrix in matrices)  # not MAE's Xavier, 0.2 here
+
+
+def test_a_fixed_seed_decides_everything_and_arms_differ_in_nothing_else() -> None:
+    """Fair arms: same parameters, same first weights, same sequence length, same first batch; another seed differs."""
+    modules = {}
+    for name, options in {"cls": [], "gap": ["--readout=gap"], "register": ["--readout=register"], "seed": ["--seed=1"]}.items():
+        parser, config = parse_recipe("dino.yaml", options)
+        modules[name] = build_method(config, parser.instantiate(config))
+    states = {name: module.state_dict() for name, module in modules.items()}
+    for arm in ("gap", "register"):
+        assert states[arm].keys() == states["cls"].keys()
+        assert all(torch.equal(states[arm][key], value) for key, value in states["cls"].items())
+        assert modules[arm].init == modules["cls"].init
+    assert modules["seed"].init != modules["cls"].init
+
+
+@pytest.mark.parametrize(("method", "options"), [("dino", ()), ("mae", ()), ("mae", ("--trainer.accumulate_grad_batches", "2"))])
+def test_resume_at_every_step_is_exact(method: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after any batch, ends of epochs and the last step included, a resumed run ends in the same weights, bit for bit."""
+    assert pretrain(f"{method}.yaml", "--out", "whole", *options) == 0
+    expected = weights("whole")
+    original = RunFolder.on_train_batch_end
+    for stop in range(1, 12 if options else 8):
+        batches = 0
+
+        def interrupted(self: RunFolder, *args: Any, stop: int = stop) -> None:
+            nonlocal batches
+            batches += 1
+            self.interrupted = batches >= stop
+            original(self, *args)
+
+        monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)
+        assert pretrain(f"{method}.yaml", "--out", f"cut{stop}", *options) == 130
+        monkeypatch.setattr(RunFolder, "on_train_batch_end", original)
+        assert pretrain(f"{method}.yaml", "--out", f"cut{stop}", "--resume", *options) == 0
+        state = weights(f"cut{stop}")
+        assert [key for key in expected if not torch.equal(state[key], expected[key])] == [], stop
+        assert json.loads(Path(f"cut{stop}/run.json").read_text())["steps"] == 7
+        logged = [json.loads(line)["step"] for line in Path(f"cut{stop}/metrics.jsonl").read_text().splitlines()]
+        assert logged == [7]
+
+
+def test_resume_of_an_interrupted_last_step_counted_in_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("mae.yaml", "--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--out", "run")
+    original = RunFolder.on_train_batch_end
+
+    def interrupted(self: RunFolder, trainer: Any, *args: Any) -> None:
+        self.interrupted = trainer.global_step == 6
+        original(self, trainer, *args)
+
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)
+    assert pretrain(*options) == 130
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", original)
+    assert pretrain(*options, "--resume") == 0
+    assert json.loads(Path("run/run.json").read_text())["steps"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # of Lightning: the clock itself is not resumed
+def test_a_run_stopped_early_by_the_clock_is_not_finished() -> None:
+    options = ("mae.yaml", "--trainer.max_steps", "800", "--out", "run")  # seconds on any machine
+    assert pretrain(*options, "--trainer.max_time", "00:00:00:01") == 0
+    assert not Path("run/run.json").exists()
+    assert pretrain(*options, "--resume") == 0
+    assert json.loads(Path("run/run.json").read_text())["steps"] == 800
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again() -> None:
+    assert pretrain("mae.yaml", "--out", "run") == 0
+    for name in ("last.ckpt", "run.json"):
+        Path("run", name).unlink()
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # cut by the kill
+    assert pretrain("mae.yaml", "--out", "run", "--resume") == 0
+    assert [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [7]
+    assert Path("run/run.json").exists()
+
+
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_two_gloo_processes_equal_one(method: str) -> None:
+    """Real processes: the same global batch, crops and masks, so the same weights up to the order of float additions."""
+    command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", f"{method}.yaml", "--trainer.accelerator", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = [*command, "--out", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--backbone.drop_path", "0"]
+    done = subprocess.run(both, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert pretrain(f"{method}.yaml", "--out", "one", "--backbone.drop_path", "0") == 0
+    assert json.loads(Path("two/run.json").read_text())["devices"] == "2 x cpu"
+    one, two = weights("one"), weights("two")
+    assert one.keys() == two.keys()
+    parser, config = parse_recipe(f"{method}.yaml", [])
+    start = build_method(config, parser.instantiate(config)).state_dict()
+    # AdamW turns the last bits of a gradient near 0 into visible steps, so all weights are taken together; another crop or mask
+    # on one rank gives a difference of the order of the movement itself
+    difference, movement = (sum((other[key] - one[key]).square().sum().item() for key in one) for other in (two, start))
+    assert difference < 1e-5 * movement
+
+
+def test_wandb_logger_by_its_name() -> None:
+    """Any Trainer flag: here a logger class, offline."""
+    command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", "mae.yaml", "--trainer.max_steps", "2", "--out", "run"]
+    logger = ["--trainer.logger", "WandbLogger", "--trainer.logger.project", "tests", "--trainer.logger.save_dir", "logs"]
+    # of its own: a test in this process that logged before has left the address of its W&B service
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {**own, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    Path("logs").mkdir()
+    done = subprocess.run([*command, *logger], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert list(Path("logs/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_ctrl_c_saves_and_resume_goes_on() -> None:
+    """A real process and a real signal."""
+    import signal
+    import time
+
+    command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", "mae.yaml", "--trainer.max_steps", "100000", "--out", "long"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not Path("long/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.rstrip().splitlines()[-1].startswith("ssl-vit: stopped at step ")
+    assert "Traceback" not in errors
+    assert read_checkpoint("long/last.ckpt")["global_step"] > 0
+
+
+def test_an_existing_run_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain("mae.yaml", "--out", "run", "--trainer.max_steps", "1") == 0
+    before = Path("run/last.ckpt").read_bytes()
+    assert pretrain("mae.yaml", "--out", "run", "--trainer.max_steps", "1") == 2
+    assert "run already holds a run; add --resume" in capsys.readouterr().err
+    assert pretrain("mae.yaml", "--out", "run", "--resume", "--optim.lr", "0.5", "--trainer.max_steps", "1") == 2
+    assert "cannot resume run with another recipe (optim.lr 0.02 -> 0.5)" in capsys.readouterr().err
+    assert pretrain("mae.yaml", "--out", "run", "--resume", "--trainer.max_steps", "1") == 0
+    assert Path("run/last.ckpt").read_bytes() == before
+
+
+def test_print_config_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "mae.yaml", "--mask_ratio", "0.5", "--print_config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["mask_ratio"], shown["readout"], shown["backbone"]["width"]) == (0.5, "gap", 24)
+    assert "devices" in shown["trainer"]
