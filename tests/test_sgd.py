@@ -180,8 +180,9 @@ def test_a_head_that_diverges_when_refitted_is_not_chosen() -> None:
 def test_a_head_that_diverges_without_the_slice_is_not_chosen() -> None:
     X, y = features(N, 6)
     held_out = stratified_slice(y, 0.3)
-    # one such row in each class: from weights of 0 their first gradients cancel, but not without the one that is in the slice
-    X[:4], y[:4], held_out[:4] = 2.0**660, torch.arange(4), torch.tensor([True, False, False, False])
+    # One such row in each class: from weights of 0 their first gradients cancel, but not without the one that is in the slice. Then the
+    # next logits are 2^1050 / 4 N, infinite; where they cancel but for rounding (2^-50 at most, in any order of the sum), below 2^1000.
+    X[:4], y[:4], held_out[:4] = 2.0**525, torch.arange(4), torch.tensor([True, False, False, False])
     p = LINEAR | {"lr": [1e-300, 1.0], "weight_decay": [0.0], "batch_size": N, "epochs": 2.0, "init_std": 0.0}
     assert heads.training(p, X.dtype).fit([X], torch.arange(N), y, C).heads.finite().tolist() == [[True, True]]
     found = heads.run(p, {"cls": X}, y, {"cls": X}, y, held_out)["cls"]

@@ -66,7 +66,7 @@ def dry_run(study: str, out: str | None) -> None:
                 [f"{name:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(numbers, widths[1:5], strict=True)), source]
             ).rstrip()
         )
-    print("FLOPs: forward and backward passes as torch counts them, 2 a multiply-add; time: of one cell on one device")
+    print("FLOPs: products of forward and backward passes, 2 a multiply-add; time: of one cell on one device")
     print(evaluations(plan))
 
 

@@ -4,6 +4,7 @@ import warnings
 from collections import defaultdict
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.data.stream import Batch
@@ -11,15 +12,16 @@ from ssl_vit.methods.base import Method
 
 
 def training_flops(module: Method) -> int:
-    """Operations of one image's views, forward and backward passes, two for each multiply-add, as torch counts them.
+    """Operations of one image's views, forward and backward passes, two for each multiply-add: what the model needs, on any machine.
 
     module: as built from a recipe, outside of a Trainer; its gradients, its schedule and DINO's centre are changed. Matrix products,
-    convolutions and attention are counted, element-wise operations and the optimiser's step are not.
+    convolutions and attention are counted, element-wise operations and the optimiser's step are not. Attention is its two products and
+    the four of their gradients; a fused kernel computes one of them again, and torch's versions disagree on how to count it.
     """
     size = module.backbone.image_size
     batch = Batch(torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.full((1, 2), size), torch.zeros(1, dtype=torch.int64), 0)
     module.now = defaultdict(lambda: 1.0)  # temperatures and rates do not change the count
-    with FlopCounterMode(display=False) as counter, warnings.catch_warnings():
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's, that without a Trainer nothing is logged
         loss = module.training_step(batch, 0)
         assert isinstance(loss, torch.Tensor)

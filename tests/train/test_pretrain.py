@@ -59,8 +59,8 @@ def test_flops_are_those_of_the_layers(readout: str) -> None:
     embed = 2 * visible * encoder["width"] * 3 * encoder["patch"] ** 2  # of what the encoder sees; no gradient of the pictures
     length, whole = visible + 1 + encoder["registers"], patches + 1
     products = 2 * (encoder["depth"] * length**2 * encoder["width"] + decoder["depth"] * whole**2 * decoder["width"])
-    # attention: two products forward, five backward, since the scores are computed again; 2 n n d each
-    by_hand = 3 * sum(counted) + 2 * embed + 7 * products
+    # attention: two products forward, four backward; 2 n n d each
+    by_hand = 3 * sum(counted) + 2 * embed + 6 * products
     crop = 2 * 3 * 2 * 32**3  # the view: two products with a matrix of weights for each channel
     assert flops == by_hand + crop
 
