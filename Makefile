@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-slow lint clean
 
 quickstart: .venv/.installed
 	$(BIN)/ssl-vit quickstart
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -m slow
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
