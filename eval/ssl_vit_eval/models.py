@@ -14,7 +14,7 @@ from ssl_vit.errors import UsageError
 from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import Readout, ReadoutSpec, available
 from ssl_vit.provenance import recipe_hash
-from ssl_vit.weights.checkpoint import arm_of, backbone_of, is_ours, load_backbone, read_weights, split_arm
+from ssl_vit.weights.checkpoint import backbone_of, is_ours, load_backbone, network_of, read_weights, split_network
 from ssl_vit.weights.official import check_size, official_backbone
 
 PIXELS = "pixels"
@@ -116,14 +116,14 @@ def open_source(text: str, image_size: int | None = None) -> Source:
         return random_source(text.removeprefix("random:"), [], image_size)
     if text.startswith("timm:"):
         return _not_ours(text, "timm", load_backbone(text, image_size=image_size))
-    path, which = split_arm(text)
+    path, which = split_network(text)
     content = read_weights(path)
     if not is_ours(content):
         family, backbone = official_backbone(content, path, which, image_size)
         return _not_ours(Path(path).stem + _suffix(which), f"official-{family}", backbone)
-    ours, arm = content["ssl_vit"], arm_of(content, path, which)
+    ours, network = content["ssl_vit"], network_of(content, path, which)
     backbone = backbone_of(content, path, which, image_size)
-    name = _run_name(Path(path)) + _suffix(arm)
+    name = _run_name(Path(path)) + _suffix(network)
     return _of_recipe(name, ours["recipe"]["method"], ours["readout"], ours["recipe"], ours["init"], backbone, image_size)
 
 
@@ -145,8 +145,8 @@ def _run_name(path: Path) -> str:
     return path.resolve().name if path.expanduser().is_dir() else path.parent.name or path.stem
 
 
-def _suffix(arm: str | None) -> str:
-    return ":student" if arm == "student" else ""
+def _suffix(network: str | None) -> str:
+    return ":student" if network == "student" else ""
 
 
 def _not_ours(name: str, method: str, backbone: Backbone) -> Source:

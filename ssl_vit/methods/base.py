@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -15,7 +16,7 @@ from ssl_vit.methods.optim import OptimConfig, adamw
 from ssl_vit.methods.schedules import cosine
 from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit.weights.checkpoint import FORMAT
+from ssl_vit.weights.checkpoint import FORMAT, start_from
 
 
 class Method(lightning.LightningModule):
@@ -29,12 +30,27 @@ class Method(lightning.LightningModule):
     backbone: Backbone
     ramp_offset = 0
 
-    def __init__(self, spec: ReadoutSpec, optim: OptimConfig, seed: int, **recipe: Any) -> None:
+    def __init__(self, spec: ReadoutSpec, optim: OptimConfig, seed: int, init: str | None = None, **recipe: Any) -> None:
         super().__init__()
-        self.spec, self.optim, self.seed = spec, optim, seed
+        self.spec, self.optim, self.seed, self.init = spec, optim, seed, init
         self.recipe: dict[str, Any] = {"method": self.name, "readout": str(spec), **plain({**recipe, "optim": optim, "seed": seed})}
-        self.init: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
+        if init is not None:
+            self.recipe["init"] = init
+        self.initial_hash: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
         self.now: dict[str, float] = {}  # the scheduled values of this step
+
+    def start_from_init(self) -> None:
+        """The backbone takes the weights that `init` names; UsageError, in one line, unless the architecture is the same."""
+        if self.init is not None:
+            start_from(self.backbone, self.init)
+
+    def read_last_block(self) -> bool:
+        """Whether the readout reads the backbone's last block, by whatever name: of 12 blocks, `cls@block11` becomes `cls`."""
+        depth = self.backbone.depth
+        last = [replace(term, blocks=(-1,)) if term.blocks == (depth - 1,) else term for term in self.spec.terms]
+        self.spec = ReadoutSpec.parse("+".join(map(str, last)))
+        self.recipe["readout"] = str(self.spec)
+        return -1 in self.spec.blocks
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self, self.optim)
@@ -80,7 +96,7 @@ class Method(lightning.LightningModule):
             "format": FORMAT,
             "recipe": self.recipe,
             "readout": str(self.spec),
-            "init": self.init,
+            "init": self.initial_hash,
             "mean": list(self.backbone.mean),
             "std": list(self.backbone.std),
             "image_size": self.recipe["backbone"]["image_size"],
@@ -91,9 +107,20 @@ class Method(lightning.LightningModule):
 def plain(value: Any) -> Any:
     """Dataclasses as dicts and tuples as lists: what YAML shows and `torch.load(weights_only=True)` takes."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        kept = [field for field in dataclasses.fields(value) if _in_recipe(field, getattr(value, field.name))]
+        return {field.name: plain(getattr(value, field.name)) for field in kept}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+def _in_recipe(field: dataclasses.Field[Any], value: Any) -> bool:
+    rule = field.metadata.get("recipe")  # MACHINE and LATER of the backbone's config
+    return rule is None or (rule == "unless default" and value != field.default)
+
+
+def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Half precision as float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -17,7 +17,7 @@ from ssl_vit.data.stream import Batch
 from ssl_vit.data.transforms import normalise
 from ssl_vit.data.views import MultiCrop, multi_crop
 from ssl_vit.errors import UsageError, require
-from ssl_vit.methods.base import Method
+from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig, clip_each
 from ssl_vit.methods.schedules import cosine, linear
 from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
@@ -102,7 +102,7 @@ class Head(nn.Module):
         return logits
 
 
-class Arm(nn.Module):
+class Network(nn.Module):
     """Student or teacher: backbone, readout, head."""
 
     def __init__(self, backbone: BackboneConfig, spec: ReadoutSpec, head: HeadConfig, drop_path: float) -> None:
@@ -120,6 +120,24 @@ class Arm(nn.Module):
         return logits.view(*images.shape[:2], -1)
 
 
+def teacher_targets(teacher: Float[Tensor, "t b k"], center: Float[Tensor, " k"], temperature: float) -> Float[Tensor, "t b k"]:
+    """Equation 1 with centring and sharpening: softmax((g_t - c) / temperature)."""
+    return F.softmax((teacher - center) / temperature, dim=-1)
+
+
+def dino_loss(targets: Float[Tensor, "t b k"], student: Float[Tensor, "v b k"], temperature: float) -> Float[Tensor, ""]:
+    """Equation 3: cross-entropy between teacher view i and student view j, mean over the pairs i != j and the batch.
+
+    The first t student views are the teacher's views, in the same order. In float32 or better whatever the precision of the run:
+    products under autocast would be rounded to bfloat16, so there is none; and prototypes are summed first, as one sum over all is
+    off by 1e-3."""
+    log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
+    pairs = torch.stack([-(target * log_probs).sum(dim=-1).mean(dim=-1) for target in targets])  # [t v]
+    t, v = pairs.shape
+    loss: Tensor = (pairs.sum() - pairs.diagonal().sum()) / (t * v - min(t, v))
+    return loss
+
+
 class DINO(Method):
     """Self-distillation without labels.
 
@@ -133,6 +151,7 @@ class DINO(Method):
         clip_grad: bound of each parameter's gradient norm, 0 for none.
         optim: AdamW.
         seed: of the weights, the views and the order of the data.
+        init: any source of `load_backbone` that student and teacher start from; head and learned readout start fresh.
     """
 
     name = "dino"
@@ -150,12 +169,14 @@ class DINO(Method):
         clip_grad: float = 3.0,
         optim: OptimConfig = default_optim,
         seed: int = 0,
+        init: str | None = None,
     ) -> None:
         spec = ReadoutSpec.parse(readout)
         super().__init__(
             spec,
             optim,
             seed,
+            init,
             backbone=backbone,
             head=head,
             crops=crops,
@@ -163,15 +184,16 @@ class DINO(Method):
             student_temperature=student_temperature,
             clip_grad=clip_grad,
         )
-        if -1 not in spec.blocks:
-            raise UsageError(f"readout {readout!r} leaves out the last block, which would then not be trained; choose one that reads it")
         check_crops(crops, backbone)
         require(student_temperature > 0, "student_temperature", student_temperature, "above 0")
         require(clip_grad >= 0, "clip_grad", clip_grad, "0 (no clipping) or more")
         self.head_config, self.crops, self.teacher_config = head, crops, teacher
         self.student_temperature, self.clip_grad = student_temperature, clip_grad
-        self.student = Arm(backbone, spec, head, drop_path=backbone.drop_path)
-        self.teacher = Arm(backbone, spec, head, drop_path=0.0)
+        self.student = Network(backbone, spec, head, drop_path=backbone.drop_path)
+        if not self.read_last_block():
+            raise UsageError(f"readout {readout!r} leaves out the last block, which would then not be trained; choose one that reads it")
+        self.start_from_init()
+        self.teacher = Network(backbone, spec, head, drop_path=0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.center: Tensor
@@ -191,12 +213,12 @@ class DINO(Method):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         large, small = self.views(batch)
         with torch.no_grad():
-            teacher = self.teacher(large).float()
+            teacher = at_least_float32(self.teacher(large))
         student = self.student(large)
         if len(small):
             student = torch.cat([student, self.student(small)])
         targets = teacher_targets(teacher, self.center, self.now["teacher_temperature"])
-        loss = dino_loss(targets, student.float(), self.student_temperature)
+        loss = dino_loss(targets, student, self.student_temperature)
         self.update_center(teacher)
         self.report(loss, **self.monitor_collapse(targets))
         return loss
@@ -208,10 +230,10 @@ class DINO(Method):
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean /= torch.distributed.get_world_size()
-        self.center.lerp_(mean, 1 - self.teacher_config.center_momentum)
+        self.center.lerp_(mean.to(self.center.dtype), 1 - self.teacher_config.center_momentum)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The teacher follows here, after the step: a callback's turn comes after the checkpoint's, which would lose one update."""
+        """The teacher's moving average, after the step. Not in a callback: checkpoints are written before callbacks run."""
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             teacher: list[Tensor] = [*self.teacher.parameters()]
@@ -219,12 +241,15 @@ class DINO(Method):
             torch._foreach_lerp_(teacher, student, 1 - self.now["teacher_momentum"])
 
     def schedule(self, step: int) -> dict[str, float]:
+        """Beside the shared values the teacher's. Its temperature is constant within an epoch, as in the authors' code, whose
+        `teacher_temp_schedule` is a table by epoch; a warm-up of a fraction of an epoch has no such table and goes step by step."""
         teacher = self.teacher_config
-        warmup = self.epochs(teacher.warmup_epochs)
+        whole = float(teacher.warmup_epochs).is_integer()
+        at, warmup = (step // self.epochs(1.0), int(teacher.warmup_epochs)) if whole else (step, self.epochs(teacher.warmup_epochs))
         return {
             **super().schedule(step),
             "teacher_momentum": cosine(step, self.total_steps, teacher.momentum, 1.0),
-            "teacher_temperature": linear(step, warmup, teacher.warmup_temperature, teacher.temperature),
+            "teacher_temperature": linear(at, warmup, teacher.warmup_temperature, teacher.temperature),
         }
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
@@ -255,22 +280,6 @@ class DINO(Method):
 
 
 COLLAPSED, COLLAPSED_STEPS = 1e-3, 50
-
-
-def teacher_targets(teacher: Float[Tensor, "t b k"], center: Float[Tensor, " k"], temperature: float) -> Float[Tensor, "t b k"]:
-    """Equation 1 with centring and sharpening: softmax((g_t - c) / temperature)."""
-    return F.softmax((teacher - center) / temperature, dim=-1)
-
-
-def dino_loss(targets: Float[Tensor, "t b k"], student: Float[Tensor, "v b k"], temperature: float) -> Float[Tensor, ""]:
-    """Equation 3: cross-entropy between teacher view i and student view j, mean over the pairs i != j and the batch.
-
-    The first t student views are the teacher's views, in the same order."""
-    log_probs = F.log_softmax(student / temperature, dim=-1)
-    pairs = -torch.einsum("tbk,vbk->tv", targets, log_probs) / targets.shape[1]
-    t, v = pairs.shape
-    loss: Tensor = (pairs.sum() - pairs.diagonal().sum()) / (t * v - min(t, v))
-    return loss
 
 
 def entropy(probabilities: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:

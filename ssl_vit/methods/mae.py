@@ -13,7 +13,7 @@ from ssl_vit.data.stream import Batch
 from ssl_vit.data.transforms import normalise
 from ssl_vit.data.views import SingleCrop, single_crop
 from ssl_vit.errors import UsageError, require
-from ssl_vit.methods.base import Method
+from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
 from ssl_vit.model.backbone import BackboneConfig, build_backbone, patchify
 from ssl_vit.model.readout import Readout, ReadoutSpec
@@ -79,6 +79,7 @@ class MAE(Method):
         norm_pixels: predict patches normalised by their own mean and variance.
         optim: AdamW.
         seed: of the weights, the views, the masks and the order of the data.
+        init: any source of `load_backbone` that the encoder starts from; decoder and learned readout start fresh.
     """
 
     name = "mae"
@@ -94,14 +95,12 @@ class MAE(Method):
         norm_pixels: bool = True,
         optim: OptimConfig = default_optim,
         seed: int = 0,
+        init: str | None = None,
     ) -> None:
         spec = ReadoutSpec.parse(readout)
-        super().__init__(spec, optim, seed, backbone=backbone, decoder=decoder, crop=crop, mask_ratio=mask_ratio, norm_pixels=norm_pixels)
-        if spec.width(1) != 1 or spec.blocks != (-1,):
-            raise UsageError(
-                f"readout {readout!r} cannot be MAE's global token: it must be one token wide and read the last block, "
-                "e.g. cls, gap or register"
-            )
+        super().__init__(
+            spec, optim, seed, init, backbone=backbone, decoder=decoder, crop=crop, mask_ratio=mask_ratio, norm_pixels=norm_pixels
+        )
         if crop.size != backbone.image_size:
             raise UsageError(f"crop.size is {crop.size}, backbone.image_size {backbone.image_size}; set both to the same")
         grid = backbone.image_size // backbone.patch
@@ -111,8 +110,14 @@ class MAE(Method):
         self.crop, self.norm_pixels = crop, norm_pixels
         self.backbone = build_backbone(backbone)
         self.backbone.check(spec)
+        if not self.read_last_block() or spec.width(1) != 1:
+            raise UsageError(
+                f"readout {readout!r} cannot be MAE's global token: it must be one token wide and read the last block, "
+                "e.g. cls, gap or register"
+            )
         self.decoder = Decoder(self.backbone.width, grid, backbone.patch, decoder)
         self.initialise()
+        self.start_from_init()
         # drawn last, so that what the arms of a study share starts the same; and from its own start, as under any other loss
         self.readout = Readout(spec, self.backbone.width)
 
@@ -128,7 +133,8 @@ class MAE(Method):
         nn.init.xavier_uniform_(kernel.data.view(len(kernel), -1))
         nn.init.normal_(self.decoder.mask_token, std=0.02)
         grid = self.backbone.vit.patch_embed.grid_size[0]
-        self.backbone.vit.pos_embed.data.copy_(sincos_positions(self.backbone.width, grid))
+        position = self.backbone.vit.pos_embed.data
+        position.zero_()[:, -(grid**2) :] = sincos_positions(self.backbone.width, grid)  # a class token's own position is zero
         self.backbone.vit.pos_embed.requires_grad_(False)
 
     def views(self, batch: Batch) -> Float[Tensor, "b 3 s s"]:
@@ -140,7 +146,7 @@ class MAE(Method):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.views(batch)
         keep = random_keep(self.seed, batch.positions, self.n_patches, self.n_keep)
-        loss = mae_loss(self.predict_pixels(images, keep).float(), self.targets(images), masked(keep, self.n_patches))
+        loss = mae_loss(at_least_float32(self.predict_pixels(images, keep)), self.targets(images), masked(keep, self.n_patches))
         self.report(loss)
         return loss
 

@@ -3,16 +3,17 @@
 import difflib
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import timm
 import torch
 from jaxtyping import Float, Int64
-from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.errors import UsageError, require
 from ssl_vit.model.readout import Readout, ReadoutSpec
@@ -21,6 +22,9 @@ from ssl_vit.model.tokens import Tokens
 Channels = tuple[float, float, float]
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+# Which fields a recipe, as it is stored, hashed and compared, leaves out: those that do not change the result, and later ones at
+# their default, so that earlier runs keep their hashes and resume.
+MACHINE, LATER = {"recipe": "never"}, {"recipe": "unless default"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,12 @@ class BackboneConfig:
         cls_tokens: 0 or 1 class token.
         registers: number of register tokens, without positions (Darcet et al. 2023).
         drop_path: stochastic depth of the trained network, growing to this rate at the last block.
+        cls_position: give the class token a position of its own, as the papers do (MAE's is fixed at zero). Without one it starts
+            exchangeable with the registers (design: with one register the register readout is its null control).
+        mean: of the input normalisation, per channel.
+        std: of the input normalisation, per channel.
+        compile: run each block through torch.compile. Equal within rounding, so no part of the recipe's identity; nor is the next.
+        checkpointing: compute each block again in the backward pass instead of keeping what is inside it: less memory, more time.
     """
 
     name: str = "vit_small_patch16_224"
@@ -48,12 +58,19 @@ class BackboneConfig:
     cls_tokens: int = 1
     registers: int = 0
     drop_path: float = 0.0
+    cls_position: bool = field(default=False, metadata=LATER)
+    mean: Channels = field(default=IMAGENET_MEAN, metadata=LATER)
+    std: Channels = field(default=IMAGENET_STD, metadata=LATER)
+    compile: bool = field(default=False, metadata=MACHINE)
+    checkpointing: bool = field(default=False, metadata=MACHINE)
 
     def __post_init__(self) -> None:
         for key, least in {"image_size": 1, "patch": 1, "width": 1, "depth": 1, "heads": 1, "registers": 0}.items():
             value = getattr(self, key)
             require(value is None or value >= least, f"backbone.{key}", value, f"at least {least}")
         require(0 <= self.drop_path < 1, "backbone.drop_path", self.drop_path, "from 0 to below 1")
+        require(min(self.std) > 0, "backbone.std", self.std, "above 0")
+        require(self.cls_tokens == 1 or not self.cls_position, "backbone.cls_position", True, "false without a class token")
         require(self.cls_tokens in (0, 1), "backbone.cls_tokens", self.cls_tokens, "0 or 1")
         if self.image_size % self.patch:
             near = round(self.image_size / self.patch) * self.patch or self.patch
@@ -63,6 +80,19 @@ class BackboneConfig:
             )
         if self.width and self.heads and self.width % self.heads:
             raise UsageError(f"backbone.width {self.width} is not divisible by backbone.heads {self.heads}; change one of them")
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """What `timm.create_model(self.name)` is told, here and in an exported folder."""
+        sizes = {"embed_dim": self.width, "depth": self.depth, "num_heads": self.heads}
+        return {
+            "img_size": self.image_size,
+            "patch_size": self.patch,
+            "class_token": self.cls_tokens == 1,
+            "reg_tokens": self.registers,
+            "no_embed_class": not self.cls_position,
+            "dynamic_img_size": True,
+            **{key: value for key, value in sizes.items() if value is not None},
+        }
 
 
 class Backbone(nn.Module):
@@ -89,6 +119,8 @@ class Backbone(nn.Module):
         register_token = getattr(self.vit, "reg_token", None)  # not every family of timm counts them (`num_reg_tokens`)
         self.registers: int = 0 if register_token is None else register_token.shape[1]
         self.cls_tokens: int = self.vit.num_prefix_tokens - self.registers
+        self.checkpointing = False
+        self.uncompiled = False  # blocks are to be compiled, and are not yet
         self._notified: set[tuple[int, int]] = set()
 
     @property
@@ -100,18 +132,25 @@ class Backbone(nn.Module):
     def weights_hash(self) -> str:
         """16 hex digits over all that the tokens depend on: the weights, what is done with them, the input normalisation."""
         digest = hashlib.sha256(repr((self.mean, self.std, self.patch)).encode())
+        for name, settings in self.settings().items():
+            digest.update(repr((name, *settings)).encode())
+        for key, value in self.state_dict().items():
+            digest.update(repr((key, tuple(value.shape), str(value.dtype))).encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def settings(self) -> dict[str, tuple[str, list[Any]]]:
+        """By module: what the tokens depend on and the weights do not show."""
+        found = {}
         for name, module in self.named_modules():
-            if name.startswith("trained_readout"):  # its parameters, if it has any, are below
+            if name.startswith("trained_readout"):  # its parameters, if it has any, are among the weights
                 continue
             settings = [getattr(module, key) for key in ("num_heads", "eps", "approximate") if hasattr(module, key)]
             # activations have no weights that would tell them apart; what only training uses (dropout, drop path) is not a part of it
             acts = not any(True for _ in module.parameters()) and not type(module).__name__.startswith(("Identity", "Drop"))
             if settings or acts:
-                digest.update(repr((name, type(module).__name__ if acts else "", settings)).encode())
-        for key, value in self.state_dict().items():
-            digest.update(repr((key, tuple(value.shape), str(value.dtype))).encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+                found[name] = (type(module).__name__ if acts else "", settings)
+        return found
 
     def check(self, spec: ReadoutSpec, name: str = "backbone") -> None:
         """UsageError unless this model can be read as `spec` says."""
@@ -126,13 +165,18 @@ class Backbone(nn.Module):
         keep: indices of the patches to encode, row-major, one row an image; all of them if None.
         """
         self._notice_other_size(images)
+        images = images.to(self.vit.patch_embed.proj.weight.dtype)
         wanted = sorted({self._block_number(block) for block in blocks})
-        if keep is None:
+        if type(self.vit) is VisionTransformer:
+            outputs = self._forward_plain(images, wanted, keep)
+        elif keep is None:
             outputs = self.vit.forward_intermediates(
                 images, indices=wanted, return_prefix_tokens=True, norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
             )
         else:
-            outputs = self._forward_kept(images, wanted, keep)
+            raise UsageError(
+                f"masked forward needs a plain ViT of timm, got {type(self.vit).__name__}; choose one such as vit_base_patch16_224"
+            )
         parts = {number: self._named(output, number) for number, output in zip(wanted, outputs, strict=True)}
         deepest = parts.pop(wanted[-1])
         return Tokens(deepest.cls, deepest.registers, deepest.patches, self.norm, deepest.block, self.depth, others=parts)
@@ -144,29 +188,57 @@ class Backbone(nn.Module):
             patches, prefix = output, output[:, :0]
         return Tokens(prefix[:, : self.cls_tokens], prefix[:, self.cls_tokens :], patches, self.norm, block, self.depth)
 
-    def _forward_kept(self, images: Tensor, wanted: list[int], keep: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _forward_plain(self, images: Tensor, wanted: list[int], keep: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         vit = self.vit
-        if not isinstance(vit, VisionTransformer):
-            raise UsageError(f"masked forward needs a plain ViT of timm, got {type(vit).__name__}; choose one such as vit_base_patch16_224")
-        convolution = vit.patch_embed.proj  # as a matrix product on the kept patches, the same numbers for a fraction of the cost
-        kept = patchify(images, self.patch).gather(1, keep[:, :, None].expand(-1, -1, 3 * self.patch**2))
-        x = vit.patch_embed.norm(F.linear(kept, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias))
-        grid = (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
-        prefix = [token.expand(len(x), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
-        has_slots = not vit.no_embed_class and vit.num_prefix_tokens > 0
-        if vit.pos_embed is not None:
-            slots = vit.num_prefix_tokens if has_slots else 0
-            position = resample_abs_pos_embed(vit.pos_embed, list(grid), list(vit.patch_embed.grid_size), num_prefix_tokens=slots)
-            x = x + position[:, slots:].expand(len(x), -1, -1).gather(1, keep[:, :, None].expand(-1, -1, self.width))
-            if has_slots:
-                prefix = [torch.cat(prefix, dim=1) + position[:, :slots]]
-        x = vit.norm_pre(vit.pos_drop(torch.cat([*prefix, x], dim=1)))
+        x = vit.norm_pre(vit.pos_drop(self._embed(images, keep)))
+        if self.uncompiled:
+            self._compile(x)
         outputs = []
         for number, block in enumerate(vit.blocks[: wanted[-1] + 1]):
-            x = block(x)
+            again = self.checkpointing and self.training and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
             if number in wanted:
                 outputs.append((x[:, vit.num_prefix_tokens :], x[:, : vit.num_prefix_tokens]))
         return outputs
+
+    def _embed(self, images: Tensor, keep: Tensor | None) -> Float[Tensor, "b _ d"]:
+        """Class token, registers and patches, each with its position: what goes into the first block."""
+        vit = self.vit
+        prefix = [token.expand(len(images), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if keep is None:
+            x = vit.patch_embed(images)
+            x = x.flatten(1, 2) if x.ndim == 4 else x
+        else:  # the convolution as a matrix product on the kept patches, the same numbers for a fraction of the cost
+            kernel = vit.patch_embed.proj
+            kept = patchify(images, self.patch).gather(1, keep[:, :, None].expand(-1, -1, 3 * self.patch**2))
+            x = vit.patch_embed.norm(F.linear(kept, kernel.weight.permute(0, 2, 3, 1).flatten(1), kernel.bias))
+        if vit.pos_embed is not None:
+            slots = 0 if vit.no_embed_class else vit.num_prefix_tokens
+            position = vit.pos_embed[:, slots:]
+            old, new = vit.patch_embed.grid_size, (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
+            if new != old:
+                with torch.autocast(x.device.type, enabled=False):
+                    position = bicubic(old, new, position) @ position
+            if keep is not None:
+                position = position.expand(len(x), -1, -1).gather(1, keep[:, :, None].expand(-1, -1, self.width))
+            x = x + position
+            if slots:  # registers have no position: what timm keeps in their slots is not trained
+                own = [vit.pos_embed[:, : self.cls_tokens], vit.pos_embed[:, self.cls_tokens : slots].detach()]
+                prefix = [torch.cat(prefix, dim=1) + torch.cat(own, dim=1)]
+        return torch.cat([*prefix, x], dim=1)
+
+    def _compile(self, x: Tensor) -> None:
+        """Each block on its own, keys unchanged; plain, with a warning, where a small function does not compile."""
+        self.uncompiled = False
+        try:
+            torch.compile(lambda y: y.sin() + 1)(x.detach()[:1, :1])
+        except Exception as error:  # whatever a missing compiler, its headers or its driver raise
+            warnings.warn(f"backbone.compile: nothing compiles here ({type(error).__name__}); the blocks run plain", stacklevel=2)
+            return
+        # all blocks share one cache: grids x (teacher, student, evaluation) x rates of drop path
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * self.depth)
+        for block in self.vit.blocks:
+            block.compile(options={"fallback_random": True})  # drop path draws what it draws uncompiled
 
     def _block_number(self, block: int) -> int:
         number = block + self.depth if block < 0 else block
@@ -186,6 +258,25 @@ class Backbone(nn.Module):
             warnings.warn(f"images of {size[0]} x {size[1]} px: positions interpolated from {self.image_size} px", stacklevel=3)
 
 
+_BICUBIC: dict[Any, Tensor] = {}
+
+
+def bicubic(old: tuple[int, int], new: tuple[int, int], like: Tensor) -> Float[Tensor, "m n"]:
+    """The matrix that takes positions [n d] of the grid `old` to those of `new`, [m d], in the dtype and on the device of `like`.
+
+    As in DINO's code (`interpolate_pos_encoding`): bicubic, not antialiased, the new side enlarged by 0.1, which moves the sampled
+    points. A constant product, so its backward pass is one too: deterministic, where that of `F.interpolate` is not on CUDA."""
+    key = (tuple(old), new, like.dtype, like.device)
+    if key in _BICUBIC:
+        return _BICUBIC[key]
+    unit = torch.eye(old[0] * old[1], dtype=torch.float64, device=like.device).view(-1, 1, *old)
+    scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
+    matrix = F.interpolate(unit, scale_factor=scale, mode="bicubic").flatten(1).T.to(like.dtype).contiguous()
+    if type(matrix) is Tensor:  # not a fake one of a tracer
+        _BICUBIC[key] = matrix
+    return matrix
+
+
 def patchify(images: Float[Tensor, "b 3 h w"], patch: int) -> Float[Tensor, "b n d"]:
     """Images as rows of patches, d = patch * patch * 3 in the order (row, column, channel) (MAE's `patchify`)."""
     b, c, h, w = images.shape
@@ -196,33 +287,23 @@ def patchify(images: Float[Tensor, "b 3 h w"], patch: int) -> Float[Tensor, "b n
 def build_backbone(config: BackboneConfig, drop_path: float | None = None) -> Backbone:
     """A ViT with random weights, as the config says; `drop_path` replaces the config's (0 for a teacher).
 
-    Positions belong to patches only: a class token's position is a second name for the same parameter, and without it class token
-    and registers start exchangeable (design: with one register the register readout is the class token's null control).
-    """
+    Positions (drawn by timm), class token and registers start at trunc_normal(.02), as the papers' do; registers have no position."""
     names = [name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_")]
     if config.name not in names:
         near = difflib.get_close_matches(config.name, names, n=3, cutoff=0.3)
         raise UsageError(
             f"backbone.name {config.name!r} is not a Vision Transformer of timm; choose one such as {', '.join(near or names[:3])}"
         )
-    sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
+    rate = config.drop_path if drop_path is None else drop_path
     try:
-        vit = timm.create_model(
-            config.name,
-            num_classes=0,
-            global_pool="",
-            img_size=config.image_size,
-            patch_size=config.patch,
-            class_token=config.cls_tokens == 1,
-            reg_tokens=config.registers,
-            no_embed_class=True,
-            dynamic_img_size=True,
-            drop_path_rate=config.drop_path if drop_path is None else drop_path,
-            **{key: value for key, value in sizes.items() if value is not None},
-        )
+        vit = timm.create_model(config.name, num_classes=0, global_pool="", drop_path_rate=rate, **config.timm_arguments())
     except (AssertionError, TypeError, ValueError) as error:
         raise UsageError(f"timm cannot build {config.name} with {config}: {error}") from error
     for token in (vit.cls_token, vit.reg_token):
         if token is not None:  # timm's own start (std 1e-6) would make several registers copies of each other
             trunc_normal_(token, std=0.02)
-    return Backbone(vit, config.image_size)
+    if config.cls_position:  # timm then has slots for registers too, which stay zero
+        nn.init.zeros_(vit.pos_embed[:, 1 : vit.num_prefix_tokens])
+    backbone = Backbone(vit, config.image_size, config.mean, config.std)
+    backbone.checkpointing, backbone.uncompiled = config.checkpointing, config.compile
+    return backbone

@@ -86,7 +86,7 @@ def build_method(config: Namespace, values: Namespace) -> Method:
     require(0 <= config.seed < 2**32, "seed", config.seed, "from 0 to 4294967295")
     seed_everything(config.seed, verbose=False)
     module = method(**arguments)
-    module.init = module.backbone.weights_hash()
+    module.initial_hash = module.backbone.weights_hash()
     trainer = {key: value for key, default in TRAINER_IDENTITY.items() if (value := config.trainer[key]) != default}
     data = {key: value for key, value in config.data.items() if key != "seed"}
     module.recipe |= {"data": plain(data), "trainer": trainer}

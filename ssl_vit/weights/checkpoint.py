@@ -9,27 +9,38 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+import numpy as np
 import timm
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import is_model
+from torch.nn import functional as F
 
 from ssl_vit.errors import Failure, UsageError, one_of, require
-from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_vit.model.backbone import Backbone, BackboneConfig, bicubic, build_backbone
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.weights.official import UNDERSTOOD, check_size, official_backbone
 
+# What the authors' full checkpoints hold beside tensors, all of it values: a command line in a Namespace with a path, and the
+# optimizer's rates as numpy scalars; under the names of numpy 1 and 2, and of Python to 3.12 and from 3.13.
+PLAIN: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    type(np.dtype(np.float64)),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+]
 FORMAT = 1  # of a checkpoint's "ssl_vit" entry
-Arm = Literal["teacher", "student"]
+Which = Literal["teacher", "student"]
 
 
-def split_arm(text: str) -> tuple[str, Arm | None]:
+def split_network(text: str) -> tuple[str, Which | None]:
     """`PATH` and `PATH:student` as the path and what follows it; None asks for the teacher, where there are two networks."""
     path = text.removesuffix(":student")
     return path, None if path == text else "student"
@@ -72,8 +83,7 @@ def _read_file(path: str | Path) -> Any:
             "DINO, MAE or DINOv2, timm:NAME, random:RECIPE or pixels"
         )
     try:
-        # the authors' full checkpoints keep their command line in a Namespace, which holds plain values
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes the unpickler raise almost anything
@@ -87,10 +97,11 @@ def _read_exported(path: str | Path) -> dict[str, Any]:
         ours = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("ssl_vit")
         if ours is None:
             raise Failure(f"{folder} was not written by ssl-vit export: its config.json has no entry ssl_vit; give {UNDERSTOOD}")
-        arm = f"{ours['arm']}." if ours["arm"] else ""
-        state = {f"{arm}backbone.vit.{key}": value for key, value in load_file(folder / "model.safetensors").items()}
+        network = ours.get("network", ours.get("arm"))  # named so by earlier versions
+        at = f"{network}." if network else ""
+        state = {f"{at}backbone.vit.{key}": value for key, value in load_file(folder / "model.safetensors").items()}
         if (folder / "readout.safetensors").exists():
-            state |= {f"{arm}readout.{key}": value for key, value in load_file(folder / "readout.safetensors").items()}
+            state |= {f"{at}readout.{key}": value for key, value in load_file(folder / "readout.safetensors").items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Failure(f"{folder} is not a readable export ({_reason(error)}); export the checkpoint again") from error
     return {"ssl_vit": ours, "state_dict": state}
@@ -107,7 +118,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def load_backbone(
-    source: str | Path, pretrained: bool = True, which: Arm | None = None, image_size: int | None = None, **kwargs: Any
+    source: str | Path, pretrained: bool = True, which: Which | None = None, image_size: int | None = None, **kwargs: Any
 ) -> Backbone:
     """A backbone in evaluation mode.
 
@@ -134,16 +145,49 @@ def load_backbone(
     return official_backbone(content, text, which, image_size)[1]
 
 
+def start_from(backbone: Backbone, source: str) -> None:
+    """Copy the weights that `source` names (one of `load_backbone`'s, or CKPT:student) into a backbone built from a recipe.
+
+    Positions are resized to its grid; a class token's own is added to the token, which gives the same sum.
+    UsageError unless architecture and input normalisation are the same."""
+    path, which = split_network(source)
+    other = load_backbone(path, which=which, image_size=backbone.image_size)
+    ours, theirs = backbone.vit.state_dict(), other.vit.state_dict()
+    if theirs.get("pos_embed") is not None and "pos_embed" in ours:
+        old, new = other.vit.patch_embed.grid_size, backbone.vit.patch_embed.grid_size
+        own, table = theirs["pos_embed"].split([theirs["pos_embed"].shape[1] - old[0] * old[1], old[0] * old[1]], dim=1)
+        if own.shape[1] and "cls_token" in theirs:
+            theirs["cls_token"] = theirs["cls_token"] + own[:, : other.cls_tokens]
+        table = table if old == new else bicubic(old, new, table) @ table
+        theirs["pos_embed"] = F.pad(table, (0, 0, ours["pos_embed"].shape[1] - table.shape[1], 0))
+    mine, its = (
+        {
+            **{key: tuple(value.shape) for key, value in state.items()},
+            **model.settings(),
+            "mean": tuple(model.mean),
+            "std": tuple(model.std),
+        }
+        for model, state in ((backbone, ours), (other, theirs))
+    )
+    for key in [*mine, *its]:
+        if mine.get(key) != its.get(key):
+            raise UsageError(
+                f"init {source} does not fit the recipe's backbone: {key} is {its.get(key)} there and {mine.get(key)} here; "
+                "change backbone, or name another init"
+            )
+    backbone.vit.load_state_dict(theirs)
+
+
 def backbone_of(
-    checkpoint: dict[str, Any], name: str, which: Arm | None = None, image_size: int | None = None, pretrained: bool = True
+    checkpoint: dict[str, Any], name: str, which: Which | None = None, image_size: int | None = None, pretrained: bool = True
 ) -> Backbone:
     """The backbone in what `read_weights` found to be a checkpoint of ssl-vit (`name` is for messages)."""
     ours = checkpoint["ssl_vit"]
     backbone = build_backbone(BackboneConfig(**ours["recipe"]["backbone"]), drop_path=0.0)
     check_size(image_size, backbone.patch, name)
     if pretrained:
-        arm = arm_of(checkpoint, name, which)
-        at = f"{arm}." if arm else ""
+        network = network_of(checkpoint, name, which)
+        at = f"{network}." if network else ""
         trained = Readout(ReadoutSpec.parse(ours["readout"]), backbone.width)
         for module, prefix in ((backbone, f"{at}backbone."), (trained, f"{at}readout.")):
             state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
@@ -156,15 +200,15 @@ def backbone_of(
     return backbone.eval()
 
 
-def arm_of(checkpoint: dict[str, Any], name: str, which: str | None = None) -> Arm | None:
+def network_of(checkpoint: dict[str, Any], name: str, which: str | None = None) -> Which | None:
     """The network that is read: the one asked for, else the teacher, else the only one; None for MAE's, which has no such name."""
-    arms: tuple[Arm, ...] = ("teacher", "student")
-    require(which in (None, *arms), "which", repr(which), "'teacher' or 'student'")
-    there = [arm for arm in arms if any(key.startswith(f"{arm}.") for key in checkpoint["state_dict"])]
+    networks: tuple[Which, ...] = ("teacher", "student")
+    require(which in (None, *networks), "which", repr(which), "'teacher' or 'student'")
+    there = [network for network in networks if any(key.startswith(f"{network}.") for key in checkpoint["state_dict"])]
     if which is not None and which not in there:
         holds = f"the {there[0]} only" if there else f"one network, trained with {checkpoint['ssl_vit']['recipe']['method']}"
         raise UsageError(f"{name} holds no {which}: it holds {holds}; leave out ':{which}'")
-    return next((arm for arm in there if which in (None, arm)), None)
+    return next((network for network in there if which in (None, network)), None)
 
 
 def _load_timm(name: str, pretrained: bool, image_size: int | None, kwargs: dict[str, Any]) -> Backbone:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.backbone import Backbone, BackboneConfig
-from ssl_vit.weights.checkpoint import Arm, arm_of, backbone_of, read_checkpoint, split_arm
+from ssl_vit.weights.checkpoint import Which, backbone_of, network_of, read_checkpoint, split_network
 
 # What `model(images)` gives: the readout that was trained, where timm has it, else all tokens after the final norm.
 POOLS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ def export(source: str, out: str | Path) -> Path:
     timm opens the folder before it is put in place: Failure unless it gives the same tokens, bit for bit.
     UsageError for a source that is not there, one without a student, and for a folder in use.
     """
-    folder, (path, which) = Path(out).expanduser(), split_arm(source)
+    folder, (path, which) = Path(out).expanduser(), split_network(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{out} already holds something; name another folder with --out")
     checkpoint = read_checkpoint(path)
@@ -39,7 +39,7 @@ def export(source: str, out: str | Path) -> Path:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        _write(partial, checkpoint["ssl_vit"], backbone, arm_of(checkpoint, path, which))
+        _write(partial, checkpoint["ssl_vit"], backbone, network_of(checkpoint, path, which))
         _verify(partial, backbone)
         if folder.exists():
             folder.rmdir()
@@ -49,9 +49,9 @@ def export(source: str, out: str | Path) -> Path:
     return folder
 
 
-def _write(folder: Path, ours: dict[str, Any], backbone: Backbone, arm: Arm | None) -> None:
+def _write(folder: Path, ours: dict[str, Any], backbone: Backbone, network: Which | None) -> None:
     config = timm_config(BackboneConfig(**ours["recipe"]["backbone"]), backbone, ours["readout"])
-    config["ssl_vit"] = {**ours, "arm": arm}
+    config["ssl_vit"] = {**ours, "network": network}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file({key: value.contiguous() for key, value in backbone.vit.state_dict().items()}, folder / "model.safetensors")
     assert backbone.trained_readout is not None
@@ -60,23 +60,13 @@ def _write(folder: Path, ours: dict[str, Any], backbone: Backbone, arm: Arm | No
 
 
 def timm_config(config: BackboneConfig, backbone: Backbone, readout: str) -> dict[str, Any]:
-    """What timm reads in config.json: `build_backbone`'s arguments, and how images are brought in."""
+    """What timm reads in config.json: the arguments of `build_backbone`, and how images are brought in."""
     pool = POOLS.get(readout, {"global_pool": ""})
-    sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads}
     return {
         "architecture": config.name,
         "num_classes": 0,
         "num_features": backbone.width,
-        "model_args": {
-            "img_size": config.image_size,
-            "patch_size": config.patch,
-            "class_token": config.cls_tokens == 1,
-            "reg_tokens": config.registers,
-            "no_embed_class": True,
-            "dynamic_img_size": True,
-            **{key: value for key, value in sizes.items() if value is not None},
-            **pool,
-        },
+        "model_args": {**config.timm_arguments(), **pool},
         "pretrained_cfg": {
             "input_size": [3, config.image_size, config.image_size],
             "interpolation": "bicubic",
