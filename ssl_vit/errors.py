@@ -19,6 +19,11 @@ def one_of(name: str, options: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + "choose one of: " + ", ".join(known)
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def require(holds: bool, field: str, value: object, allowed: str) -> None:
     """UsageError unless `holds`: what `field` is, and what it must be."""
     if not holds:

@@ -14,7 +14,6 @@ from drawing import Drawing
 from planted import plant
 
 from ssl_vit.data.images import ImageStore
-from ssl_vit.data.sources import Split
 from ssl_vit.errors import Failure
 from ssl_vit.model.backbone import build_backbone
 from ssl_vit.model.readout import readout
@@ -24,6 +23,7 @@ from ssl_vit_eval.examine import examine, with_blocks
 from ssl_vit_eval.models import Source
 from ssl_vit_eval.plots import COLOURS, SOFT, Plot
 from ssl_vit_eval.rows import Row, RowStore
+from ssl_vit_eval.splits import Split
 from tests.conftest import TINY
 
 SPECS = ["cls", "gap"]

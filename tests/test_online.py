@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 
 from ssl_vit import load_backbone, readout
-from ssl_vit.data.images import EvalTransform
-from ssl_vit.data.sources import load_train_test
 from ssl_vit.errors import UsageError
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit.train.callbacks import RunFolder
 from ssl_vit.train.pretrain import build_method, parse_recipe, pretrain
 from ssl_vit.weights.checkpoint import read_checkpoint
 from ssl_vit_eval import online
+from ssl_vit_eval.lazy import EvalTransform
 from ssl_vit_eval.online import OnlineKNN, evaluating, subsets, trained
 from ssl_vit_eval.selection import stratified_slice
+from ssl_vit_eval.splits import load_train_test
 
 CLASSES, PER_CLASS = 4, 40
 

@@ -30,7 +30,7 @@ def test_a_second_evaluation_reads_the_features(monkeypatch: pytest.MonkeyPatch,
 
     with monkeypatch.context() as without:
         without.setattr("ssl_vit.model.backbone.Backbone.forward", forward)
-        without.setattr("ssl_vit.data.lazy.EncodedImages.batch", forward)  # nor are the pictures
+        without.setattr("ssl_vit_eval.lazy.EncodedImages.batch", forward)  # nor are the pictures
         assert run([*command, "--out", "third", "--protocols", "knn", "logreg"]) == 0
     rows = [[row.value for row in RowStore(out).rows() if row.protocol == "knn"] for out in ("first", "second", "third")]
     assert rows[0] == rows[1] == rows[2]

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ssl_vit"
 # from the top down; what stands at the root is named by its file
-ROOMS = ("__main__", "cli", "train", "methods", "weights", "data", "model", "provenance", "assets", "errors")
+ROOMS = ("__main__", "cli", "train", "methods", "weights", "data", "model", "provenance", "assets", "files", "errors")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 

@@ -16,7 +16,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from ssl_vit.data.images import ImageStore
-from ssl_vit.data.sources import load_split
 from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import UsageError
 from ssl_vit.train.cost import training_flops
@@ -27,6 +26,7 @@ from ssl_vit_eval.examine import with_blocks
 from ssl_vit_eval.models import Source
 from ssl_vit_eval.plan import Cell, Plan, start_source
 from ssl_vit_eval.rows import RowStore
+from ssl_vit_eval.splits import load_split
 from ssl_vit_eval.study import check
 
 STEPS = 4  # timed, of which the first is left out

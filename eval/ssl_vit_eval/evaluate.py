@@ -10,7 +10,6 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from ssl_vit.data.sources import Split
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.readout import ReadoutSpec, learned
 from ssl_vit.train.tracking import Tracking
@@ -23,6 +22,7 @@ from ssl_vit_eval.protocols import KINDS, Protocol, load_protocols
 from ssl_vit_eval.results import METRICS, make_rows, sentence
 from ssl_vit_eval.rows import Key, RowStore
 from ssl_vit_eval.selection import Found
+from ssl_vit_eval.splits import Split
 from ssl_vit_eval.suites import Dataset
 from ssl_vit_eval.tokens_cache import TokenReader, open_tokens
 from ssl_vit_eval.tracking import track_rows

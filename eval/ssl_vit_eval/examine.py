@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.data.sources import Split
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.controls import PROJECTED
 from ssl_vit_eval.diagnostics import at_each_block, diagnose
 from ssl_vit_eval.geometry import redundancy
 from ssl_vit_eval.models import Source
 from ssl_vit_eval.rows import Row, RowStore
+from ssl_vit_eval.splits import Split
 
 
 def with_blocks(specs: Sequence[str], depth: int) -> list[str]:

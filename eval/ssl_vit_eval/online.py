@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from ssl_vit.data.images import ImageStore
-from ssl_vit.data.sources import Split, load_train_test
 from ssl_vit.data.transforms import normalise
 from ssl_vit.errors import UsageError, require
 from ssl_vit.methods import Method
@@ -24,6 +23,7 @@ from ssl_vit.train.callbacks import RunFolder
 from ssl_vit_eval.distributed import merge_parts, parts
 from ssl_vit_eval.knn import KNNProbe
 from ssl_vit_eval.selection import stratified_slice
+from ssl_vit_eval.splits import Split, load_train_test
 
 BANK, QUERIES = 10_000, 2_000  # images at most
 BATCH = 256  # images; the same for any number of processes, so that every image is computed in the same company

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from ssl_vit.assets import find_asset, read_yaml
-from ssl_vit.data.sources import load_split
 from ssl_vit.errors import Failure
 from ssl_vit.train.pretrain import pretrain
 from ssl_vit.train.tracking import Tracking
@@ -24,6 +23,7 @@ from ssl_vit_eval.locks import locked
 from ssl_vit_eval.models import Source, open_source
 from ssl_vit_eval.pictures import save_reconstructions
 from ssl_vit_eval.plan import CONTROLS, Cell, Plan, start_source
+from ssl_vit_eval.splits import load_split
 
 
 def run_study(name: str, out: str | None, tracking: Tracking | None = None) -> Path:

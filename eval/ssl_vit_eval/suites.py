@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit.assets import find_asset, read_yaml
-from ssl_vit.data.images import CROP, Crop, EvalTransform
-from ssl_vit.data.sources import Split, check_source, load_train_test
+from ssl_vit.data.sources import check_source
 from ssl_vit.errors import UsageError, one_of
 from ssl_vit_eval.distributed import rank
+from ssl_vit_eval.lazy import CROP, Crop, EvalTransform
+from ssl_vit_eval.splits import Split, load_train_test
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ VALIDATION = ("validation", "val", "valid")
 _SPLITS = ("train", "test", *VALIDATION)
 _METADATA = ("metadata.csv", "metadata.jsonl")
 
-Tables = dict[str, Callable[[bool], Any]]
-"""Split name -> function that opens its `datasets.Dataset`; its argument says whether labels are wanted."""
+Tables = dict[str, Callable[[], Any]]
+"""Split name -> function that opens its `datasets.Dataset`."""
 
 
 def hf_datasets() -> Any:
@@ -55,42 +55,46 @@ def local_tables(path: Path) -> Tables:
     root = path if path.is_dir() else path.parent
     if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
         return _saved_tables(root)
-    files = sorted(_walk(root)) if path.is_dir() else [path]
+    files = list(_walk(str(root), str(root))) if path.is_dir() else [str(path)]
     for kind in ("parquet", "arrow"):
-        tables = [file for file in files if file.suffix == f".{kind}"]
-        if tables:
+        if tables := [Path(file) for file in files if file.endswith(f".{kind}")]:
             return {split: partial(_open_files, kind, split, parts) for split, parts in _grouped(tables, root).items()}
-    pictures = [file for file in files if file.suffix.lower() in EXTENSIONS]
+    pictures = [file for file in files if _suffix(file).lower() in EXTENSIONS]
     if not pictures:
-        found = ", ".join(
-            f"{count} {suffix or 'without extension'}" for suffix, count in Counter(file.suffix for file in files).most_common(5)
-        )
+        found = ", ".join(f"{count} {suffix or 'without extension'}" for suffix, count in Counter(map(_suffix, files)).most_common(5))
         raise UsageError(
             f"{path} holds no pictures (found: {found or 'nothing, it is empty'}); allowed: class folders of pictures "
             f"({' '.join(sorted(EXTENSIONS))}), Parquet or Arrow files"
         )
-    folders = [folder.name for folder in _subfolders(root)]
+    folders = [folder.name for folder in subfolders(root)]
     if not any(name in _SPLITS for name in folders):
         return {"train": partial(_open_pictures, root, root, pictures)}
-    by_split = {name: [file for file in pictures if file.is_relative_to(root / name)] for name in folders}
+    by_split = {name: [file for file in pictures if file.startswith(f"{root / name}{os.sep}")] for name in folders}
     return {name: partial(_open_pictures, root, root / name, found) for name, found in by_split.items() if found}
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, names, files in os.walk(root):
-        names[:] = [name for name in names if not _hidden(name)]
-        for name in [*names, *files]:
-            if (Path(folder) / name).is_symlink():
-                inside((Path(folder) / name).relative_to(root), root)
-        # os.walk leaves links to folders out, and a split or class would be missing unnoticed
-        if linked := [name for name in names if (Path(folder) / name).is_symlink()]:
-            raise Failure(
-                f"{Path(folder) / linked[0]} is a link to a folder; links to folders are not followed: put the folder itself there"
-            )
-        yield from (Path(folder) / name for name in files if not _hidden(name))
+def _walk(folder: str, root: str) -> Iterator[str]:
+    """The files below a folder in the order of their paths, by one scan of every folder; only links are looked up one by one."""
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
+        if _hidden(entry.name):
+            continue
+        if entry.is_symlink():
+            inside(Path(entry.path).relative_to(root), Path(root))
+            if entry.is_dir():  # a split or class would be missing unnoticed
+                raise Failure(f"{entry.path} is a link to a folder; links to folders are not followed: put the folder itself there")
+        if entry.is_dir():
+            yield from _walk(entry.path, root)
+        else:
+            yield entry.path
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1]
+
+
+def subfolders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
 
 
@@ -114,7 +118,7 @@ def _grouped(files: list[Path], root: Path) -> dict[str, list[Path]]:
     return groups
 
 
-def _open_files(kind: str, split: str, files: list[Path], labels: bool) -> Any:
+def _open_files(kind: str, split: str, files: list[Path]) -> Any:
     datasets = hf_datasets()
     try:
         # `datasets` keeps its converted copy in its own cache folder, memory-mapped
@@ -135,31 +139,26 @@ def _saved_tables(root: Path) -> Tables:
     return {split: partial(_opened, table) for split, table in tables.items()}
 
 
-def _opened(table: Any, labels: bool) -> Any:
+def _opened(table: Any) -> Any:
     return table
 
 
-def _open_pictures(root: Path, base: Path, pictures: list[Path], labels: bool) -> Any:
-    """The table of a folder `base` of pictures: its metadata file if there is one, else class folders, else pictures alone."""
-    datasets = hf_datasets()
+def _open_pictures(root: Path, base: Path, pictures: list[str]) -> Any:
+    """The table of the images in a folder `base`: its metadata file if there is one, else paths that start at `root`."""
     if metadata := next((base / name for name in _METADATA if (base / name).exists()), None):
         return _open_metadata(root, metadata)
-    columns: dict[str, list[Any]] = {"image": [str(picture) for picture in pictures]}
-    features = {"image": datasets.Image(decode=False)}
-    if labels:
-        classes = [folder.name for folder in _subfolders(base)]
-        if not classes:
-            raise UsageError(
-                f"{base} holds pictures but no class folders, and labels are needed; sort the pictures into one folder per class"
-            )
-        folder_of = [picture.relative_to(base).parts[0] for picture in pictures]
-        if loose := next((p for p, name in zip(pictures, folder_of, strict=True) if p.parent == base), None):
-            raise Failure(f"{loose} lies beside the class folders, so it has no label; move it into one of them")
-        if empty := sorted(set(classes) - set(folder_of)):
-            raise Failure(f"class folder {empty[0]!r} in {base} holds no pictures; fill it or remove it")
-        columns["label"] = [classes.index(name) for name in folder_of]
-        features["label"] = datasets.ClassLabel(names=classes)
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return image_table([picture[len(str(root)) + 1 :] for picture in pictures])
+
+
+def image_table(paths: list[str]) -> Any:
+    """A table of one column, `image`, of these files; not by way of a Python object a row."""
+    import pyarrow as pa
+
+    datasets = hf_datasets()
+    nothing = pa.nulls(len(paths), pa.binary())
+    cells = pa.StructArray.from_arrays([nothing, pa.array(paths, pa.string())], ["bytes", "path"])
+    info = datasets.DatasetInfo(features=datasets.Features({"image": datasets.Image(decode=False)}))
+    return datasets.Dataset(pa.table({"image": cells}), info=info)
 
 
 def _open_metadata(root: Path, file: Path) -> Any:
@@ -173,5 +172,5 @@ def _open_metadata(root: Path, file: Path) -> Any:
         raise Failure(f"{file} cannot be read: {error}; every row needs a file_name") from error
     paths = [str(inside((file.parent / name).relative_to(root), root)) for name in names]
     table = datasets.Dataset.from_list(rows) if rows and rows[0] else datasets.Dataset.from_dict({})
-    image = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image(decode=False)}))
+    image = image_table(paths)
     return datasets.concatenate_datasets([image, table], axis=1) if table.num_columns else image

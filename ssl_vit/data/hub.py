@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from ssl_vit.data.folders import Tables, hf_datasets
-from ssl_vit.errors import Failure
+from ssl_vit.errors import Failure, reason
 
 
 def hub_tables(source: str) -> Tables:
@@ -19,18 +19,17 @@ def hub_tables(source: str) -> Tables:
             # `datasets` itself would retry for 23 s before it gives up
             get_session().head(constants.ENDPOINT, timeout=3)
         except Exception as error:
-            reason = f"{constants.ENDPOINT} does not answer"
             raise Failure(
-                f"the dataset {name!r} cannot be fetched: {reason}; {advice} or set HF_HUB_OFFLINE=1 for a cached copy"
+                f"the dataset {name!r} cannot be fetched: {constants.ENDPOINT} does not answer; {advice} or set HF_HUB_OFFLINE=1 for a "
+                "cached copy"
             ) from error
     try:
         loaded = datasets.load_dataset(name, config or None)
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Failure(f"the dataset {name!r} cannot be fetched{offline}: {reason}; {advice}") from error
+        raise Failure(f"the dataset {name!r} cannot be fetched{offline}: {reason(error)}; {advice}") from error
     return {str(split): partial(_loaded, table) for split, table in loaded.items()}
 
 
-def _loaded(table: Any, labels: bool) -> Any:
+def _loaded(table: Any) -> Any:
     return table

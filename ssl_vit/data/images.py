@@ -9,9 +9,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,16 +18,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit.errors import Failure, require
+from ssl_vit.errors import Failure, reason
 
 # PIL's own warning level; above it a file of a few kilobytes may decode to gigabytes
 MAX_PIXELS = 1024**3 // 4 // 3
 # the rest of PIL's formats are no picture sets, and one of them (EPS) starts an interpreter
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".jp2"])
-
-Crop = float | Literal["squash"]
-CROP = 224 / 256
 
 # decoded pictures are gathered in pieces of this many bytes, so that the single pictures' memory is soon used again
 _PIECE = 64 * 2**20
@@ -50,7 +45,7 @@ def decode(picture: bytes | Path | Image.Image, name: str = "picture") -> Image.
             return _rgb(_upright(opened))
         # a damaged file makes PIL raise OSError, SyntaxError, ValueError, struct.error, ..., each format its own
         except Exception as error:
-            raise Failure(f"{name} is corrupt: {_reason(error)}; remove or replace it") from error
+            raise Failure(f"{name} is corrupt: {reason(error)}; remove or replace it") from error
 
 
 def header_size(picture: bytes | Path | Image.Image, name: str = "picture") -> tuple[int, int]:
@@ -66,46 +61,9 @@ def to_tensor(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-@dataclass(frozen=True)
-class EvalTransform:
-    """How a picture is brought to a model's size: bicubic with antialiasing on 8-bit pixels, then a centre crop.
-
-    The default is that of DINO's evaluation (Caron et al. 2021, official k-NN and linear protocols). A picture that has the model's
-    size passes unchanged, whatever the crop.
-
-    Args:
-        size: side in px.
-        crop: share of the shorter side that the centre crop keeps, above 0 and up to 1; "squash" resizes both sides to `size` and cuts
-            nothing off, for sets whose objects touch the border. UsageError for anything else.
-    """
-
-    size: int
-    crop: Crop = CROP
-
-    def __post_init__(self) -> None:
-        require(self.size > 0, "image_size", self.size, "above 0")
-        require(self.crop == "squash" or 0 < self.crop <= 1, "crop", self.crop, 'above 0 and at most 1, or "squash"')
-
-    @property
-    def name(self) -> str:
-        """What a row calls it: resize224 for the default crop, resize224-crop100, squash224."""
-        if self.crop == "squash":
-            return f"squash{self.size}"
-        return f"resize{self.size}" + ("" if self.crop == CROP else f"-crop{100 * self.crop:g}")
-
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        if picture.size == (self.size, self.size):
-            return picture
-        if self.crop == "squash":
-            return picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        picture = _resize_shorter(picture, round(self.size / self.crop))
-        left, top = round((picture.width - self.size) / 2), round((picture.height - self.size) / 2)
-        return picture.crop((left, top, left + self.size, top + self.size))
-
-
 def limit_side(picture: Image.Image, max_side: int) -> Image.Image:
     """A picture whose shorter side is at most `max_side` px: reduced (bicubic, antialiased) if it was longer, else unchanged."""
-    return _resize_shorter(picture, max_side) if min(picture.size) > max_side else picture
+    return resize_shorter(picture, max_side) if min(picture.size) > max_side else picture
 
 
 class ImageStore:
@@ -199,7 +157,7 @@ def _open(picture: bytes | Path | Image.Image, name: str) -> Image.Image:
     try:
         data = picture.read_bytes() if isinstance(picture, Path) else picture
     except OSError as error:
-        raise Failure(f"{name} cannot be read: {_reason(error)}") from error
+        raise Failure(f"{name} cannot be read: {reason(error)}") from error
     if data == b"":
         raise Failure(f"{name} is empty (0 bytes); remove or replace it")
     try:
@@ -214,10 +172,6 @@ def _open(picture: bytes | Path | Image.Image, name: str) -> Image.Image:
     if opened.width * opened.height > MAX_PIXELS:
         raise Failure(f"{name} is refused unread: it has more than the {MAX_PIXELS:,} pixels allowed; make it smaller")
     return opened
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -249,7 +203,7 @@ def _to_8_bits(grey: Shaped[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     return levels
 
 
-def _resize_shorter(picture: Image.Image, side: int) -> Image.Image:
+def resize_shorter(picture: Image.Image, side: int) -> Image.Image:
     """The shorter side becomes `side` px and the longer one keeps the ratio, rounded down as torchvision does."""
     short = min(picture.size)
     if short == side:

@@ -12,8 +12,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as tv
 
 from ssl_vit.data import images
-from ssl_vit.data.images import EvalTransform, ImageStore, available_memory, check_memory, decode, header_size, limit_side, to_tensor
+from ssl_vit.data.images import ImageStore, available_memory, check_memory, decode, header_size, limit_side, to_tensor
 from ssl_vit.errors import Failure, UsageError
+from ssl_vit_eval.lazy import EvalTransform
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:

@@ -5,14 +5,20 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.data.images import EvalTransform, ImageStore, available_memory, decode, to_tensor
+from ssl_vit.data.images import ImageStore, available_memory, decode, resize_shorter, to_tensor
+from ssl_vit.errors import require
+
+Crop = float | Literal["squash"]
+CROP = 224 / 256
 
 # the decoded pictures of a split are kept if they need at most this share of the memory that is available
 MEMORY_SHARE = 0.25
@@ -21,6 +27,43 @@ _ROWS = 64  # encoded pictures held at once: a photograph may have 10 MB
 
 Picture = tuple[str, bytes | Image.Image]
 """What errors call it, and the picture itself, encoded or not."""
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """How a picture is brought to a model's size: bicubic with antialiasing on 8-bit pixels, then a centre crop.
+
+    The default is that of DINO's evaluation (Caron et al. 2021, official k-NN and linear protocols). A picture that has the model's
+    size passes unchanged, whatever the crop.
+
+    Args:
+        size: side in px.
+        crop: share of the shorter side that the centre crop keeps, above 0 and up to 1; "squash" resizes both sides to `size` and cuts
+            nothing off, for sets whose objects touch the border. UsageError for anything else.
+    """
+
+    size: int
+    crop: Crop = CROP
+
+    def __post_init__(self) -> None:
+        require(self.size > 0, "image_size", self.size, "above 0")
+        require(self.crop == "squash" or 0 < self.crop <= 1, "crop", self.crop, 'above 0 and at most 1, or "squash"')
+
+    @property
+    def name(self) -> str:
+        """What a row calls it: resize224 for the default crop, resize224-crop100, squash224."""
+        if self.crop == "squash":
+            return f"squash{self.size}"
+        return f"resize{self.size}" + ("" if self.crop == CROP else f"-crop{100 * self.crop:g}")
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        if picture.size == (self.size, self.size):
+            return picture
+        if self.crop == "squash":
+            return picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        picture = resize_shorter(picture, round(self.size / self.crop))
+        left, top = round((picture.width - self.size) / 2), round((picture.height - self.size) / 2)
+        return picture.crop((left, top, left + self.size, top + self.size))
 
 
 class EncodedImages(ImageStore):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.data import lazy
-from ssl_vit.data.images import EvalTransform, to_tensor
-from ssl_vit.data.lazy import MEMORY_SHARE, EncodedImages
+from ssl_vit.data.images import to_tensor
+from ssl_vit_eval import lazy
+from ssl_vit_eval.lazy import MEMORY_SHARE, EncodedImages, EvalTransform
 
 SIZE = 16
 

@@ -1,0 +1,95 @@
+"""Which images a run was trained on: their number, order and content, in a few lines, so that a resume on others can be refused."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.compute as pc
+from jaxtyping import UInt8
+from torch import Tensor
+
+from ssl_vit.data.columns import Records
+from ssl_vit.errors import Failure
+
+# encoded bytes up to which every image is read before each run
+HASHED_BYTES = 2**30
+_PARTS, _ROWS = 64, 4096
+
+
+def identity(rows: Records) -> tuple[dict[str, Any], str]:
+    """`{count, hash, by, parts, names}`, and a key under which decoded images can be found again.
+
+    by: "content", or "names and sizes" for more than `HASHED_BYTES`, whose times are in the key. `hash` is over all images, `parts` over
+    each of at most 64 equal ranges of rows, the first image of which is in `names`.
+    """
+    sizes, newest = _stored(rows)
+    if sum(size for _, size in sizes) <= HASHED_BYTES:
+        found = _hashed("content", len(sizes), rows.encoded(), [name for name, _ in sizes])
+        return found, found["hash"]
+    found = _hashed("names and sizes", len(sizes), ((name, f"{name} {size}".encode()) for name, size in sizes), [name for name, _ in sizes])
+    return found, f"{found['hash']}-{newest:x}"
+
+
+def stack_identity(stack: UInt8[Tensor, "n 3 h w"]) -> dict[str, Any]:
+    """The same of embedded images."""
+    rows = ((f"row {row}", image.numpy().tobytes()) for row, image in enumerate(stack))
+    return _hashed("content", len(stack), rows, [f"row {row}" for row in range(len(stack))])
+
+
+def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two identities, as one clause; empty if nothing does."""
+    if before == now:
+        return ""
+    if before["by"] != now["by"]:
+        return f"{before['count']} images known by {before['by']} -> {now['count']} known by {now['by']}"
+    counts = f"{before['count']} images -> {now['count']}" if before["count"] != now["count"] else f"{now['count']} images as before"
+    step = _step(before["count"])
+    if step != _step(now["count"]):
+        return counts
+    pairs = zip(before["parts"], now["parts"], strict=False)
+    part = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(before["parts"]), len(now["parts"])))
+    if part >= len(now["names"]):
+        return f"{counts}, those from {before['names'][part]} on are gone"
+    return f"{counts}, the first that differs is " + (now["names"][part] if step == 1 else f"among {step} from {now['names'][part]} on")
+
+
+def _step(count: int) -> int:
+    """Rows in a part: a power of two, so that one image more seldom moves the bounds."""
+    return 1 << max(0, (count - 1).bit_length() - _PARTS.bit_length() + 1)
+
+
+def _hashed(by: str, count: int, images: Iterator[tuple[str, bytes]], names: list[str]) -> dict[str, Any]:
+    whole, part, parts, step = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8), [], _step(count)
+    for row, (_, data) in enumerate(images):
+        for digest in (whole, part):
+            digest.update(len(data).to_bytes(8, "little") + data)
+        if (row + 1) % step == 0 or row + 1 == count:
+            parts.append(part.hexdigest())
+            part = hashlib.blake2b(digest_size=8)
+    return {"count": count, "hash": whole.hexdigest(), "by": by, "parts": parts, "names": names[::step]}
+
+
+def _stored(rows: Records) -> tuple[list[tuple[str, int]], int]:
+    """(name, encoded bytes) of every image, and the newest change of a file in ns."""
+    found, newest = [], 0
+    for start in range(0, len(rows.table), _ROWS):
+        cells = rows.cells(range(start, min(start + _ROWS, len(rows.table))))
+        cells = cells.combine_chunks() if hasattr(cells, "combine_chunks") else cells
+        struct = str(cells.type).startswith("struct")
+        data = pc.struct_field(cells, "bytes") if struct else cells
+        lengths: list[int | None] = [0] * len(cells)
+        paths = pc.struct_field(cells, "path").to_pylist() if struct else [None] * len(cells)
+        if str(data.type) == "string":
+            paths, lengths = data.to_pylist(), [None for _ in lengths]
+        elif "binary" in str(data.type):
+            lengths = pc.binary_length(data).to_pylist()
+        for row, (path, length) in enumerate(zip(paths, lengths, strict=True), start):
+            if length is None and path is not None:
+                try:
+                    status = os.stat(rows.root / path)
+                except OSError as error:
+                    raise Failure(f"{rows.source}: {path} cannot be read: {error.strerror}; remove or replace it") from error
+                length, newest = status.st_size, max(newest, status.st_mtime_ns)
+            found.append((path or f"row {row}", length or 0))
+    return found, newest

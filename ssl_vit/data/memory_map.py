@@ -1,0 +1,124 @@
+"""Images that fit are decoded once per machine, by several processes, into a file that every process maps and the next run finds again.
+
+The file holds the pixels of all images one after the other, then their sizes. It lies in $SSL_VIT_CACHE, else in the user's cache folder;
+any file there may be deleted when no run uses it.
+"""
+
+import fcntl
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ssl_vit.data.columns import Records
+from ssl_vit.data.images import ImageStore, decode, limit_side, to_tensor
+from ssl_vit.errors import Failure
+from ssl_vit.files import write_atomically
+
+DECODER = 1  # raised when an image decodes to other pixels
+SMALL = 64 * 2**20  # bytes that every process may have of its own
+_WORKERS, _CHUNK = 16, 8
+
+
+class _Decoded(torch.utils.data.Dataset[Any]):
+    """Decoded images by row; what is wrong with one comes back as its Failure, since a worker would raise it with a traceback."""
+
+    def __init__(self, rows: Records, max_side: int | None) -> None:
+        self.rows, self.max_side = rows, max_side
+
+    def __len__(self) -> int:
+        return len(self.rows.table)
+
+    def __getitem__(self, row: int) -> UInt8[np.ndarray, "3 h w"] | Failure:
+        try:
+            [(name, data)] = self.rows.encoded_rows([row])
+            image = decode(data, name)
+            return to_tensor(image if self.max_side is None else limit_side(image, self.max_side)).numpy()
+        except Failure as failure:
+            return failure
+
+
+def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: str, progress: bool) -> ImageStore:
+    """The images of `rows`, about `needed` bytes decoded; `key` tells their content. Failure for a corrupt image or a full disk."""
+    images, count = _Decoded(rows, max_side), len(rows.table)
+    if needed < SMALL:
+        return ImageStore.decoded((torch.from_numpy(image) for image in _all(images, 0, title, progress)), count, title, False)
+    file = cache_folder() / f"{key}-{count}-{max_side}-{DECODER}.images"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(file.with_suffix(".lock")):
+            store = _mapped(file, count)
+            if store is None:
+                write_atomically(file, lambda target: _write(target, _all(images, workers(), title, progress)))
+                store = _mapped(file, count)
+    except OSError as error:
+        raise Failure(
+            f"{file} ({needed / 2**30:.1f} GiB) cannot be written: {error.strerror}; make room, or name another folder in SSL_VIT_CACHE"
+        ) from error
+    assert store is not None
+    return store
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept."""
+    own = os.environ.get("SSL_VIT_CACHE")
+    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssl_vit"
+
+
+def workers() -> int:
+    """Decoding processes: the processors that this process may use, at most 16; 0 decodes in this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_WORKERS, cores) if cores > 1 else 0
+
+
+def _all(images: _Decoded, count: int, title: str, progress: bool) -> Iterator[UInt8[np.ndarray, "3 h w"]]:
+    loader: Any = DataLoader(images, batch_size=_CHUNK, num_workers=count, collate_fn=list)
+    with tqdm(total=len(images), desc=title, unit="img", disable=not progress) as bar:
+        try:
+            for chunk in loader:
+                for image in chunk:
+                    if isinstance(image, Failure):
+                        raise image
+                    yield image
+                bar.update(len(chunk))
+        except RuntimeError as error:
+            if isinstance(error, Failure):
+                raise
+            raise Failure(f"{title}: {str(error).splitlines()[0]}; the system may have been short of memory") from error
+
+
+def _write(file: BinaryIO, images: Iterator[UInt8[np.ndarray, "3 h w"]]) -> None:
+    sizes = []
+    for image in images:
+        sizes.append(image.shape[1:])
+        file.write(np.ascontiguousarray(image).data)
+    file.write(np.array(sizes, dtype="<i8").tobytes())
+
+
+def _mapped(file: Path, count: int) -> ImageStore | None:
+    """The store on a file's pages, which all processes share; None for one that is not there or not whole."""
+    if not file.exists() or file.stat().st_size < 16 * count:
+        return None
+    data = np.memmap(file, dtype=np.uint8, mode="r")
+    sizes = torch.from_numpy(np.array(data[-16 * count :]).view("<i8").reshape(count, 2))
+    if bool((sizes <= 0).any()) or int(3 * sizes.prod(dim=1).sum()) != len(data) - 16 * count:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's: nobody may write to it, and nobody does
+        return ImageStore(torch.from_numpy(data[: -16 * count]), sizes)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among the processes of this machine; the system gives a dead one's lock back."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
