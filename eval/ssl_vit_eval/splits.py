@@ -17,7 +17,7 @@ from ssl_vit.data.columns import Records, find_column, read_records
 from ssl_vit.data.folders import VALIDATION, hf_datasets, local_path, subfolders
 from ssl_vit.data.images import ImageStore
 from ssl_vit.data.sources import builtin, display_name, find_split, open_tables, pil_images
-from ssl_vit.errors import Failure, UsageError
+from ssl_vit.errors import Failure, UsageError, one_of
 from ssl_vit_eval.lazy import CROP, Crop, EncodedImages, EvalTransform
 
 # of train, when a set has no other split to test on
@@ -189,9 +189,11 @@ def read_labels(rows: Records, label_column: str | None) -> Labelled:
     unknown or ambiguous column, Failure for labels that are missing (None, -1) or out of range.
     """
     source, split, table = rows.source, rows.split, rows.table
-    if label_column is None and table.column_names == [rows.image_column] and (root := local_path(source)).is_dir():
+    if table.column_names == ["image"] and (root := local_path(source)).is_dir():
         cell = rows.cells([0]).to_pylist()[0]
         if isinstance(cell, dict) and cell["bytes"] is None:
+            if label_column not in (None, "label"):
+                raise UsageError(f"{source} has no column {label_column!r}; {one_of(str(label_column), ['image', 'label'])}")
             return _class_folders(rows, root / split if (root / split).is_dir() else root)
     column = find_column(source, table, label_column, "label", "ClassLabel", ("label", "labels", "fine_label"))
     values = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
