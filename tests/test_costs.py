@@ -21,7 +21,7 @@ def lines(text: str) -> dict[str, list[str]]:
 
 def test_a_dry_run_tells_what_the_study_then_does(capsys: pytest.CaptureFixture[str]) -> None:
     mae = yaml.safe_load(Path("mae.yaml").read_text())
-    mae["trainer"] = {"max_epochs": 3, "accumulate_grad_batches": 2, "limit_train_batches": 3}
+    mae["trainer"] = {"max_epochs": 3, "limit_train_batches": 3}
     Path("mae.yaml").write_text(yaml.safe_dump(mae))
     study = {"recipes": ["dino.yaml", "mae.yaml"], "trained_with": ["gap"], "seeds": [0], "data": ["./pictures"]}
     study |= {"protocols": ["knn", "logreg"], "read_with": ["trained", "cls", "cls+gap"], "controls": ["width"], "diagnostics": True}
@@ -74,7 +74,7 @@ def test_a_finished_cell_tells_the_time_of_the_others(capsys: pytest.CaptureFixt
 
 
 def test_the_time_of_a_step_follows_the_work() -> None:
-    """Sixteen times the batch of a model that is not tiny, and twice the gradient accumulation."""
+    """Sixteen times the batch of a model that is not tiny."""
     options = ["--backbone.width", "192", "--backbone.heads", "3", "--backbone.depth", "4", "--trainer.devices", "1"]
 
     def seconds(*more: str) -> float:
@@ -83,4 +83,3 @@ def test_the_time_of_a_step_follows_the_work() -> None:
 
     small, large = seconds("--data.batch_size", "32"), seconds("--data.batch_size", "512")
     assert 4 < large / small < 64
-    assert 1 < seconds("--data.batch_size", "32", "--trainer.accumulate_grad_batches", "2") / small < 4

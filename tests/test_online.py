@@ -106,9 +106,9 @@ def test_every_other_epoch_and_to_the_logger() -> None:
 
 
 def test_accumulated_micro_batches_are_one_step() -> None:
-    options = ("--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "5")
+    options = ("--accumulate", "2", "--trainer.max_steps", "8")
     run("mae.yaml", "run", *options, callback=OnlineKNN("./labelled", every=1))
-    assert [line["step"] for line in lines("run") if "knn_top1" in line] == [2, 4, 5]
+    assert [line["step"] for line in lines("run") if "knn_top1" in line] == [3, 6, 8]
 
 
 @pytest.mark.parametrize("stop", [3, 4])

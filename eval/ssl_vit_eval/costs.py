@@ -1,6 +1,5 @@
 """`ssl-vit study --dry-run`: what a study will cost. Trains nothing that is kept, and writes nothing."""
 
-import math
 import tempfile
 import time
 import warnings
@@ -16,7 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from ssl_vit.data.images import ImageStore
-from ssl_vit.data.stream import ImageData
+from ssl_vit.data.stream import ImageData, whole_batches
 from ssl_vit.errors import UsageError
 from ssl_vit.train.cost import training_flops
 from ssl_vit.train.pretrain import build_method, parse_recipe
@@ -91,7 +90,7 @@ def cell_costs(cells: Sequence[Cell]) -> list[Cost]:
             operations[name, cell.readout] = training_flops(build_method(config, values))
         if name not in steps:
             steps[name] = total_steps(config)
-        images = steps[name] * config.data.batch_size * config.trainer.accumulate_grad_batches
+        images = steps[name] * config.data.batch_size
         if not known[name] and name not in timed:
             timed[name] = step_seconds(config, values)
         seconds = fmean(known[name]) if known[name] else steps[name] * timed[name]
@@ -110,11 +109,8 @@ def total_steps(config: Namespace) -> int:
     size = config.backbone.image_size
     split = load_split(data.source, data.split, image_column=data.image_column, size=size, progress=False)
     batches: int = len(split.images) // data.batch_size
-    limit = trainer.limit_train_batches
-    if limit is not None:
-        # Lightning's reading: whole numbers are batches, and the parser makes them floats
-        batches = min(int(limit), batches) if isinstance(limit, int) or limit > 1 else int(batches * limit)
-    steps = int(trainer.max_epochs) * math.ceil(batches / int(trainer.accumulate_grad_batches))
+    limit = trainer.overfit_batches or trainer.limit_train_batches
+    steps = int(trainer.max_epochs) * (batches if limit is None else whole_batches(limit, batches))
     return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))
 
 
@@ -130,7 +126,7 @@ def step_seconds(config: Namespace, values: Namespace) -> float:
     large = min(whole, max(2 * small, int(STEP_SECONDS * small / first)))
     second = _timed(config, values, large) if large > small else first
     slope = max(0.0, second - first) / max(1, large - small)
-    return float(config.trainer.accumulate_grad_batches * (second + slope * (whole - large)))
+    return float(second + slope * (whole - large))
 
 
 def _timed(config: Namespace, values: Namespace, batch_size: int) -> float:
@@ -140,7 +136,7 @@ def _timed(config: Namespace, values: Namespace, batch_size: int) -> float:
     data = ImageData(config.data.source, batch_size)
     data.images = ImageStore.stacked(torch.randint(0, 256, (STEPS * batch_size, 3, size, size), dtype=torch.uint8))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [clock]}
-    length = {"max_steps": STEPS, "max_epochs": -1, "limit_train_batches": None, "accumulate_grad_batches": 1}
+    length = {"max_steps": STEPS, "max_epochs": -1, "limit_train_batches": None}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's, about a training of a few steps
         Trainer(**{**dict(values.trainer), **quiet, **length, "default_root_dir": folder}).fit(method, datamodule=data)

@@ -37,7 +37,8 @@ class Method(lightning.LightningModule):
         if init is not None:
             self.recipe["init"] = init
         self.initial_hash: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
-        self.now: dict[str, float] = {}  # the scheduled values of this step
+        self.scheduled: dict[str, float] = {}  # the values of this step
+        self.accumulate = 1  # micro-batches of an optimiser step
 
     def start_from_init(self) -> None:
         """The backbone takes the weights that `init` names; UsageError, in one line, unless the architecture is the same."""
@@ -55,10 +56,9 @@ class Method(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self, self.optim)
 
-    def epochs(self, epochs: float) -> int:
+    def steps_of(self, epochs: float) -> int:
         """Epochs in optimiser steps, at most the whole run."""
-        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        return min(round(epochs * per_epoch), self.total_steps)
+        return min(round(epochs * self.trainer.num_training_batches / self.accumulate), self.total_steps)
 
     @property
     def total_steps(self) -> int:
@@ -66,22 +66,22 @@ class Method(lightning.LightningModule):
 
     def schedule(self, step: int) -> dict[str, float]:
         """Every scheduled value at an optimiser step; a method adds its own."""
-        batch_size = self.trainer.datamodule.batch_size * self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
-        warmup = self.epochs(self.optim.warmup_epochs)
-        lr = self.optim.lr * batch_size / 256
+        warmup = self.steps_of(self.optim.warmup_epochs)
+        lr = self.optim.lr * self.trainer.datamodule.batch_size / 256  # type: ignore[attr-defined]
         return {
             "lr": cosine(step, self.total_steps, lr, self.optim.min_lr, warmup, warmup - self.ramp_offset),
             "weight_decay": cosine(step, self.total_steps, self.optim.weight_decay, self.optim.weight_decay_end),
         }
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(hash((self.seed, batch.step, self.trainer.global_rank)))  # drop path, the same after a resume
-        self.now = self.schedule(self.trainer.global_step)
+        part = batch_idx % self.accumulate * self.trainer.world_size + self.trainer.global_rank
+        torch.manual_seed(hash((self.seed, self.trainer.global_step, part)))  # drop path, the same after a resume
+        self.scheduled = self.schedule(self.trainer.global_step)
         optimizer = self.optimizers()
         for group in optimizer.param_groups:  # type: ignore[union-attr]
-            group["lr"] = self.now["lr"]
+            group["lr"] = self.scheduled["lr"]
             if group["name"] == "decay":
-                group["weight_decay"] = self.now["weight_decay"]
+                group["weight_decay"] = self.scheduled["weight_decay"]
 
     def report(self, loss: Float[Tensor, ""], **metrics: Tensor | float) -> None:
         """Log the loss, the schedules and the method's own metrics; stop on a loss that is not a number."""
@@ -89,7 +89,7 @@ class Method(lightning.LightningModule):
             raise Failure(
                 f"the loss is {loss.item()} at step {self.trainer.global_step}; lower optim.lr or use --trainer.precision bf16-mixed"
             )
-        self.log_dict({"loss": loss.detach(), **metrics, **self.now})
+        self.log_dict({"loss": loss.detach(), **metrics, **self.scheduled})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ssl_vit"] = {

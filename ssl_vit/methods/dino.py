@@ -198,6 +198,8 @@ class DINO(Method):
         self.teacher.requires_grad_(False)
         self.center: Tensor
         self.register_buffer("center", torch.zeros(head.prototypes))
+        self.batch_center: Tensor  # of the micro-batches so far
+        self.register_buffer("batch_center", torch.zeros(head.prototypes), persistent=False)
         self._collapsed_steps = 0
 
     @property
@@ -217,20 +219,23 @@ class DINO(Method):
         student = self.student(large)
         if len(small):
             student = torch.cat([student, self.student(small)])
-        targets = teacher_targets(teacher, self.center, self.now["teacher_temperature"])
+        targets = teacher_targets(teacher, self.center, self.scheduled["teacher_temperature"])
         loss = dino_loss(targets, student, self.student_temperature)
-        self.update_center(teacher)
+        self.update_center(teacher, last=(batch_idx + 1) % self.accumulate == 0)
         self.report(loss, **self.monitor_collapse(targets))
         return loss
 
     @torch.no_grad()
-    def update_center(self, teacher: Float[Tensor, "2 b k"]) -> None:
-        """Equation 4: a moving average of the teacher's output over the global batch, after the loss has used the old one."""
+    def update_center(self, teacher: Float[Tensor, "2 b k"], last: bool = True) -> None:
+        """Equation 4: a moving average of the teacher's output over the global batch, once its `last` loss has used the old one."""
         mean = teacher.mean(dim=(0, 1))
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean /= torch.distributed.get_world_size()
-        self.center.lerp_(mean.to(self.center.dtype), 1 - self.teacher_config.center_momentum)
+        self.batch_center.add_(mean.to(self.center.dtype) / self.accumulate)
+        if last:
+            self.center.lerp_(self.batch_center, 1 - self.teacher_config.center_momentum)
+            self.batch_center.zero_()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The teacher's moving average, after the step. Not in a callback: checkpoints are written before callbacks run."""
@@ -238,14 +243,14 @@ class DINO(Method):
         with torch.no_grad():
             teacher: list[Tensor] = [*self.teacher.parameters()]
             student: list[Tensor] = [*self.student.parameters()]
-            torch._foreach_lerp_(teacher, student, 1 - self.now["teacher_momentum"])
+            torch._foreach_lerp_(teacher, student, 1 - self.scheduled["teacher_momentum"])
 
     def schedule(self, step: int) -> dict[str, float]:
         """Beside the shared values the teacher's. Its temperature is constant within an epoch, as in the authors' code, whose
         `teacher_temp_schedule` is a table by epoch; a warm-up of a fraction of an epoch has no such table and goes step by step."""
         teacher = self.teacher_config
         whole = float(teacher.warmup_epochs).is_integer()
-        at, warmup = (step // self.epochs(1.0), int(teacher.warmup_epochs)) if whole else (step, self.epochs(teacher.warmup_epochs))
+        at, warmup = (step // self.steps_of(1.0), int(teacher.warmup_epochs)) if whole else (step, self.steps_of(teacher.warmup_epochs))
         return {
             **super().schedule(step),
             "teacher_momentum": cosine(step, self.total_steps, teacher.momentum, 1.0),
@@ -256,7 +261,7 @@ class DINO(Method):
         """Each parameter's own norm is bounded, and the last layer stands still at first (`freeze_last_layer`)."""
         if self.clip_grad:
             clip_each(self.student.parameters(), self.clip_grad)
-        if self.trainer.global_step < self.epochs(self.head_config.freeze_epochs):
+        if self.trainer.global_step < self.steps_of(self.head_config.freeze_epochs):
             for parameter in self.student.head.last.parameters():
                 parameter.grad = None
         if gradient_clip_val:

@@ -64,6 +64,10 @@ class RunFolder(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before = state_dict["seconds"]
 
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whatever stopped the run (a clock between two micro-batches, say), its loops go on behind its last optimiser step."""
+        stand_behind(checkpoint, len(trainer.datamodule.train_dataloader()), trainer.accumulate_grad_batches)  # type: ignore[attr-defined]
+
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start = self._saved = time.monotonic()
         if trainer.is_global_zero:
@@ -98,14 +102,15 @@ class RunFolder(Checkpoint):
             self._saved = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        trainer.save_checkpoint(self.checkpoint, weights_only=False)
+        if trainer.global_step:
+            trainer.save_checkpoint(self.checkpoint, weights_only=False)
 
     def finish(self, trainer: Trainer, module: Method) -> bool:
         """After the fit: write `run.json` if all steps are done, also when a resumed run found nothing left to do."""
         if self._total is not None and trainer.global_step < self._total:
             return False
         records = self._records()
-        images = trainer.global_step * module.recipe["data"]["batch_size"] * trainer.accumulate_grad_batches
+        images = trainer.global_step * module.recipe["data"]["batch_size"]
         summary = {
             "steps": trainer.global_step,
             "images": images,
@@ -137,6 +142,23 @@ class RunFolder(Checkpoint):
         self.interrupted = True
 
 
+def stand_behind(checkpoint: dict[str, Any], per_epoch: int, accumulate: int) -> None:
+    """Set the counters of Lightning's loops to what they are in `on_train_batch_end` of the checkpoint's last optimiser step.
+
+    per_epoch: micro-batches of an epoch. What they say after other stops makes Lightning count an epoch twice, or not at all."""
+    done = checkpoint["global_step"] * accumulate
+    epoch = (done - 1) // per_epoch
+    loops = checkpoint["loops"]["fit_loop"]
+    loops["state_dict"].pop("combined_loader", None)
+    batch = loops["epoch_loop.batch_progress"]
+    batch["is_last_batch"] = done == (epoch + 1) * per_epoch
+    for progress, count, last in ((loops["epoch_progress"], epoch + 1, ("processed", "completed")), (batch, done, ("completed",))):
+        within = count if progress is not batch else done - epoch * per_epoch
+        for which, number in (("total", count), ("current", within)):
+            progress[which] |= {key: number - (key in last) for key in ("ready", "started", "processed", "completed")}
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
+
+
 def _replace(path: Path, text: str) -> None:
     """Write a whole file: a kill leaves the old one, or none."""
     partial = path.with_name(f".{path.name}.partial")
@@ -157,7 +179,7 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, Method)
-        self._images = module.recipe["data"]["batch_size"] * trainer.accumulate_grad_batches
+        self._images = module.recipe["data"]["batch_size"]
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=module.total_steps * self._images,

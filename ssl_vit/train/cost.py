@@ -20,7 +20,7 @@ def training_flops(module: Method) -> int:
     """
     size = module.backbone.image_size
     batch = Batch(torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.full((1, 2), size), torch.zeros(1, dtype=torch.int64), 0)
-    module.now = defaultdict(lambda: 1.0)  # temperatures and rates do not change the count
+    module.scheduled = defaultdict(lambda: 1.0)  # temperatures and rates do not change the count
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's, that without a Trainer nothing is logged
         loss = module.training_step(batch, 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse.typing import PositiveInt
 from lightning import Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
@@ -31,11 +32,19 @@ TRAINER_IDENTITY = {
     "min_epochs": None,
     "min_steps": None,
     "precision": None,
-    "accumulate_grad_batches": 1,
     "gradient_clip_val": None,
     "gradient_clip_algorithm": None,
     "limit_train_batches": None,
     "overfit_batches": 0.0,
+}
+
+# What a Trainer may be asked for and what to use instead of the rest: allowed values, advice
+CANNOT_HONOUR: dict[str, tuple[tuple[Any, ...], str]] = {
+    "accumulate_grad_batches": ((1,), "data.batch_size is what a step sees: cut it into micro-batches with --accumulate"),
+    "reload_dataloaders_every_n_epochs": ((0,), "the stream of images has no end and is never reloaded: leave it out"),
+    "use_distributed_sampler": ((False,), "the stream gives every rank its own share: leave it out"),
+    "fast_dev_run": ((False, 0), "it would pass for the whole run: use --trainer.max_steps 2 with another --out"),
+    "barebones": ((False,), "a run logs and keeps checkpoints: leave it out"),
 }
 
 
@@ -70,6 +79,7 @@ def recipe_parser(method: type[Method]) -> LightningArgumentParser:
     parser.add_argument("--method", type=str, help="dino or mae; a recipe's first line")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; runs/RECIPE if not given")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.ckpt")
+    parser.add_argument("--accumulate", type=PositiveInt, default=1, help="micro-batches that a device cuts its share of a batch into")
     parser.add_class_arguments(method, None)
     parser.add_lightning_class_args(ImageData, "data")
     parser.link_arguments("seed", "data.seed")
@@ -103,6 +113,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     values = parser.instantiate(config)
     flops = training_flops(build_method(config, values))  # of a model of its own: the one that is trained is left as it was drawn
     module = build_method(config, values)
+    module.accumulate = config.accumulate
     record = RunFolder(folder, flops)
     log = TrainingLog(tracking, folder) if tracking else None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("SLURM_PROCID", 0)) == 0:
@@ -113,7 +124,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
             log.catch_up()
         return record.checkpoint
     values.trainer.callbacks = [*_as_list(values.trainer.callbacks), *callbacks, *([log] if log else [])]
-    trainer = build_trainer(values.trainer, record, folder.name)
+    trainer = build_trainer(values, record, folder.name)
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
@@ -125,22 +136,37 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     return record.checkpoint
 
 
-def build_trainer(options: Namespace, record: RunFolder, name: str) -> Trainer:
-    """Lightning's Trainer with the run folder, the progress bar and whole-file checkpoints; UsageError for options it refuses."""
+def build_trainer(values: Namespace, record: RunFolder, name: str) -> Trainer:
+    """Lightning's Trainer with the run folder, the progress bar and whole-file checkpoints; UsageError for options it refuses, and for
+    those that a run folder or the stream of global batches cannot honour."""
+    options, data = values.trainer, values.data
+    for key, (allowed, advice) in CANNOT_HONOUR.items():
+        if options[key] not in allowed:
+            raise UsageError(f"trainer.{key} is {options[key]}, which cannot be honoured; {advice}")
+    if any(word in str(options.strategy) for word in ("spawn", "fork", "notebook")):
+        raise UsageError(f"trainer.strategy is {options.strategy}, whose processes leave nothing behind; use ddp")
     if options.max_epochs in (None, -1) and options.max_steps == -1:
         raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
-    for key in ("max_epochs", "max_steps", "accumulate_grad_batches", "limit_train_batches", "devices"):
+    for key in ("max_epochs", "max_steps", "limit_train_batches", "devices"):
         value = options[key]
         if isinstance(value, int | float) and value <= 0 and value != -1:
             raise UsageError(f"trainer.{key} is {value}; it must be above 0")
     arguments = dict(options)
+    # they count global batches, and Lightning would count micro-batches
+    limit, overfit = arguments.pop("limit_train_batches"), arguments.pop("overfit_batches")
+    data.limit, data.repeat = overfit or (1.0 if limit is None else limit), bool(overfit)
     callbacks, plugins = _as_list(arguments.pop("callbacks")), _as_list(arguments.pop("plugins"))
     if arguments["enable_progress_bar"] is not False:
         callbacks.append(Progress(name))
     try:
-        return Trainer(**arguments, callbacks=[*callbacks, record], plugins=[*plugins, AtomicCheckpointIO()])
+        arguments |= {"accumulate_grad_batches": values.accumulate, "plugins": [*plugins, AtomicCheckpointIO()]}
+        trainer = Trainer(**arguments, callbacks=[*callbacks, record])
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UsageError(f"Lightning's Trainer refuses these options: {' '.join(str(error).split())}") from error
+    if data.batch_size % (trainer.world_size * values.accumulate):
+        parts = f"{trainer.world_size} devices" + (f" x accumulate {values.accumulate}" if values.accumulate > 1 else "")
+        raise UsageError(f"data.batch_size {data.batch_size} is not divisible by {parts}; change one of them")
+    return trainer
 
 
 def _as_list(value: Any) -> list[Any]:

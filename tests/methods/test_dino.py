@@ -35,11 +35,10 @@ def attach(module: DINO, total_steps: int = 100) -> DINO:
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
         global_step=0,
         num_training_batches=10,
-        accumulate_grad_batches=1,
         estimated_stepping_batches=total_steps,
         datamodule=SimpleNamespace(batch_size=256),
     )
-    module.now = module.schedule(0)
+    module.scheduled = module.schedule(0)
     module.report = lambda loss, **metrics: None  # type: ignore[method-assign, assignment]
     return module
 

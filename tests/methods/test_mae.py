@@ -159,11 +159,12 @@ def test_optimiser_is_the_papers() -> None:
     module = tiny()
     assert module.configure_optimizers().defaults["betas"] == (0.9, 0.95)
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
-        num_training_batches=10, accumulate_grad_batches=2, estimated_stepping_batches=4000, datamodule=SimpleNamespace(batch_size=2048)
+        num_training_batches=20, estimated_stepping_batches=4000, datamodule=SimpleNamespace(batch_size=4096)
     )
-    assert module.epochs(40.0) == 200  # ten batches an epoch, two a step
-    assert module.schedule(200)["lr"] == pytest.approx(1.5e-4 * 4096 / 256)
-    assert module.schedule(100)["lr"] == pytest.approx(0.5 * 1.5e-4 * 4096 / 256)
+    module.accumulate = 2
+    assert module.steps_of(40.0) == 400  # twenty micro-batches an epoch, two a step
+    assert module.schedule(400)["lr"] == pytest.approx(1.5e-4 * 4096 / 256)
+    assert module.schedule(200)["lr"] == pytest.approx(0.5 * 1.5e-4 * 4096 / 256)
 
 
 @pytest.mark.parametrize(
