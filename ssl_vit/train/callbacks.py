@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -45,24 +46,30 @@ class Interrupted(Exception):
 
 class RunFolder(Checkpoint):
     """`recipe.yaml`, `last.ckpt` (every five minutes, at the end, and at Ctrl-C in a single process), `metrics.jsonl`, and `run.json`
-    once all steps are done. flops: of one image through the method."""
+    once all steps are done. flops: of one image through the method. keep_every_epochs: `epoch-NNNN.ckpt` stays after so many epochs."""
 
-    def __init__(self, folder: Path, flops: int) -> None:
+    def __init__(self, folder: Path, flops: int, keep_every_epochs: int | None = None) -> None:
         super().__init__()
-        self.folder, self.flops = folder, flops
+        self.folder, self.flops, self.keep_every_epochs = folder, flops, keep_every_epochs
         self.checkpoint = folder / "last.ckpt"
         self.interrupted = False
         self._total: int | None = None
         self._step = -1  # the last one seen; micro-batches of an accumulated step repeat it
-        self._seconds_before = 0.0
+        self._seconds_before = self._waited_before = 0.0
+        self._stream: Any = None
         self._start = time.monotonic()
         self._previous: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds_before + time.monotonic() - self._start}
+        return {"seconds": self._seconds_before + time.monotonic() - self._start, "data_seconds": self.waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seconds_before = state_dict["seconds"]
+        self._seconds_before, self._waited_before = state_dict["seconds"], state_dict.get("data_seconds", 0.0)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this rank has waited for data, in all."""
+        return float(self._waited_before + getattr(self._stream, "seconds", 0.0))
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Whatever stopped the run (a clock between two micro-batches, say), its loops go on behind its last optimiser step."""
@@ -79,7 +86,8 @@ class RunFolder(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, Method)
-        self._total, self._step = module.total_steps, trainer.global_step
+        self._total, self._step, self._stream = module.total_steps, trainer.global_step, trainer.train_dataloader
+        self._per_epoch = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
         metrics = self.folder / "metrics.jsonl"
         if trainer.is_global_zero and metrics.exists():  # a resumed run writes the steps behind its checkpoint again
             _replace(metrics, "".join(json.dumps(record) + "\n" for record in self._records() if record["step"] <= self._step))
@@ -92,6 +100,7 @@ class RunFolder(Checkpoint):
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if trainer.is_global_zero and (step % every == 0 or step == self._total):
             record = {"step": step, **{key: float(value) for key, value in trainer.callback_metrics.items()}}
+            record["data_seconds"] = round(self.waited, 3)
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
         if self.interrupted:
@@ -100,6 +109,10 @@ class RunFolder(Checkpoint):
         if step % CHECK_EVERY_STEPS == 0 and trainer.strategy.broadcast(time.monotonic() - self._saved > CHECKPOINT_SECONDS):
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
             self._saved = time.monotonic()
+        if self.keep_every_epochs and step % (self._per_epoch * self.keep_every_epochs) == 0:
+            trainer.save_checkpoint(self.checkpoint, weights_only=False)
+            if trainer.is_global_zero:
+                keep_copy(self.checkpoint, self.folder / f"epoch-{step // self._per_epoch:04}.ckpt")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step:
@@ -116,7 +129,7 @@ class RunFolder(Checkpoint):
             "images": images,
             "flops": images * self.flops,
             "parameters": sum(parameter.numel() for parameter in module.backbone.parameters()),
-            "seconds": round(self.state_dict()["seconds"], 2),
+            **{key: round(value, 2) for key, value in self.state_dict().items()},
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "recipe_hash": recipe_hash(module.recipe),
             "git": git_revision(),
@@ -140,6 +153,17 @@ class RunFolder(Checkpoint):
         if self.interrupted:  # a second Ctrl-C does not wait for the step
             raise KeyboardInterrupt
         self.interrupted = True
+
+
+def keep_copy(checkpoint: Path, copy: Path) -> None:
+    """A second name of a file that is never written in place; a whole copy where the filesystem has no second names."""
+    partial = copy.with_name(f".{copy.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint, partial)
+    except OSError:
+        shutil.copyfile(checkpoint, partial)
+    os.replace(partial, copy)
 
 
 def stand_behind(checkpoint: dict[str, Any], per_epoch: int, accumulate: int) -> None:

@@ -1,10 +1,9 @@
 """`ssl-vit pretrain RECIPE`: a recipe and command-line options, by Lightning's argument parser, into a trained checkpoint."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import PositiveInt
@@ -12,7 +11,7 @@ from lightning import Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.stream import ImageData
@@ -78,7 +77,10 @@ def recipe_parser(method: type[Method]) -> LightningArgumentParser:
     parser.add_argument("--config", action=ActionConfigFile, help=argparse.SUPPRESS)
     parser.add_argument("--method", type=str, help="dino or mae; a recipe's first line")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; runs/RECIPE if not given")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.ckpt")
+    resume = "go on from the run folder's last.ckpt; auto: start where there is none, as a requeued job does"
+    parser.add_argument("--resume", nargs="?", const=True, default=False, type=bool | Literal["auto"], help=resume)
+    kept = "keep epoch-NNNN.ckpt after so many epochs each"
+    parser.add_argument("--keep_every_epochs", type=PositiveInt | None, default=None, help=kept)
     parser.add_argument("--accumulate", type=PositiveInt, default=1, help="micro-batches that a device cuts its share of a batch into")
     parser.add_class_arguments(method, None)
     parser.add_lightning_class_args(ImageData, "data")
@@ -114,9 +116,9 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     flops = training_flops(build_method(config, values))  # of a model of its own: the one that is trained is left as it was drawn
     module = build_method(config, values)
     module.accumulate = config.accumulate
-    record = RunFolder(folder, flops)
+    record = RunFolder(folder, flops, config.keep_every_epochs)
     log = TrainingLog(tracking, folder) if tracking else None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("SLURM_PROCID", 0)) == 0:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         _check_folder(folder, record.checkpoint, module.recipe, config.resume)
     if config.resume and (folder / "run.json").exists():
         rank_zero_info(f"{folder} is finished; nothing to do")
@@ -173,16 +175,16 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
-def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume: bool) -> None:
+def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume: bool | str) -> None:
     """UsageError if the run would overwrite something, or if there is nothing to resume."""
-    ours = (folder / "recipe.yaml").exists()
-    if not resume:
-        # W&B's files alone: killed before the first step, and tracked
-        if folder.exists() and (not folder.is_dir() or any(path.name != "wandb" for path in folder.iterdir())):
-            what, advice = ("a run", "add --resume to go on with it, or ") if ours else ("something else", "")
+    begun = (folder / "recipe.yaml").exists()
+    if not resume or (resume == "auto" and not begun):
+        # W&B's files and half-written ones alone: killed before the first step
+        if folder.exists() and (not folder.is_dir() or any(p.name != "wandb" and p.suffix != ".partial" for p in folder.iterdir())):
+            what, advice = ("a run", "add --resume to go on with it, or ") if begun else ("something else", "")
             raise UsageError(f"{folder} already holds {what}; {advice}name another folder with --out")
         return
-    if not ours:
+    if not begun:
         raise UsageError(f"nothing to resume: there is no run in {folder}; leave --resume out to start")
     # a run that was killed before its first checkpoint has only its recipe, and starts again
     before = read_checkpoint(checkpoint)["ssl_vit"]["recipe"] if checkpoint.exists() else read_yaml(folder / "recipe.yaml")

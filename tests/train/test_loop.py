@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from ssl_vit.cli import run
 from ssl_vit.methods import Method
 from ssl_vit.train.pretrain import build_method, parse_recipe, pretrain
 from ssl_vit.weights.checkpoint import read_checkpoint
@@ -128,3 +129,43 @@ def test_overfit_repeats_its_batches_and_limits_count_global_ones() -> None:
         limits = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", limit)
         train("mae.yaml", f"limit{limit}", *limits, "--accumulate", "2")
         assert run_json(f"limit{limit}")["steps"] == steps
+
+
+def test_checkpoints_are_kept_every_so_many_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--trainer.max_steps", "13", "--keep_every_epochs", "2", "--accumulate", "2")  # three steps an epoch
+    train("mae.yaml", "run", *options, callback=Stop(22))
+    assert sorted(path.name for path in Path("run").glob("*.ckpt")) == ["epoch-0002.ckpt", "last.ckpt"]
+
+    def refuse(*names: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "link", refuse)
+    train("mae.yaml", "run", *options, "--resume")
+    assert sorted(path.name for path in Path("run").glob(".*")) == []
+    steps = {path.name: read_checkpoint(path)["global_step"] for path in Path("run").glob("*.ckpt")}
+    assert steps == {"epoch-0002.ckpt": 6, "epoch-0004.ckpt": 12, "last.ckpt": 13}
+    whole = train("mae.yaml", "whole", "--trainer.max_steps", "13", "--accumulate", "2")
+    assert all(torch.equal(value, read_checkpoint("run/last.ckpt")["state_dict"][key]) for key, value in whole.items())
+
+
+def test_resume_auto_starts_or_goes_on_or_has_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = train("mae.yaml", "whole")
+    Path("run").mkdir()
+    Path("run/.recipe.yaml.partial").touch()  # killed while it wrote its first file
+    for stop in (Stop(2), Stop(3), None, None):
+        state = train("mae.yaml", "run", "--resume", "auto", callback=stop)
+    assert all(torch.equal(state[key], value) for key, value in whole.items())
+    before = Path("run/last.ckpt").read_bytes()
+    assert run(["pretrain", "mae.yaml", "--out", "run", "--resume", "auto"]) == 0
+    assert Path("run/last.ckpt").read_bytes() == before
+    assert run(["pretrain", "mae.yaml", "--out", "pictures", "--resume", "auto"]) == 2
+    assert "already holds something else" in capsys.readouterr().err
+
+
+def test_seconds_waited_for_data_are_logged() -> None:
+    train("mae.yaml", "run", "--trainer.log_every_n_steps", "1", callback=Stop(3))
+    train("mae.yaml", "run", "--trainer.log_every_n_steps", "1", "--resume")
+    waited = [json.loads(line)["data_seconds"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert len(waited) == 7
+    assert waited == sorted(waited)
+    assert 0 < run_json("run")["data_seconds"] < run_json("run")["seconds"]
