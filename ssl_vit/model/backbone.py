@@ -84,7 +84,8 @@ class BackboneConfig:
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> "BackboneConfig":
         """From a stored recipe's `backbone`, whose tuples are lists."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()})
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()}
+        return cls(**fields)
 
     def timm_arguments(self) -> dict[str, Any]:
         """What `timm.create_model(self.name)` is told, here and in an exported folder."""
