@@ -56,7 +56,7 @@ def _bicubic_weights(
         target = torch.where(flip[..., None], target.flip(0), target)
     scale = length.float() / out
     source = torch.arange(size, device=start.device) - start
-    distance = (source.float() - scale * (target[..., None] + 0.5)).add_(0.5).div_(scale.clamp(min=1)).abs_()
+    distance = (source.float() - scale * (target.float()[..., None] + 0.5)).add_(0.5).div_(scale.clamp(min=1)).abs_()
     # the two pieces of the cubic as truncated powers: outer on distance < 2, and what the inner one adds on distance < 1
     outer = (2 - distance).clamp_(min=0)
     inner = (1 - distance).clamp_(min=0)

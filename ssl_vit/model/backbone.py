@@ -81,6 +81,12 @@ class BackboneConfig:
         if self.width and self.heads and self.width % self.heads:
             raise UsageError(f"backbone.width {self.width} is not divisible by backbone.heads {self.heads}; change one of them")
 
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> "BackboneConfig":
+        """From a stored recipe's `backbone`, whose tuples are lists."""
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()}
+        return cls(**fields)
+
     def timm_arguments(self) -> dict[str, Any]:
         """What `timm.create_model(self.name)` is told, here and in an exported folder."""
         sizes = {"embed_dim": self.width, "depth": self.depth, "num_heads": self.heads}

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.data.stream import Batch
 from ssl_vit.methods.base import Method
+from ssl_vit.model.backbone import Backbone
 
 
 def training_flops(module: Method) -> int:
@@ -20,6 +21,9 @@ def training_flops(module: Method) -> int:
     """
     size = module.backbone.image_size
     batch = Batch(torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.full((1, 2), size), torch.zeros(1, dtype=torch.int64), 0)
+    for part in module.modules():
+        if isinstance(part, Backbone):
+            part.checkpointing = part.uncompiled = False  # neither changes what the model needs
     module.scheduled = defaultdict(lambda: 1.0)  # temperatures and rates do not change the count
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's, that without a Trainer nothing is logged

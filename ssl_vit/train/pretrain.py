@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import PositiveInt
 from lightning import Trainer, seed_everything
@@ -130,6 +131,8 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that are float32
     trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
     rest = "" if record.finish(trainer, module) else f" of {module.total_steps}; go on with --resume"
     rank_zero_info(f"{record.checkpoint}: {trainer.global_step} steps{rest}, trained with {module.spec}")

@@ -183,7 +183,7 @@ def backbone_of(
 ) -> Backbone:
     """The backbone in what `read_weights` found to be a checkpoint of ssl-vit (`name` is for messages)."""
     ours = checkpoint["ssl_vit"]
-    backbone = build_backbone(BackboneConfig(**ours["recipe"]["backbone"]), drop_path=0.0)
+    backbone = build_backbone(BackboneConfig.of(ours["recipe"]["backbone"]), drop_path=0.0)
     check_size(image_size, backbone.patch, name)
     if pretrained:
         network = network_of(checkpoint, name, which)

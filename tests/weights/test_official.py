@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ssl_vit import load_backbone
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.backbone import IMAGENET_MEAN, IMAGENET_STD
+from ssl_vit.weights.checkpoint import read_weights
 from ssl_vit.weights.official import official_backbone
 from ssl_vit_eval.models import open_source
 
@@ -152,9 +154,10 @@ def test_a_full_checkpoint_holds_teacher_and_student(wrapper: str) -> None:
             wrapper + key: value for key, value in {**{f"backbone.{key}": value for key, value in student.items()}, **heads}.items()
         },
         "teacher": {**{f"backbone.{key}": value for key, value in teacher.items()}, **heads},
-        "optimizer": {"state": {}, "param_groups": []},
+        # the authors assign entries of numpy tables to the groups, and keep the command line
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(5e-4), "weight_decay": np.float64(0.04), "params": [0]}]},
         "epoch": 100,
-        "args": argparse.Namespace(arch="vit_small", lr=0.0005, local_crops_scale=(0.05, 0.4)),
+        "args": argparse.Namespace(arch="vit_small", lr=0.0005, local_crops_scale=(0.05, 0.4), output_dir=Path("out/here")),
     }
     torch.save(content, "full.pth")
     for name, state in (("full.pth", teacher), ("full.pth:student", student)):
@@ -252,6 +255,33 @@ def test_other_layouts_are_refused_by_name(content: Any, message: str) -> None:
 class _Payload:
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, ("touch executed",))
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("core", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numpy_scalars_and_paths_under_the_names_of_every_version(core: str, module: str) -> None:
+    """The pickles that numpy 1 and 2, Python up to 3.12 and from 3.13 write, by hand."""
+    scalar = f"c{core}\nscalar\n(cnumpy\ndtype\n(X\x02\0\0\0f8K\0K\1tR(K\3X\1\0\0\0<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+    text = "(X\x09\0\0\0" + "\0" * 6 + "\xc3\xb0?X\x06\0\0\0latin1"
+    data = scalar + "c_codecs\nencode\n" + text + "tRtR"
+    path = f"c{module}\nPosixPath\n(X\1\0\0\0ctR"
+    torch.save(plain(), "whole.pth")
+    with zipfile.ZipFile("whole.pth") as whole, zipfile.ZipFile("old.pth", "w") as old:
+        for name in whole.namelist():
+            content = whole.read(name)
+            if name.endswith("data.pkl"):  # a dict around the weights: {"lr": scalar, "out": path, "teacher": ...}
+                body = content.removeprefix(b"\x80\x02").removesuffix(b".")
+                around = "X\2\0\0\0lr" + data + "X\3\0\0\0out" + path + "X\5\0\0\0model"
+                content = b"\x80\x02}(" + around.encode("latin1") + body + b"u."
+            old.writestr(name, content)
+    content = read_weights("old.pth")
+    assert (content["lr"], str(content["out"])) == (1.0, "c")
+
+
+def test_other_globals_of_numpy_are_refused() -> None:
+    torch.save({"model": plain(), "table": np.arange(3)}, "array.pth")
+    with pytest.raises(Failure, match=r"array\.pth is not a readable checkpoint"):
+        read_weights("array.pth")
 
 
 def test_damaged_and_malicious_files_are_refused_unexecuted() -> None:

@@ -1,0 +1,83 @@
+"""`init:`: student and teacher, or MAE's encoder, start from given weights; what does not fit is refused in one line."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_vit import load_backbone
+from ssl_vit.data.views import MultiCrop, SingleCrop
+from ssl_vit.errors import UsageError
+from ssl_vit.methods.base import Method
+from ssl_vit.methods.dino import DINO, HeadConfig
+from ssl_vit.methods.mae import MAE, DecoderConfig
+from ssl_vit.model.backbone import BackboneConfig
+from tests.conftest import TINY
+from tests.model.test_positions import authors
+
+
+def dino(config: BackboneConfig, **more: Any) -> DINO:
+    crops = MultiCrop(global_size=config.image_size, local_size=8, n_local=1)
+    return DINO("cls", config, HeadConfig(hidden=8, bottleneck=8, prototypes=16), crops, **more)
+
+
+def saved(module: Method, path: Path) -> str:
+    content: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
+    torch.save(content, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("cls_position", [False, True])
+@torch.no_grad()
+def test_student_and_teacher_start_there(tmp_path: Path, cls_position: bool) -> None:
+    config = replace(TINY, cls_position=cls_position, mean=(0.4, 0.5, 0.6))
+    source = saved(dino(config), tmp_path / "last.ckpt")
+    torch.manual_seed(1)
+    module, images = dino(replace(TINY, mean=(0.4, 0.5, 0.6)), init=source).eval(), torch.randn(2, 3, 16, 16)
+    expected = load_backbone(source)
+    assert (expected.mean, expected.vit.no_embed_class) == ((0.4, 0.5, 0.6), not cls_position)
+    for network in (module.student, module.teacher):
+        for part in ("cls", "registers", "patches"):
+            torch.testing.assert_close(getattr(network.backbone(images), part), getattr(expected(images), part), rtol=0, atol=1e-6)
+    assert module.recipe["init"] == source
+    mae = MAE("gap", replace(TINY, mean=(0.4, 0.5, 0.6)), DecoderConfig(16, 1, 2), SingleCrop(size=16), init=source)
+    torch.testing.assert_close(mae.backbone.eval()(images).patches, expected(images).patches, rtol=0, atol=1e-6)
+
+
+def test_positions_are_resized(tmp_path: Path) -> None:
+    first = dino(TINY)
+    source = saved(first, tmp_path / "last.ckpt")
+    module = dino(replace(TINY, image_size=24), init=source)
+    expected = authors(first.teacher.backbone.vit.pos_embed, 4, 6)
+    torch.testing.assert_close(module.student.backbone.vit.pos_embed, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"width": 32}, "cls_token is (1, 1, 24) there and (1, 1, 32) here"),
+        ({"heads": 3}, "vit.blocks.0.attn is ('', [2]) there and ('', [3]) here"),
+        ({"registers": 0}, "reg_token is (1, 2, 24) there and None here"),
+        ({"depth": 4}, "blocks.3.norm1.weight is None there and (24,) here"),
+        ({"std": (0.5, 0.5, 0.5)}, "std is (0.229, 0.224, 0.225) there and (0.5, 0.5, 0.5) here"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    source = saved(dino(TINY), tmp_path / "last.ckpt")
+    with pytest.raises(UsageError) as error:
+        dino(replace(TINY, **change), init=source)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_timm_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ssl_vit.weights.checkpoint as checkpoint
+
+    fetch = checkpoint.load_backbone
+    monkeypatch.setattr(checkpoint, "load_backbone", lambda *args, **more: fetch(*args, pretrained=False, **more))
+    config = BackboneConfig(name="vit_tiny_patch16_224", image_size=32, patch=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    module = MAE("cls", config, DecoderConfig(16, 1, 2), SingleCrop(size=32), init="timm:vit_tiny_patch16_224")
+    assert module.backbone.depth == 12
