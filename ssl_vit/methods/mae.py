@@ -1,6 +1,6 @@
 """MAE (He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners"), the decoder's one global token being a chosen readout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from ssl_vit.data.views import SingleCrop, single_crop
 from ssl_vit.errors import UsageError, require
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
-from ssl_vit.model.backbone import BackboneConfig, build_backbone, patchify
+from ssl_vit.model.backbone import LATER, BackboneConfig, build_backbone, patchify
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.model.tokens import Tokens
 
@@ -30,15 +30,17 @@ class DecoderConfig:
         width: token width, a multiple of `heads` and of 4.
         depth: number of blocks.
         heads: attention heads.
+        mlp_ratio: hidden width of the blocks' MLPs over `width`.
     """
 
     width: int = 512
     depth: int = 8
     heads: int = 16
+    mlp_ratio: float = field(default=4.0, metadata=LATER)
 
     def __post_init__(self) -> None:
-        for field in ("width", "depth", "heads"):
-            require(getattr(self, field) > 0, f"decoder.{field}", getattr(self, field), "above 0")
+        for key in ("width", "depth", "heads", "mlp_ratio"):
+            require(getattr(self, key) > 0, f"decoder.{key}", getattr(self, key), "above 0")
         if self.width % self.heads or self.width % 4:
             raise UsageError(f"decoder.width {self.width} must be a multiple of decoder.heads ({self.heads}) and of 4")
 
@@ -53,7 +55,8 @@ class Decoder(nn.Module):
         self.position: Tensor
         self.register_buffer("position", sincos_positions(config.width, grid), persistent=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.Sequential(*[Block(config.width, config.heads, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)])
+        block = partial(Block, config.width, config.heads, config.mlp_ratio, qkv_bias=True, norm_layer=norm)
+        self.blocks = nn.Sequential(*[block() for _ in range(config.depth)])
         self.norm = norm(config.width)
         self.pixels = nn.Linear(config.width, patch * patch * 3)
 

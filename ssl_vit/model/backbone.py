@@ -41,6 +41,7 @@ class BackboneConfig:
         cls_tokens: 0 or 1 class token.
         registers: number of register tokens, without positions (Darcet et al. 2023).
         drop_path: stochastic depth of the trained network, growing to this rate at the last block.
+        mlp_ratio: hidden width of the blocks' MLPs over the token width.
         cls_position: give the class token a position of its own, as the papers do (MAE's is fixed at zero). Without one it starts
             exchangeable with the registers (design: with one register the register readout is its null control).
         mean: of the input normalisation, per channel.
@@ -58,6 +59,7 @@ class BackboneConfig:
     cls_tokens: int = 1
     registers: int = 0
     drop_path: float = 0.0
+    mlp_ratio: float | None = field(default=None, metadata=LATER)
     cls_position: bool = field(default=False, metadata=LATER)
     mean: Channels = field(default=IMAGENET_MEAN, metadata=LATER)
     std: Channels = field(default=IMAGENET_STD, metadata=LATER)
@@ -68,6 +70,7 @@ class BackboneConfig:
         for key, least in {"image_size": 1, "patch": 1, "width": 1, "depth": 1, "heads": 1, "registers": 0}.items():
             value = getattr(self, key)
             require(value is None or value >= least, f"backbone.{key}", value, f"at least {least}")
+        require(self.mlp_ratio is None or self.mlp_ratio > 0, "backbone.mlp_ratio", self.mlp_ratio, "above 0")
         require(0 <= self.drop_path < 1, "backbone.drop_path", self.drop_path, "from 0 to below 1")
         require(min(self.std) > 0, "backbone.std", self.std, "above 0")
         require(self.cls_tokens == 1 or not self.cls_position, "backbone.cls_position", True, "false without a class token")
@@ -89,7 +92,7 @@ class BackboneConfig:
 
     def timm_arguments(self) -> dict[str, Any]:
         """What `timm.create_model(self.name)` is told, here and in an exported folder."""
-        sizes = {"embed_dim": self.width, "depth": self.depth, "num_heads": self.heads}
+        sizes = {"embed_dim": self.width, "depth": self.depth, "num_heads": self.heads, "mlp_ratio": self.mlp_ratio}
         return {
             "img_size": self.image_size,
             "patch_size": self.patch,
