@@ -17,6 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from tqdm import tqdm
 
+from ssl_vit.files import write_atomically
 from ssl_vit.methods import Method
 from ssl_vit.provenance import git_revision, recipe_hash
 
@@ -27,17 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, syncs, then renames: the name always holds a whole checkpoint, the old one or the new."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
 
 class Interrupted(Exception):
@@ -79,7 +70,7 @@ class RunFolder(Checkpoint):
         self._start = self._saved = time.monotonic()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.folder / "recipe.yaml", yaml.safe_dump(module.recipe, sort_keys=False))
+            write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(module.recipe, sort_keys=False))
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             # ranks of a group may stand at different steps; they end as Lightning ends them
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
@@ -90,7 +81,7 @@ class RunFolder(Checkpoint):
         self._per_epoch = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
         metrics = self.folder / "metrics.jsonl"
         if trainer.is_global_zero and metrics.exists():  # a resumed run writes the steps behind its checkpoint again
-            _replace(metrics, "".join(json.dumps(record) + "\n" for record in self._records() if record["step"] <= self._step))
+            write_atomically(metrics, "".join(json.dumps(record) + "\n" for record in self._records() if record["step"] <= self._step))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -136,7 +127,7 @@ class RunFolder(Checkpoint):
             "metrics": records[-1] if records else {},
         }
         if trainer.is_global_zero:
-            _replace(self.folder / "run.json", json.dumps(summary, indent=1) + "\n")
+            write_atomically(self.folder / "run.json", json.dumps(summary, indent=1) + "\n")
         return True
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
@@ -181,13 +172,6 @@ def stand_behind(checkpoint: dict[str, Any], per_epoch: int, accumulate: int) ->
         for which, number in (("total", count), ("current", within)):
             progress[which] |= {key: number - (key in last) for key in ("ready", "started", "processed", "completed")}
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file: a kill leaves the old one, or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 class Progress(ProgressBar):

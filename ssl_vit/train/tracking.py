@@ -25,6 +25,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from ssl_vit.errors import UsageError
+from ssl_vit.files import write_atomically
 
 if TYPE_CHECKING:
     import wandb
@@ -188,10 +189,7 @@ class TrackedRun:
 
     def _write(self, **changes: Any) -> None:
         self.state |= changes
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.state))
-        os.replace(partial, self.file)
+        write_atomically(self.file, json.dumps(self.state))
 
     @contextmanager
     def _harmless(self, doing: str) -> Iterator[None]:

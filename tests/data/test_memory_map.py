@@ -1,0 +1,117 @@
+"""Images in a file that processes share: equal to decoding one by one, whole or absent, the memory of one for all."""
+
+import errno
+import multiprocessing
+import os
+import re
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssl_vit.data import memory_map
+from ssl_vit.data.identity import describe_change
+from ssl_vit.data.sources import load_split
+from ssl_vit.errors import Failure
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture(autouse=True)
+def _mapped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 noisy images of two shapes and a panorama; every set goes to the disk."""
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(memory_map, "SMALL", 0)
+    rng = np.random.default_rng(0)
+    (tmp_path / "set").mkdir()
+    for i in range(40):
+        shape = (500, 20_000, 3) if i == 7 else (40, 60 + i % 2, 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "set" / f"{i:02}.png", compress_level=1)
+
+
+def left(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock")
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_the_file_holds_the_pixels_and_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    monkeypatch.setattr(memory_map, "workers", lambda: processes)
+    first = load_split(str(tmp_path / "set"), "train", progress=False).images
+    for i in range(40):
+        expected = np.asarray(Image.open(tmp_path / "set" / f"{i:02}.png"))
+        assert (first[i].permute(1, 2, 0).numpy() == expected).all()
+    monkeypatch.setattr(memory_map, "decode", None)  # nothing is decoded again
+    again = load_split(str(tmp_path / "set"), "train", progress=False).images
+    assert torch.equal(again.batch(torch.tensor([3, 0]))[0], first.batch(torch.tensor([3, 0]))[0])
+    assert len(left(tmp_path)) == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: BinaryIO, images: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(memory_map, "_write", full)
+    with pytest.raises(Failure, match=r"cannot be written: No space left on device; make room, or name another folder"):
+        load_split(str(tmp_path / "set"), "train", progress=False)
+    assert left(tmp_path) == []
+
+
+def test_a_corrupt_image_is_named_and_a_cut_file_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_map, "workers", lambda: 1)
+    source = str(tmp_path / "set")
+    whole = load_split(source, "train", progress=False).images[39].clone()
+    file = tmp_path / "cache" / left(tmp_path)[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    assert torch.equal(load_split(source, "train", progress=False).images[39], whole)
+    bad = tmp_path / "set" / "05.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    with pytest.raises(Failure, match=r"row 5 \(05\.png\) is corrupt") as caught:
+        load_split(source, "train", progress=False)
+    assert "\n" not in str(caught.value)
+    assert len(left(tmp_path)) == 1
+
+
+def _rank(source: str, barrier: Any, results: Any) -> None:
+    memory_map.SMALL = 0
+    images = load_split(source, "train", progress=False).images
+    int(images._pixels.sum())  # every page is in use
+    barrier.wait()
+    (entry,) = re.findall(r"[^\n]*\.images\n(?:[A-Z]\w+: [^\n]*\n)+", Path("/proc/self/smaps").read_text())
+    results.put({key: int(re.search(rf"^{key}: +(\d+)", entry, re.M)[1]) for key in ("Rss", "Pss", "Private_Dirty")})  # type: ignore[index]
+    barrier.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says whose the pages are")
+def test_ranks_wait_for_one_and_share_its_pages(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    ranks = [context.Process(target=_rank, args=(str(tmp_path / "set"), barrier, results)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    found = [results.get(timeout=120) for _ in ranks]
+    for rank in ranks:
+        rank.join()
+    assert len(left(tmp_path)) == 1
+    for memory in found:
+        assert memory["Rss"] > 28_000  # KiB: the panorama alone has 29,297
+        assert memory["Pss"] < memory["Rss"] / 2.5
+        assert memory["Private_Dirty"] == 0
+
+
+def test_a_change_is_named(tmp_path: Path) -> None:
+    def now() -> dict[str, Any]:
+        return load_split(str(tmp_path / "set"), "train", progress=False).identity
+
+    before = now()
+    assert describe_change(before, now()) == ""
+    Image.new("RGB", (9, 9)).save(tmp_path / "set" / "03b.png")
+    assert describe_change(before, now()) == "40 images -> 41, the first that differs is 03b.png"
+    (tmp_path / "set" / "03b.png").unlink()
+    (tmp_path / "set" / "39.png").rename(tmp_path / "39.png")
+    assert describe_change(before, now()) == "40 images -> 39, those from 39.png on are gone"
+    Image.new("RGB", (9, 9)).save(tmp_path / "set" / "39.png")
+    assert describe_change(before, now()) == "40 images as before, the first that differs is 39.png"
