@@ -134,19 +134,18 @@ def test_several_pieces_make_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("jpegs")
 def test_boxes_and_pixels_are_those_of_the_device_path() -> None:
     """No reduction at these sizes: rounding to 8 bits between the directions and at the end is all that differs."""
-    data = dataset()
+    crops = MultiCrop(global_size=64, local_size=32, n_local=3)
+    data = dataset(crops.plan)
     batch = take(WorkerStream(data, 0), 1)[0]
     pictures = [to_tensor(decode(bytes_, name)) for name, bytes_ in data.records.encoded_rows(data.order.rows(batch.positions).tolist())]
     assert batch.sizes.tolist() == [list(picture.shape[1:]) for picture in pictures]
     images = torch.zeros(20, 3, 200, 200, dtype=torch.uint8)
     for image, picture in zip(images, pictures, strict=True):
         image[:, : picture.shape[1], : picture.shape[2]] = picture
-    plain = MultiCrop(global_size=32, local_size=16, n_local=3, jitter_p=0.0, grey_p=0.0, blur_p=(0.0, 0.0, 0.0), solarise_p=0.0)
+    plain = MultiCrop(global_size=64, local_size=32, n_local=3, jitter_p=0.0, grey_p=0.0, blur_p=(0.0, 0.0, 0.0), solarise_p=0.0)
     device = multi_crop(images, batch.sizes, batch.positions, 0, 5, plain)
-    small = [c.boxes(batch.sizes, batch.positions, 5)[0][..., 2:].amin() / c.size for c in CROPS.plan]
-    assert len(small) == 2
     unreduced = (
-        torch.stack([c.boxes(batch.sizes, batch.positions, 5)[0][..., 2:].amin(dim=(0, 2)) / c.size for c in CROPS.plan]).amin(0) < 2
+        torch.stack([c.boxes(batch.sizes, batch.positions, 5)[0][..., 2:].amin(dim=(0, 2)) / c.size for c in crops.plan]).amin(0) < 2
     )
     assert unreduced.sum() >= 15
     for made, cut in zip(batch.crops, device, strict=True):
@@ -154,8 +153,8 @@ def test_boxes_and_pixels_are_those_of_the_device_path() -> None:
         assert difference.max() < 2.5 / 255
         assert difference.mean() < 0.5 / 255
     # colours: the same transforms whoever cropped
-    whole = multi_crop(images, batch.sizes, batch.positions, 0, 5, CROPS)
-    streamed = multi_crop(batch.images, batch.sizes, batch.positions, 0, 5, CROPS, batch.crops)
+    whole = multi_crop(images, batch.sizes, batch.positions, 0, 5, crops)
+    streamed = multi_crop(batch.images, batch.sizes, batch.positions, 0, 5, crops, batch.crops)
     assert all((a - b).abs()[:, unreduced].mean() < 0.02 for a, b in zip(whole, streamed, strict=True))
     single = dataset(SingleCrop(32).plan)
     one = take(WorkerStream(single, 0), 1)[0]
@@ -258,7 +257,7 @@ def test_too_many_damaged_images_stop_the_run(capsys: pytest.CaptureFixture[str]
 @pytest.mark.usefixtures("jpegs")
 def test_strange_images() -> None:
     """A panorama, a single row of pixels, and JPEGs whose headers lie about their size, to more and to less."""
-    Path("jpegs/00.jpg").write_bytes(jpeg(smooth(20_000, 500)))
+    Path("jpegs/00.jpg").write_bytes(jpeg(Image.new("RGB", (20_000, 500), "green")))
     Path("jpegs/01.jpg").write_bytes(jpeg(smooth(300, 1)))
     for row, side in ((2, 60_000), (3, 900)):
         data = bytearray(Path(f"jpegs/{row:02}.jpg").read_bytes())
@@ -315,6 +314,7 @@ def command(*options: str) -> list[str]:
     return [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", *options, "--trainer.accelerator", "cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jpegs")
 def test_two_gloo_processes_equal_one() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
