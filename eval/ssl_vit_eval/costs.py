@@ -15,7 +15,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from ssl_vit.data.images import ImageStore
-from ssl_vit.data.stream import ImageData, whole_batches
+from ssl_vit.data.loader import whole_batches
+from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import UsageError
 from ssl_vit.train.cost import training_flops
 from ssl_vit.train.pretrain import build_method, parse_recipe

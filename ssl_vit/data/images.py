@@ -8,13 +8,13 @@ stretched from its own minimum ... maximum.
 import io
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Int64, Shaped, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,17 +30,21 @@ EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff
 _PIECE = 64 * 2**20
 
 
-def decode(picture: bytes | Path | Image.Image, name: str = "picture") -> Image.Image:
+def decode(picture: bytes | Path | Image.Image, name: str = "picture", reduction: Callable[[int, int], int] | None = None) -> Image.Image:
     """Encoded bytes, a file or a PIL image of any mode -> an upright PIL image of mode RGB.
 
-    `name` says in errors which picture it is. Raises Failure for an empty, truncated or corrupt picture, for what is no picture,
-    and, from its header alone, for one of more than `MAX_PIXELS` pixels.
+    reduction: by how much (1, 2, 4, 8) a JPEG of some upright (height, width) may be decoded smaller, sides rounded up; other formats
+    stay whole. `name` says in errors which picture it is. Raises Failure for an empty, truncated or corrupt picture, for what is no
+    picture, and, from its header alone, for one of more than `MAX_PIXELS` pixels.
     """
     with warnings.catch_warnings():
         # PIL's, about large pictures (refused here) and unreadable EXIF blocks (such a picture counts as upright)
         warnings.simplefilter("ignore")
-        opened = _open(picture, name)
+        opened = open_lazily(picture, name)
         try:
+            if reduction is not None:
+                factor = reduction(*upright_size(opened))
+                opened.draft(None, (max(opened.width // factor, 1), max(opened.height // factor, 1)))
             opened.load()
             return _rgb(_upright(opened))
         # a damaged file makes PIL raise OSError, SyntaxError, ValueError, struct.error, ..., each format its own
@@ -48,11 +52,20 @@ def decode(picture: bytes | Path | Image.Image, name: str = "picture") -> Image.
             raise Failure(f"{name} is corrupt: {reason(error)}; remove or replace it") from error
 
 
+def upright_size(opened: Image.Image) -> tuple[int, int]:
+    """(height, width) after EXIF orientation, of an image that is opened, not decoded."""
+    try:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # an unreadable EXIF block names no orientation
+        turned = False
+    return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+
 def header_size(picture: bytes | Path | Image.Image, name: str = "picture") -> tuple[int, int]:
     """(height, width) by the header, not decoded and before EXIF orientation; raises Failure as `decode` does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        opened = _open(picture, name)
+        opened = open_lazily(picture, name)
     return opened.height, opened.width
 
 
@@ -134,11 +147,16 @@ class ImageStore:
 def check_memory(pixel_bytes: int, title: str) -> None:
     """Raises Failure when `pixel_bytes` of decoded pictures exceed half of the memory that is available (bytes)."""
     free = available_memory()
-    if pixel_bytes > free / 2:
+    if not fits(pixel_bytes):
         raise Failure(
             f"{title} needs about {pixel_bytes / 2**30:.1f} GiB decoded, {free / 2**30:.1f} GiB of memory are available and half of that "
-            "may be used; sets that do not fit into memory are not supported yet: choose a smaller split or a smaller max_side"
+            "may be used; set data.decode to stream, or choose a smaller split or a smaller max_side"
         )
+
+
+def fits(pixel_bytes: int) -> bool:
+    """Whether so many decoded bytes may be held: half of what is available."""
+    return pixel_bytes <= available_memory() / 2
 
 
 def available_memory() -> int:
@@ -153,7 +171,8 @@ def available_memory() -> int:
     return free
 
 
-def _open(picture: bytes | Path | Image.Image, name: str) -> Image.Image:
+def open_lazily(picture: bytes | Path | Image.Image, name: str) -> Image.Image:
+    """The image by its header, its pixels not read yet; raises as `decode`."""
     try:
         data = picture.read_bytes() if isinstance(picture, Path) else picture
     except OSError as error:

@@ -1,35 +1,54 @@
-"""The pretraining data: decoded pictures in memory, and an endless stream of global batches whose order is a function of (seed, step)."""
+"""The pretraining data: an endless stream of global batches whose order is a function of (seed, step), from memory or from workers."""
 
+import itertools
+import logging
+import os
+import signal
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning
 import torch
 from jaxtyping import Int64, UInt8
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from ssl_vit.data.images import ImageStore
-from ssl_vit.data.rng import permutation
-from ssl_vit.data.sources import load_split
-from ssl_vit.errors import UsageError, require
+from ssl_vit.data.columns import Records
+from ssl_vit.data.images import ImageStore, fits
+from ssl_vit.data.loader import CropDataset, Order, Piece, whole_batches
+from ssl_vit.data.sources import load_split, mean_bytes, open_records
+from ssl_vit.data.views import Made
+from ssl_vit.errors import Failure, UsageError, require
+
+log = logging.getLogger(__name__)
+
+# the run stops when more of the images than this cannot be read, and more than a few
+MAX_CORRUPT, FEW_CORRUPT = 0.01, 3
 
 
 class Batch(NamedTuple):
-    """One rank's share of a global batch, as decoded: padded to the largest picture, with the true sizes."""
+    """One rank's share of a global batch: images as decoded, padded to the largest, with the true sizes; or, where workers crop,
+    `crops` as the method's `crop_plan` lists them, and images of 0 px."""
 
     images: UInt8[Tensor, "b 3 h w"]
     sizes: Int64[Tensor, "b 2"]
     positions: Int64[Tensor, "b"]  # in the stream of samples; what every random number is drawn from
     step: int  # of the global batch, the same on all ranks
+    crops: Made = ()
+
+    def split(self, k: int) -> "list[Batch]":
+        """k equal parts, one after the other; b is a multiple of k."""
+        crops = zip(*(crop.chunk(k, dim=1) for crop in self.crops), strict=True) if self.crops else [()] * k
+        parts = zip(self.images.chunk(k), self.sizes.chunk(k), self.positions.chunk(k), crops, strict=True)
+        return [Batch(images, sizes, positions, self.step, made) for images, sizes, positions, made in parts]
 
 
 class Stream:
-    """Endless global batches, this rank's share of each, in `accumulate` micro-batches; an epoch has `len(stream)` micro-batches.
+    """Endless global batches of images in memory, this rank's share of each, in `accumulate` micro-batches; `len(stream)` an epoch.
 
-    Sample p of the stream is picture `permutation(seed, p // n)[p % n]`, with n the pictures of an epoch (whole global batches).
-    So neither the number of ranks nor a resume changes which picture meets which random numbers.
+    `Order` says which image meets which random numbers: neither the number of ranks nor a resume changes it.
     step: the first global batch. limit: global batches of an epoch, or the share of them; what is left out comes in the next one.
     repeat: the same first `limit` batches in every epoch. seconds: how long `next` has taken in all.
     """
@@ -46,31 +65,27 @@ class Stream:
         limit: int | float = 1.0,
         repeat: bool = False,
     ) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.rank, self.ranks, self.accumulate, self.share = rank, ranks, accumulate, batch_size // (ranks * accumulate)
-        self.per_epoch = len(images) // batch_size  # global batches, before the limit
-        self.limit, self.repeat = whole_batches(limit, self.per_epoch), repeat
-        self.given = step * accumulate  # micro-batches
-        self.seconds = 0.0
+        self.images = images
+        self._stand(Order(len(images), batch_size, seed, rank, ranks, accumulate, limit, repeat), step)
+
+    def _stand(self, order: Order, step: int) -> None:
+        self.order, self.given, self.seconds = order, step * order.accumulate, 0.0  # given: micro-batches, consumed ones
 
     def __len__(self) -> int:
-        return self.limit * self.accumulate
+        return self.order.limit * self.order.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        ordered, order = -1, torch.empty(0, dtype=torch.int64)
         while True:
             begin = time.perf_counter()
-            step, part = divmod(self.given, self.accumulate)
-            step = step % self.limit if self.repeat else step
-            epoch, number = divmod(step, self.per_epoch)
-            if epoch != ordered:
-                ordered, order = epoch, permutation(self.seed, epoch, len(self.images))
-            start = number * self.batch_size + (part * self.ranks + self.rank) * self.share
-            inside = torch.arange(start, start + self.share)
-            images, sizes = self.images.batch(order[inside])
+            batch = self.batch(self.given)
             self.given += 1
             self.seconds += time.perf_counter() - begin
-            yield Batch(images, sizes, inside + epoch * self.per_epoch * self.batch_size, step)
+            yield batch
+
+    def batch(self, number: int) -> Batch:
+        """Micro-batch `number` of the stream."""
+        positions = self.order.positions(number)
+        return Batch(*self.images.batch(self.order.rows(positions)), positions, self.order.step(number))
 
     def state_dict(self) -> dict[str, int]:
         """Nothing: the Trainer's step says where the stream stands. Lightning takes a loader without it for one that cannot go on."""
@@ -80,20 +95,102 @@ class Stream:
         pass
 
 
-def whole_batches(limit: int | float, per_epoch: int) -> int:
-    """Lightning's reading of `limit_train_batches` and `overfit_batches`: a whole number above 1, or an int, counts; a share else."""
-    return min(int(limit), per_epoch) if isinstance(limit, int) or limit > 1 else int(limit * per_epoch)
+class WorkerStream(Stream):
+    """The same stream of images that are read, decoded and cropped by `workers` processes as they are needed (0: by this one).
+
+    Attributes: replaced, how many images of this rank others stood in for.
+    """
+
+    def __init__(self, dataset: CropDataset, workers: int, pin: bool = False, step: int = 0) -> None:
+        self._stand(dataset.order, step)
+        self.dataset, self.replaced = dataset, 0
+        self.workers, self.pin = workers, pin
+        self._next = -1  # the micro-batch that the workers' next pieces are of
+        self._pieces: Iterator[Piece | Failure] = iter(())
+        self._corrupt: set[int] = set()
+        self._seen = 0
+
+    def batch(self, number: int) -> Batch:
+        """UsageError and Failure in one line: of the images, and for a worker that the system ended."""
+        if number != self._next:
+            self._start(number)
+        pieces = [self._take() for _ in range(self.dataset.pieces)]
+        self._next = number + 1
+        self._count([corrupt for piece in pieces for corrupt in piece.corrupt])
+        crops = (
+            pieces[0].crops if len(pieces) == 1 else tuple(torch.cat(parts, 1) for parts in zip(*(p.crops for p in pieces), strict=True))
+        )
+        sizes, positions = torch.cat([piece.sizes for piece in pieces]), self.order.positions(number)
+        return Batch(torch.empty(len(sizes), 3, 0, 0, dtype=torch.uint8), sizes, positions, self.order.step(number), crops)
+
+    def _start(self, number: int) -> None:
+        """Workers from micro-batch `number` on; they go on over the ends of epochs."""
+        loader = DataLoader(
+            self.dataset,
+            batch_size=None,
+            sampler=itertools.count(number * self.dataset.pieces),
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.pin,
+            prefetch_factor=2 * self.dataset.pieces if self.workers else None,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # or it would draw from the run's
+        )
+        self._pieces = iter(loader)
+
+    def _take(self) -> Piece:
+        try:
+            piece = next(self._pieces)
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the last two where it died while handing over a piece
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise Failure(
+                f"a data worker was ended by the system ({' '.join(str(error).split())}): out of memory? lower data.workers"
+            ) from error
+        if isinstance(piece, Failure):
+            raise piece
+        return piece
+
+    def _count(self, corrupt: list[tuple[int, str]]) -> None:
+        self._seen += self.order.share
+        self.replaced += len(corrupt)
+        for row, reason in corrupt:
+            if row not in self._corrupt:
+                self._corrupt.add(row)
+                log.warning("%s; the next image in the order stands in for it", reason)
+        if len(self._corrupt) > max(FEW_CORRUPT, MAX_CORRUPT * min(self._seen, self.order.n)):
+            raise Failure(
+                f"{len(self._corrupt)} of {min(self._seen, self.order.n)} images cannot be read, more than {MAX_CORRUPT:.0%}; "
+                f"the last one: {corrupt[-1][1]}"
+            )
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pieces, self._next = iter(()), -1
+
+
+def _as_it_is(piece: Any) -> Any:
+    return piece
+
+
+def _ignore_signals(worker: int) -> None:
+    """What a scheduler or Ctrl-C sends to the group is the main process's to answer; workers end with it."""
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
 
 
 class ImageData(lightning.LightningDataModule):
-    """Pictures for pretraining, decoded once; labels are never read.
+    """Images for pretraining; labels are never read.
 
     Args:
         source: a Hugging Face dataset id, a local imagefolder, Parquet or Arrow folder, or builtin:NAME.
         batch_size: images in a global batch, over all devices.
         split: which split to train on.
-        image_column: the column that holds the pictures; found by its type if not given.
-        max_side: pictures whose shorter side is longer are stored at this one, in pixels.
+        image_column: the column that holds the images; found by its type if not given.
+        max_side: images whose shorter side is longer are stored at this one, in pixels; those that are streamed are cropped as they are.
+        decode: memory (decoded once, cropped on the device), stream (decoded and cropped by workers each time), or auto: memory where
+            the decoded images fit into half of it.
+        workers: processes per device that decode when streaming; by default the cores of the device, at most 8. 0: none.
         seed: of the order.
     """
 
@@ -104,33 +201,72 @@ class ImageData(lightning.LightningDataModule):
         split: str = "train",
         image_column: str | None = None,
         max_side: int = 512,
+        decode: Literal["auto", "memory", "stream"] = "auto",
+        workers: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         require(batch_size > 0, "data.batch_size", batch_size, "above 0")
         require(max_side > 0, "data.max_side", max_side, "above 0")
+        require(workers is None or workers >= 0, "data.workers", workers, "0 or more")
         self.source, self.batch_size, self.split = source, batch_size, split
         self.image_column, self.max_side, self.seed = image_column, max_side, seed
+        self.decode, self.workers = decode, workers
         self.images: ImageStore | None = None
+        self.records: Records | None = None
+        self.streams: list[WorkerStream] = []
         self.limit: int | float = 1.0  # of `Stream`, as is `repeat`
         self.repeat = False
 
     def setup(self, stage: str) -> None:
         assert self.trainer is not None
-        if self.images is None:
-            progress = self.trainer.is_global_zero
-            loaded = load_split(self.source, self.split, image_column=self.image_column, max_side=self.max_side, progress=progress)
-            self.images = loaded.images
-            for notice in loaded.notices:
+        if self.images is None and self.records is None:
+            for notice in self._open():
                 rank_zero_info(notice)
-        if self.batch_size > len(self.images):
-            raise UsageError(f"data.batch_size is {self.batch_size}, but {self.source} holds {len(self.images)} pictures; lower it")
-        if whole_batches(self.limit, len(self.images) // self.batch_size) == 0:
+        count = len(self.images) if self.images is not None else len(self.records.table)  # type: ignore[union-attr]
+        if self.batch_size > count:
+            raise UsageError(f"data.batch_size is {self.batch_size}, but {self.source} holds {count} images; lower it")
+        if whole_batches(self.limit, count // self.batch_size) == 0:
             raise UsageError(f"trainer.limit_train_batches or overfit_batches {self.limit} is less than one batch; raise it")
 
-    def train_dataloader(self) -> Stream:
-        assert self.images is not None
+    def _open(self) -> tuple[str, ...]:
+        """Rank 0 decides which side decodes, and the recipe says so if it is the workers."""
         assert self.trainer is not None
-        trainer = self.trainer  # here its step is already that of the checkpoint
+        module: Any = self.trainer.lightning_module
+        decode, streams = self.trainer.strategy.broadcast(self.decode), bool(module.crop_plan) and not self.source.startswith("builtin:")
+        require(decode != "stream" or streams, "data.decode", decode, "memory for this method and source")
+        if decode != "memory" and streams:
+            rows, notices = open_records(self.source, self.split, self.image_column)
+            if decode == "auto":
+                small = fits(len(rows.table) * mean_bytes(rows, self.max_side))
+                decode = self.trainer.strategy.broadcast("memory" if small else "stream")
+            if decode == "stream":
+                self.records, module.recipe["data"]["decode"] = rows, "stream"
+                return notices
+        progress = self.trainer.is_global_zero
+        loaded = load_split(self.source, self.split, image_column=self.image_column, max_side=self.max_side, progress=progress)
+        self.images = loaded.images
+        return loaded.notices
+
+    def train_dataloader(self) -> Stream:
+        assert self.trainer is not None
+        trainer: Any = self.trainer  # here its step is already that of the checkpoint
         ranks, parts = (trainer.global_rank, trainer.world_size), trainer.accumulate_grad_batches
-        return Stream(self.images, self.batch_size, self.seed, *ranks, parts, trainer.global_step, self.limit, self.repeat)
+        if self.records is None:
+            assert self.images is not None
+            return Stream(self.images, self.batch_size, self.seed, *ranks, parts, trainer.global_step, self.limit, self.repeat)
+        order = Order(len(self.records.table), self.batch_size, self.seed, *ranks, parts, self.limit, self.repeat)
+        dataset = CropDataset(self.records, order, trainer.lightning_module.crop_plan)
+        workers = min(8, available_cores() // trainer.num_devices) if self.workers is None else self.workers
+        pin = trainer.strategy.root_device.type == "cuda"
+        self.streams.append(WorkerStream(dataset, workers, pin, trainer.global_step))
+        return self.streams[-1]
+
+    def teardown(self, stage: str) -> None:
+        for stream in self.streams:
+            stream.close()
+
+
+def available_cores() -> int:
+    """Of this process; all of the machine where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,9 +24,29 @@ VIEW_STREAM = 1000
 FLIP, JITTER, FACTORS, GREY, BLUR, SIGMA, SOLARISE = CROP_DRAWS, CROP_DRAWS + 1, CROP_DRAWS + 2, *range(CROP_DRAWS + 6, CROP_DRAWS + 10)
 DRAWS = SOLARISE + 1
 
+Made = tuple[UInt8[Tensor, "_ b 3 _ _"], ...]
+"""Crops [v b 3 s s] made by a worker, for each entry of a plan; empty where the device cuts them out of the images."""
+
 
 def _require_scale(field: str, scale: tuple[float, float]) -> None:
     require(0 < scale[0] <= scale[1] <= 1, field, scale, "two shares of the image's area, low then high, above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random resized crops of one size: `views` are their numbers, each with random numbers of its own; size in pixels."""
+
+    views: range
+    scale: tuple[float, float]
+    flip: float
+    size: int
+
+    def boxes(
+        self, sizes: Int64[Tensor, "b 2"], positions: Int64[Tensor, "b"], seed: int
+    ) -> tuple[Int64[Tensor, "v b 4"], Bool[Tensor, "v b"]]:
+        """(top, left, height, width) and whether flipped, of every view of every image: the same on a device and in a worker."""
+        u = _draw(seed, positions, self.views, FLIP + 1)
+        return random_resized_crop_boxes(u[..., :CROP_DRAWS], sizes, self.scale), u[..., FLIP] < self.flip
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,10 @@ class SingleCrop:
         require(self.size > 0, "crop.size", self.size, "a number of pixels above 0")
         _require_scale("crop.scale", self.scale)
         require(0 <= self.flip <= 1, "crop.flip", self.flip, "a probability from 0 to 1")
+
+    @property
+    def plan(self) -> tuple[Crops, ...]:
+        return (Crops(range(1), self.scale, self.flip, self.size),)
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,11 @@ class MultiCrop:
             "two lengths in pixels, low then high, above 0",
         )
 
+    @property
+    def plan(self) -> tuple[Crops, ...]:
+        large = Crops(range(2), self.global_scale, self.flip, self.global_size)
+        return large, Crops(range(2, 2 + self.n_local), self.local_scale, self.flip, self.local_size)
+
 
 def _apply(x: Float[Tensor, "n 3 s s"], chosen: Bool[Tensor, "v b"], transform: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Transform, in place, the images that are chosen: `transform` gets them and their indices."""
@@ -119,44 +148,53 @@ def _draw(seed: int, positions: Int64[Tensor, "b"], views: range, count: int) ->
 
 
 def _crop(
-    images: UInt8[Tensor, "b 3 h w"],
-    sizes: Int64[Tensor, "b 2"],
-    u: Float32[Tensor, "v b draws"],
-    scale: tuple[float, float],
-    flip: float,
-    size: int,
+    images: UInt8[Tensor, "b 3 h w"], sizes: Int64[Tensor, "b 2"], positions: Int64[Tensor, "b"], seed: int, crops: Crops, made: Made
 ) -> Float32[Tensor, "v b 3 s s"]:
-    return crop_resize(images, random_resized_crop_boxes(u[..., :CROP_DRAWS], sizes, scale), u[..., FLIP] < flip, size)
+    """The crops that a worker made of these images, else cut here."""
+    if made:
+        return made[crops.views.start > 0].to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return crop_resize(images, *crops.boxes(sizes, positions, seed), crops.size)
 
 
 @torch.no_grad()
 def multi_crop(
-    images: UInt8[Tensor, "b 3 h w"], sizes: Int64[Tensor, "b 2"], positions: Int64[Tensor, "b"], step: int, seed: int, config: MultiCrop
+    images: UInt8[Tensor, "b 3 h w"],
+    sizes: Int64[Tensor, "b 2"],
+    positions: Int64[Tensor, "b"],
+    step: int,
+    seed: int,
+    config: MultiCrop,
+    made: Made = (),
 ) -> tuple[Float32[Tensor, "2 b 3 S S"], Float32[Tensor, "v b 3 s s"]]:
     """DINO's global and local views in [0, 1], not normalised; float32 whatever the autocast.
 
-    Images may be padded at the bottom and on the right; `sizes` are their true (height, width). The order of the four jitters is
+    Images may be padded at the bottom and on the right; `sizes` are their true (height, width). `made`: crops
+    that a worker made already, in the order of `config.plan`; the images are then not looked at. The order of the four jitters is
     drawn once a step for the global and once for the local views, from (seed, step), so that it is the same on all ranks.
     """
     orders = uniform(seed, torch.tensor([step]), JITTER_ORDER_STREAM, 8).view(2, 4).argsort(1).tolist()
     b, n = len(images), config.n_local
     with torch.autocast(images.device.type, enabled=False):
         u = _draw(seed, positions, range(2), DRAWS)
-        global_views = _crop(images, sizes, u, config.global_scale, config.flip, config.global_size)
+        global_views = _crop(images, sizes, positions, seed, config.plan[0], made)
         _distort(global_views, u, list(config.blur_p[:2]), [0.0, config.solarise_p], orders[0], config)
         if n == 0:
             return global_views, global_views.new_empty(0, b, 3, config.local_size, config.local_size)
         u = _draw(seed, positions, range(2, 2 + n), DRAWS)
-        local_views = _crop(images, sizes, u, config.local_scale, config.flip, config.local_size)
+        local_views = _crop(images, sizes, positions, seed, config.plan[1], made)
         _distort(local_views, u, [config.blur_p[2]] * n, [0.0] * n, orders[1], config)
     return global_views, local_views
 
 
 @torch.no_grad()
 def single_crop(
-    images: UInt8[Tensor, "b 3 h w"], sizes: Int64[Tensor, "b 2"], positions: Int64[Tensor, "b"], seed: int, config: SingleCrop
+    images: UInt8[Tensor, "b 3 h w"],
+    sizes: Int64[Tensor, "b 2"],
+    positions: Int64[Tensor, "b"],
+    seed: int,
+    config: SingleCrop,
+    made: Made = (),
 ) -> Float32[Tensor, "b 3 s s"]:
-    """MAE's one view in [0, 1], not normalised; float32 whatever the autocast. `sizes` as for `multi_crop`."""
+    """MAE's one view in [0, 1], not normalised; float32 whatever the autocast. `sizes` and `made` as for `multi_crop`."""
     with torch.autocast(images.device.type, enabled=False):
-        u = _draw(seed, positions, range(1), FLIP + 1)
-        return _crop(images, sizes, u, config.scale, config.flip, config.size)[0]
+        return _crop(images, sizes, positions, seed, config.plan[0], made)[0]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssl_vit.data.stream import Batch
+from ssl_vit.data.views import Crops
 from ssl_vit.errors import Failure
 from ssl_vit.methods.optim import OptimConfig, adamw
 from ssl_vit.methods.schedules import cosine
@@ -52,6 +53,11 @@ class Method(lightning.LightningModule):
         self.spec = ReadoutSpec.parse("+".join(map(str, last)))
         self.recipe["readout"] = str(self.spec)
         return -1 in self.spec.blocks
+
+    @property
+    def crop_plan(self) -> tuple[Crops, ...]:
+        """The crops that workers may make (data.decode stream); none: the views need whole images, which only memory gives."""
+        return ()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self, self.optim)

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from ssl_vit.data.stream import Batch
 from ssl_vit.data.transforms import normalise
-from ssl_vit.data.views import MultiCrop, multi_crop
+from ssl_vit.data.views import Crops, MultiCrop, multi_crop
 from ssl_vit.errors import UsageError, require
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig, clip_each
@@ -206,9 +206,13 @@ class DINO(Method):
     def backbone(self) -> Backbone:  # type: ignore[override]
         return self.student.backbone
 
+    @property
+    def crop_plan(self) -> tuple[Crops, ...]:
+        return self.crops.plan
+
     def views(self, batch: Batch) -> tuple[Float[Tensor, "2 b 3 s s"], Float[Tensor, "v b 3 m m"]]:
         """Two global and v local views of each image (section 3.1, "multi-crop"), normalised."""
-        views = multi_crop(batch.images, batch.sizes, batch.positions, batch.step, self.seed, self.crops)
+        views = multi_crop(batch.images, batch.sizes, batch.positions, batch.step, self.seed, self.crops, batch.crops)
         mean, std = self.backbone.mean, self.backbone.std
         return normalise(views[0], mean, std), normalise(views[1], mean, std)
 

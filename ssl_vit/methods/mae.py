@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssl_vit.data.rng import uniform
 from ssl_vit.data.stream import Batch
 from ssl_vit.data.transforms import normalise
-from ssl_vit.data.views import SingleCrop, single_crop
+from ssl_vit.data.views import Crops, SingleCrop, single_crop
 from ssl_vit.errors import UsageError, require
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
@@ -140,11 +140,14 @@ class MAE(Method):
         position.zero_()[:, -(grid**2) :] = sincos_positions(self.backbone.width, grid)  # a class token's own position is zero
         self.backbone.vit.pos_embed.requires_grad_(False)
 
+    @property
+    def crop_plan(self) -> tuple[Crops, ...]:
+        return self.crop.plan
+
     def views(self, batch: Batch) -> Float[Tensor, "b 3 s s"]:
         """One random resized crop, flipped or not; nothing else (section 4, "data augmentation"); normalised."""
-        return normalise(
-            single_crop(batch.images, batch.sizes, batch.positions, self.seed, self.crop), self.backbone.mean, self.backbone.std
-        )
+        view = single_crop(batch.images, batch.sizes, batch.positions, self.seed, self.crop, batch.crops)
+        return normalise(view, self.backbone.mean, self.backbone.std)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.views(batch)

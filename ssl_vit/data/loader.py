@@ -1,0 +1,162 @@
+"""What a worker of the streaming loader does: read encoded images, decode them no larger than needed, and make their crops.
+
+Everything is a function of (seed, position), as on the device: no worker has random numbers or an order of its own.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset
+
+from ssl_vit.data.columns import Records
+from ssl_vit.data.images import decode, open_lazily, upright_size
+from ssl_vit.data.rng import permutation
+from ssl_vit.data.views import Crops, Made
+from ssl_vit.errors import Failure
+
+PIECE = 64  # images that a worker makes at a time, at most
+_NEIGHBOURS = 100  # corrupt images one after the other that are skipped
+
+
+def whole_batches(limit: int | float, per_epoch: int) -> int:
+    """Lightning's reading of `limit_train_batches` and `overfit_batches`: a whole number above 1, or an int, counts; a share else."""
+    return min(int(limit), per_epoch) if isinstance(limit, int) or limit > 1 else int(limit * per_epoch)
+
+
+class Order:
+    """Which image stands where: sample p of the stream is image `permutation(seed, p // m)[p % m]` of n, m those of whole batches."""
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        accumulate: int = 1,
+        limit: int | float = 1.0,
+        repeat: bool = False,
+    ) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.rank, self.ranks, self.accumulate, self.share = rank, ranks, accumulate, batch_size // (ranks * accumulate)
+        self.per_epoch = n // batch_size  # global batches, before the limit
+        self.limit, self.repeat = whole_batches(limit, self.per_epoch), repeat
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def step(self, number: int) -> int:
+        """The global batch of micro-batch `number`."""
+        step = number // self.accumulate
+        return step % self.limit if self.repeat else step
+
+    def positions(self, number: int) -> Int64[Tensor, "b"]:
+        """This rank's share of micro-batch `number`."""
+        part = number % self.accumulate
+        start = self.step(number) * self.batch_size + (part * self.ranks + self.rank) * self.share
+        return torch.arange(start, start + self.share)
+
+    def rows(self, positions: Int64[Tensor, "b"], skip: int = 0) -> Int64[Tensor, "b"]:
+        """The images at positions of one epoch, or the ones `skip` places further in its order."""
+        epoch = int(positions[0]) // (self.per_epoch * self.batch_size)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, epoch, self.n)
+        return self._order[(positions % (self.per_epoch * self.batch_size) + skip) % self.n]
+
+
+class Piece(NamedTuple):
+    """A part of a rank's batch: the crops of the plan, the true sizes, and (row, reason) of images that others stand in for."""
+
+    crops: Made
+    sizes: Int64[Tensor, "b 2"]
+    corrupt: list[tuple[int, str]]
+
+
+class CropDataset(Dataset[Piece | Failure]):
+    """Pieces of micro-batches by number: number i is part i % pieces of micro-batch i // pieces."""
+
+    def __init__(self, records: Records, order: Order, plan: tuple[Crops, ...]) -> None:
+        self.records, self.order, self.plan = records, order, plan
+        self.pieces = -(-order.share // PIECE)
+
+    def __getitem__(self, number: int) -> Piece | Failure:
+        """A Failure is returned, not raised: DataLoader would wrap it into a traceback."""
+        batch, part = divmod(number, self.pieces)
+        try:
+            return self.piece(self.order.positions(batch)[part * PIECE : (part + 1) * PIECE])
+        except Failure as error:
+            return error
+
+    def piece(self, positions: Int64[Tensor, "b"], skip: int = 0) -> Piece:
+        """The crops at `positions` of one epoch. An image that cannot be read is replaced by the next one in the epoch's order."""
+        b, rows = len(positions), self.order.rows(positions, skip)
+        encoded, sizes, replaced, corrupt = self._read(rows), torch.ones(b, 2, dtype=torch.int64), set[int](), list[tuple[int, str]]()
+
+        def failed(i: int, error: Failure) -> None:
+            replaced.add(i)
+            corrupt.append((int(rows[i]), str(error)))
+
+        for i, image in enumerate(encoded):
+            try:
+                if isinstance(image, Failure):
+                    raise image
+                sizes[i] = torch.tensor(upright_size(open_lazily(image[1], image[0])))
+            except Failure as error:
+                failed(i, error)
+        crops = tuple(torch.empty(len(c.views), b, 3, c.size, c.size, dtype=torch.uint8) for c in self.plan)
+        boxes = [c.boxes(sizes, positions, self.order.seed) for c in self.plan]
+        for i, image in enumerate(encoded):
+            if i in replaced or isinstance(image, Failure):
+                continue
+            try:
+                crop_image(image[1], image[0], [(box[:, i], flip[:, i], out[:, i]) for (box, flip), out in zip(boxes, crops, strict=True)])
+            except Failure as error:
+                failed(i, error)
+        for i in sorted(replaced):
+            if skip + 1 >= min(self.order.n, _NEIGHBOURS):
+                raise Failure(f"{skip + 1} images one after the other cannot be read, the last one: {corrupt[-1][1]}")
+            other = self.piece(positions[i : i + 1], skip + 1)
+            sizes[i] = other.sizes[0]
+            corrupt += other.corrupt
+            for out, made in zip(crops, other.crops, strict=True):
+                out[:, i] = made[:, 0]
+        return Piece(crops, sizes, corrupt)
+
+    def _read(self, rows: Int64[Tensor, "b"]) -> list[tuple[str, bytes] | Failure]:
+        """Encoded images; one by one where one of them cannot be read."""
+        try:
+            return [*self.records.encoded_rows(rows.tolist())]
+        except Failure as error:
+            return [error] if len(rows) == 1 else [one for row in rows for one in self._read(row[None])]
+
+
+def crop_image(data: bytes, name: str, wanted: list[tuple[Int64[Tensor, "_ 4"], Bool[Tensor, "_"], UInt8[Tensor, "_ 3 _ _"]]]) -> None:
+    """Decode an image once, and write its crops: (boxes, whether flipped, where to). Raises Failure as `decode`.
+
+    Antialiased bicubic, as on the device but for the rounding to 8 bits between the two directions. A JPEG is decoded at 1/2, 1/4 or
+    1/8 where even the most magnified crop still has at least as many pixels as its view.
+    """
+    true: tuple[int, int] = (0, 0)
+    room = min((int(boxes[:, 2:].min()) / out.shape[-1] for boxes, _, out in wanted if len(boxes)), default=1.0)
+
+    def reduction(height: int, width: int) -> int:
+        nonlocal true
+        true = height, width
+        return next((factor for factor in (8, 4, 2) if room >= factor), 1)
+
+    image = decode(data, name, reduction)
+    factor = max(round(true[0] / image.height), round(true[1] / image.width))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    for boxes, flips, out in wanted:
+        for (top, left, height, width), flip, target in zip(boxes.tolist(), flips.tolist(), out, strict=True):
+            size = target.shape[-1]
+            if factor == 1:
+                region = pixels[:, :, top : top + height, left : left + width]
+                crop = interpolate(region, (size, size), mode="bicubic", antialias=True)[0]
+            else:  # a box between the pixels, which torch's function does not take
+                box = tuple(side / factor for side in (left, top, left + width, top + height))
+                crop = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC, box))).permute(2, 0, 1)
+            target.copy_(crop.flip(-1) if flip else crop)

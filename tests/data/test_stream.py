@@ -1,0 +1,350 @@
+"""Streaming: the same stream whoever decodes it, exact resume, boxes as on the device, damaged images, lost workers."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import tests.conftest as shared
+from ssl_vit.cli import run
+from ssl_vit.data.images import decode, to_tensor
+from ssl_vit.data.loader import CropDataset, Order, crop_image
+from ssl_vit.data.sources import open_records
+from ssl_vit.data.stream import Batch, WorkerStream
+from ssl_vit.data.views import Crops, MultiCrop, SingleCrop, multi_crop, single_crop
+from ssl_vit.errors import Failure
+from ssl_vit.train.callbacks import RunFolder
+from ssl_vit.weights.checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+
+CROPS = MultiCrop(global_size=32, local_size=16, n_local=3)
+
+
+def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An image with structure at all scales, as a photograph has."""
+    rng = np.random.default_rng(seed)
+    noise = sum(
+        np.asarray(
+            Image.fromarray(rng.integers(0, 256, (-(-height // k), -(-width // k), 3), dtype=np.uint8)).resize((width, height), 3), float
+        )
+        for k in (4, 16, 64)
+    )
+    return Image.fromarray((noise / 3).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def jpegs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 JPEGs of 80 to 200 px, three of them turned by EXIF, and the two recipes, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("jpegs").mkdir()
+    for i in range(60):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i % 20 == 7 else 1
+        Path(f"jpegs/{i:02}.jpg").write_bytes(jpeg(smooth(80 + 2 * i, 200 - 2 * i, i), exif=exif))
+    for name, recipe in shared.RECIPES.items():
+        data = {"source": "./jpegs", "batch_size": 20, "decode": "stream", "workers": 0}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "data": data}))
+
+
+def dataset(plan: tuple[Crops, ...] = CROPS.plan, batch_size: int = 20, rank: int = 0, ranks: int = 1, seed: int = 5) -> CropDataset:
+    records, _ = open_records("./jpegs", "train")
+    return CropDataset(records, Order(len(records.table), batch_size, seed, rank, ranks), plan)
+
+
+def take(stream: WorkerStream, steps: int) -> list[Batch]:
+    batches = iter(stream)
+    found = [next(batches) for _ in range(steps)]
+    stream.close()
+    return found
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = zip((a.sizes, a.positions, *a.crops), (b.sizes, b.positions, *b.crops), strict=True)
+    return a.step == b.step and all(torch.equal(x, y) for x, y in pairs)
+
+
+def pretrain(*options: str) -> int:
+    return run(["pretrain", *options, "--trainer.accelerator", "cpu"])
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return dict(read_checkpoint(Path(folder) / "last.ckpt")["state_dict"])
+
+
+def equal_weights(a: str, b: str) -> bool:
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def broken(row: int) -> None:
+    """Row `row` (files are in the order of their names) becomes a truncated JPEG."""
+    path = Path(f"jpegs/{row:02}.jpg")
+    path.write_bytes(path.read_bytes()[:700])
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_one_stream_for_all_workers_ranks_and_starts() -> None:
+    expected = take(WorkerStream(dataset(), 0), 7)  # two epochs and a step
+    assert [batch.step for batch in expected] == list(range(7))
+    for workers in (1, 4):
+        assert all(map(same, expected, take(WorkerStream(dataset(), workers), 7)))
+    for step in (1, 3, 5):
+        stream = WorkerStream(dataset(), 2, step=step)
+        assert all(map(same, expected[step:], take(stream, 7 - step)))
+    ranks = [take(WorkerStream(dataset(rank=rank, ranks=2), 0), 4) for rank in range(2)]
+    for whole, first, second in zip(expected, *ranks, strict=False):
+        assert torch.equal(whole.positions, torch.cat([first.positions, second.positions]))
+        assert all(torch.equal(c, torch.cat([a, b], 1)) for c, a, b in zip(whole.crops, first.crops, second.crops, strict=True))
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_the_position_saved_is_the_one_consumed() -> None:
+    stream = WorkerStream(dataset(), 2)
+    batches = iter(stream)
+    for step in range(4):
+        assert next(batches).step == step
+        assert stream.given == step + 1  # whatever the workers have ahead
+    stream.close()
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_several_pieces_make_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = take(WorkerStream(dataset(), 0), 2)
+    monkeypatch.setattr("ssl_vit.data.loader.PIECE", 8)
+    assert all(map(same, expected, take(WorkerStream(dataset(), 2), 2)))
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_boxes_and_pixels_are_those_of_the_device_path() -> None:
+    """No reduction at these sizes: rounding to 8 bits between the directions and at the end is all that differs."""
+    crops = MultiCrop(global_size=64, local_size=32, n_local=3)
+    data = dataset(crops.plan)
+    batch = take(WorkerStream(data, 0), 1)[0]
+    pictures = [to_tensor(decode(bytes_, name)) for name, bytes_ in data.records.encoded_rows(data.order.rows(batch.positions).tolist())]
+    assert batch.sizes.tolist() == [list(picture.shape[1:]) for picture in pictures]
+    images = torch.zeros(20, 3, 200, 200, dtype=torch.uint8)
+    for image, picture in zip(images, pictures, strict=True):
+        image[:, : picture.shape[1], : picture.shape[2]] = picture
+    plain = MultiCrop(global_size=64, local_size=32, n_local=3, jitter_p=0.0, grey_p=0.0, blur_p=(0.0, 0.0, 0.0), solarise_p=0.0)
+    device = multi_crop(images, batch.sizes, batch.positions, 0, 5, plain)
+    unreduced = (
+        torch.stack([c.boxes(batch.sizes, batch.positions, 5)[0][..., 2:].amin(dim=(0, 2)) / c.size for c in crops.plan]).amin(0) < 2
+    )
+    assert unreduced.sum() >= 15
+    for made, cut in zip(batch.crops, device, strict=True):
+        difference = (made.float() / 255 - cut).abs()[:, unreduced]
+        assert difference.max() < 2.5 / 255
+        assert difference.mean() < 0.5 / 255
+    # colours: the same transforms whoever cropped
+    whole = multi_crop(images, batch.sizes, batch.positions, 0, 5, crops)
+    streamed = multi_crop(batch.images, batch.sizes, batch.positions, 0, 5, crops, batch.crops)
+    assert all((a - b).abs()[:, unreduced].mean() < 0.02 for a, b in zip(whole, streamed, strict=True))
+    single = dataset(SingleCrop(32).plan)
+    one = take(WorkerStream(single, 0), 1)[0]
+    made = single_crop(one.images, one.sizes, one.positions, 5, SingleCrop(32), one.crops)
+    assert torch.equal(made, one.crops[0][0].float() / 255)
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_split_cuts_a_batch_into_equal_parts() -> None:
+    batch = take(WorkerStream(dataset(), 0), 1)[0]
+    parts = batch.split(4)
+    assert [len(part.images) for part in parts] == [5] * 4
+    assert torch.equal(torch.cat([part.positions for part in parts]), batch.positions)
+    assert torch.equal(torch.cat([part.crops[1] for part in parts], 1), batch.crops[1])
+    images = Batch(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.ones(4, 2, dtype=torch.int64), torch.arange(4), 3)
+    assert [part.step for part in images.split(2)] == [3, 3]
+
+
+def crop(data: bytes, box: list[int], size: int, flip: bool = False) -> torch.Tensor:
+    out = torch.empty(1, 3, size, size, dtype=torch.uint8)
+    crop_image(data, "test", [(torch.tensor([box]), torch.tensor([flip]), out)])
+    return out[0]
+
+
+@pytest.mark.parametrize(("factor", "least"), [(2, 34.0), (4, 34.0), (8, 34.0)])
+def test_a_jpeg_decoded_smaller_gives_the_same_view(factor: int, least: float) -> None:
+    """At least `least` dB against the crop of the full decode; the box does not move."""
+    data, side = jpeg(smooth(1003, 805)), 64 * factor + 5
+    box = [101, 203, side, side + 20]
+    seen: list[tuple[int, int]] = []
+    original = Image.Image.resize
+
+    def resize(self: Image.Image, *args: object, **kwargs: object) -> Image.Image:
+        seen.append(self.size)
+        return original(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", resize)
+        reduced = crop(data, box, 64)
+    assert seen == [(-(-1003 // factor), -(-805 // factor))]
+    region = decode(data).crop((203, 101, 203 + side + 20, 101 + side))
+    full = to_tensor(region.resize((64, 64), Image.Resampling.BICUBIC))
+    error = (reduced.double() - full.double()).square().mean()
+    assert 10 * torch.log10(255**2 / error) > least
+    assert torch.equal(crop(data, box, 64, flip=True), reduced.flip(-1))
+
+
+def test_a_turned_jpeg_decoded_smaller_is_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = jpeg(smooth(600, 300), exif=exif)
+    whole = to_tensor(decode(data).resize((75, 150), Image.Resampling.BICUBIC))
+    reduced = crop(data, [0, 0, 600, 300], 75)
+    upright = torch.nn.functional.interpolate(whole[None].float(), (75, 75), mode="bicubic", antialias=True)[0]
+    assert (reduced - upright).abs().mean() < 3
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_a_damaged_image_is_replaced_by_the_next_in_order(caplog: pytest.LogCaptureFixture) -> None:
+    order = dataset().order
+    first, second = order.rows(torch.tensor([8, 9])).tolist()
+    intact = take(WorkerStream(dataset(), 0), 3)
+    broken(first)
+    Path(f"jpegs/{second:02}.jpg").write_bytes(b"<html>")
+    third = order.rows(torch.tensor([10]))
+    expected = dataset(CROPS.plan)
+    for workers in (0, 2):
+        stream = WorkerStream(dataset(), workers)
+        found = take(stream, 6)
+        assert stream.replaced == 3 + 2  # side by side in the first epoch alone
+        assert torch.equal(found[0].sizes[8:11], intact[0].sizes[10:11].expand(3, 2))
+        others = [i for i in range(20) if i not in (8, 9)]
+        assert all(torch.equal(a[:, others], b[:, others]) for a, b in zip(found[0].crops, intact[0].crops, strict=True))
+    name, data = expected.records.encoded_rows(third.tolist())[0]
+    sizes = intact[0].sizes[10:11]
+    for plan, made in zip(CROPS.plan, found[0].crops, strict=True):  # the neighbour's pixels with the position's own boxes
+        boxes, flips = plan.boxes(sizes, torch.tensor([8]), 5)
+        out = torch.empty_like(made[:, 0])
+        crop_image(data, name, [(boxes[:, 0], flips[:, 0], out)])
+        assert (out.float() - made[:, 8].float()).abs().mean() < 3
+    named = [record.getMessage() for record in caplog.records]
+    assert len(named) == 4  # each of the two once, in each of the two streams
+    assert any(f"{first:02}.jpg" in line and "corrupt" in line for line in named)
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_too_many_damaged_images_stop_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for row in range(5):
+        broken(row)
+    assert pretrain("mae.yaml", "--out", "run") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssl-vit: ")]
+    assert len(lines) == 1
+    assert "images cannot be read, more than 1%; the last one: " in lines[0]
+    for row in range(60):
+        broken(row)
+    with pytest.raises(Failure, match="60 images one after the other cannot be read"):
+        take(WorkerStream(dataset(), 1), 1)
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_strange_images() -> None:
+    """A panorama, a single row of pixels, and JPEGs whose headers lie about their size, to more and to less."""
+    Path("jpegs/00.jpg").write_bytes(jpeg(Image.new("RGB", (20_000, 500), "green")))
+    Path("jpegs/01.jpg").write_bytes(jpeg(smooth(300, 1)))
+    for row, side in ((2, 60_000), (3, 900)):
+        data = bytearray(Path(f"jpegs/{row:02}.jpg").read_bytes())
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = side.to_bytes(2, "big") * 2
+        Path(f"jpegs/{row:02}.jpg").write_bytes(data)
+    stream = WorkerStream(dataset(), 1)
+    batches = take(stream, 3)
+    assert 1 <= stream.replaced <= 4
+    assert all([*crop.shape[2:]] == [3, 32, 32] for batch in batches for crop in batch.crops[:1])
+    assert [500, 20_000] in torch.cat([batch.sizes for batch in batches]).tolist()
+
+
+@pytest.mark.usefixtures("jpegs")
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_weights_do_not_depend_on_workers_and_resume_is_exact(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pretrain(f"{method}.yaml", "--out", "whole") == 0
+    for workers in ("1", "4"):
+        assert pretrain(f"{method}.yaml", "--out", f"workers{workers}", "--data.workers", workers) == 0
+        assert equal_weights("whole", f"workers{workers}")
+    original = RunFolder.on_train_batch_end
+    for stop, workers in ((1, "2"), (3, "0"), (5, "2")):
+
+        def interrupted(self: RunFolder, trainer: object, *args: object, stop: int = stop) -> None:
+            self.interrupted = trainer.global_step == stop  # type: ignore[attr-defined]
+            original(self, trainer, *args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)
+        assert pretrain(f"{method}.yaml", "--out", f"cut{stop}", "--data.workers", workers) == 130
+        monkeypatch.setattr(RunFolder, "on_train_batch_end", original)
+        # `auto` after a start with `stream` stays where it was, though the images would fit
+        assert pretrain(f"{method}.yaml", "--out", f"cut{stop}", "--resume", "--data.workers", "1", "--data.decode", "auto") == 0
+        assert equal_weights("whole", f"cut{stop}")
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_auto_streams_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain("mae.yaml", "--out", "stream", "--trainer.max_steps", "2") == 0
+    assert pretrain("mae.yaml", "--out", "fits", "--trainer.max_steps", "2", "--data.decode", "auto") == 0
+    assert "decode" not in yaml.safe_load(Path("fits/recipe.yaml").read_text())["data"]
+    monkeypatch.setattr("ssl_vit.data.images.available_memory", lambda: 2**20)
+    assert pretrain("mae.yaml", "--out", "auto", "--trainer.max_steps", "2", "--data.decode", "auto") == 0
+    assert yaml.safe_load(Path("auto/recipe.yaml").read_text()) == yaml.safe_load(Path("stream/recipe.yaml").read_text())
+    assert equal_weights("auto", "stream")
+    assert pretrain("mae.yaml", "--out", "memory", "--data.decode", "memory") == 1
+    assert "set data.decode to stream" in capsys.readouterr().err
+    assert pretrain("mae.yaml", "--out", "other", "--data.workers", "-1") == 2
+    assert "data.workers is -1; it must be 0 or more" in capsys.readouterr().err
+    assert pretrain("mae.yaml", "--out", "other", "--data.source", "builtin:photos") == 2
+    assert "data.decode is stream; it must be memory" in capsys.readouterr().err
+
+
+def command(*options: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", *options, "--trainer.accelerator", "cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jpegs")
+def test_two_gloo_processes_equal_one() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = ("dino.yaml", "--backbone.drop_path", "0", "--data.workers", "1", "--trainer.max_steps", "4")
+    both = command(*options, "--out", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.decode", "stream")
+    done = subprocess.run(both, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert pretrain(*options, "--out", "one") == 0
+    one, two = weights("one"), weights("two")
+    assert pretrain(*options, "--out", "other", "--seed", "1") == 0
+    other = weights("other")
+    difference, scale = (sum((a[key] - one[key]).double().square().sum().item() for key in one) for a in (two, other))
+    assert difference < 1e-5 * scale
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_a_worker_killed_by_the_system_ends_the_run_in_one_line() -> None:
+    options = ("mae.yaml", "--data.workers", "2", "--out", "run", "--trainer.max_steps")
+    process = subprocess.Popen(command(*options, "100000"), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not Path("run/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("this system does not list the children of a process")
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.count("ssl-vit: ") == 1  # where the signal comes between two steps, behind the progress bar
+    assert "worker" in errors.split("ssl-vit: ")[1]
+    assert "Traceback" not in errors
+    assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])["step"] > 0
