@@ -70,10 +70,10 @@ def beginning(method: Method) -> Beginning:
     size = method.backbone.image_size
     pixels = torch.randint(0, 256, (2 * PICTURES, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = next(iter(Stream(ImageStore.stacked(pixels), PICTURES, method.seed)))
-    views: Any = method.views(batch)  # type: ignore[operator]
-    large = views if isinstance(views, Tensor) else views[0][0]
+    views = method.views(batch)
+    views = (views,) if isinstance(views, Tensor) else views
     with torch.no_grad():
-        seen = method.backbone(large[:1])
+        seen = method.backbone(views[0].flatten(0, -4)[:1])
     return Beginning(
         recipe={key: value for key, value in method.recipe.items() if key != "readout"},
         weights={
@@ -81,7 +81,7 @@ def beginning(method: Method) -> Beginning:
         },
         tokens=sum(kind.shape[1] for kind in (seen.cls, seen.registers, seen.patches)),
         batch=_hash(batch.images, batch.sizes, batch.positions),
-        views=_hash(*([views] if isinstance(views, Tensor) else views)),
+        views=_hash(*views),
         seed=method.seed,
     )
 

@@ -1,7 +1,8 @@
-"""What DINO and MAE share as LightningModules: optimiser, per-step schedules, logging, and what a checkpoint carries."""
+"""What the methods share as LightningModules: optimiser, per-step schedules, logging, and what a checkpoint carries."""
 
 import dataclasses
 import importlib.metadata
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,19 @@ from ssl_vit.weights.checkpoint import FORMAT, start_from
 
 
 class Method(lightning.LightningModule):
-    """Base of the methods. A method sets `name` and `backbone` (the one being trained) and implements `views` and `training_step`.
+    """Base of the methods, and what one has to bring; docs/extend.md shows a whole one.
+
+    name: what `method:` in a recipe says, and its key in METHODS.
+    __init__: the recipe's fields as annotated arguments with defaults, among them readout, backbone, optim and seed, given to this
+        class's own. Weights are drawn in one order: first what the arms of a study share, at last the readout's own.
+    backbone, readout: modules so called, at the top or in a `teacher` (which is judged) and a `student`: checkpoints find them by name.
+        `backbone` also gives the one being trained.
+    views: the views of a batch, normalised, [b 3 s s] or [v b 3 s s], or a tuple of such, those of the backbone's image_size first;
+        f(self.seed, batch.positions, batch.step) and of no other image, so that devices and resumes do not change them.
+    training_step: the scalar loss of `views(batch)`, told to `report`. It also runs without a Trainer, on two images, to be counted
+        (train/cost.py). Every trainable parameter has a gradient, or DDP stops.
+
+    A class without them is refused when it is made.
 
     Attributes: spec, the readout its loss is attached to; recipe, the run as a plain dict (the CLI adds data and trainer);
     ramp_offset, the step by which the warm-up of the learning rate is shorter than `warmup` (see schedules.cosine).
@@ -30,6 +43,16 @@ class Method(lightning.LightningModule):
     name: str
     backbone: Backbone
     ramp_offset = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """TypeError, in one line, that names what the class lacks."""
+        super().__init_subclass__(**kwargs)
+        brings = {"name": isinstance(getattr(cls, "name", None), str)}
+        brings |= {what: getattr(cls, what) is not getattr(Method, what) for what in ("views", "training_step")}
+        arguments = inspect.signature(cls.__init__).parameters
+        brings |= {f"the argument {name}": name in arguments for name in ("readout", "backbone", "optim", "seed")}
+        if lacks := [what for what, there in brings.items() if not there]:
+            raise TypeError(f"the method {cls.__name__} lacks {', '.join(lacks)}; docs/extend.md shows a whole one")
 
     def __init__(self, spec: ReadoutSpec, optim: OptimConfig, seed: int, init: str | None = None, **recipe: Any) -> None:
         super().__init__()
@@ -40,6 +63,9 @@ class Method(lightning.LightningModule):
         self.initial_hash: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
         self.scheduled: dict[str, float] = {}  # the values of this step
         self.accumulate = 1  # micro-batches of an optimiser step
+
+    def views(self, batch: Batch) -> Tensor | tuple[Tensor, ...]:
+        raise NotImplementedError
 
     def start_from_init(self) -> None:
         """The backbone takes the weights that `init` names; UsageError, in one line, unless the architecture is the same."""

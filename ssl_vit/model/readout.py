@@ -2,13 +2,13 @@
 
     SPEC   = TERM ("+" TERM)*                    concatenated:  cls+gap
     TERM   = NAME [INDEX] ["@" BLOCKS] ["/" NORM]
-    NAME   = a key of READOUTS                   INDEX selects one of several tokens: cls0, register2
+    NAME   = a key of READOUTS, [a-z0-9_]        INDEX selects one of several tokens: cls0, register2
     BLOCKS = lastN | blockK                      lastN concatenates, shallow to deep; blockK counts from 0
     NORM   = post | pre | pooled                 post (default): final norm on each token, then pool; pre: raw tokens;
                                                  pooled: pool, then norm. Every block is read through the *final* norm.
 
 To add a readout, write one function from Tokens to [b d] and one line of READOUTS; the CLI, recipes, probes and tests pick it up.
-One with parameters is a module from [b n d] to [b d] (poolers.py), and its line names the tokens that go in.
+One with parameters is a module from [b n d] to [b d] (poolers.py), and its line names the tokens that go in. docs/extend.md shows both.
 """
 
 import re
@@ -67,6 +67,10 @@ class Entry(NamedTuple):
     of: str  # the field of Tokens it reads: what must not be empty, and what an index selects from
     learned: Callable[[int], nn.Module] | None = None  # from the width to the module with its parameters
 
+    @property
+    def indexed(self) -> bool:
+        return self.of != "patches" and self.learned is None
+
 
 READOUTS: dict[str, Entry] = {
     "cls": Entry(cls, of="cls"),
@@ -86,7 +90,18 @@ READOUTS: dict[str, Entry] = {
     "class_attention_cls": Entry(cls_and_patches, of="cls", learned=ClassAttention),
 }
 
-_TERM = re.compile(r"(?P<name>[a-z_]+)(?P<index>\d+)?(?:@(?P<kind>last|block)(?P<count>\d+))?(?:/(?P<norm>post|pre|pooled))?")
+
+def check_names(table: dict[str, Entry]) -> None:
+    """UsageError for a name that could be registered, but not used: the grammar would cut it elsewhere."""
+    for name in table:
+        base = name.rstrip("0123456789")
+        if not re.fullmatch(r"[a-z_][a-z0-9_]*", name) or (base != name and base in table and table[base].indexed):
+            raise UsageError(f"READOUTS holds {name!r}: a name has a-z, 0-9 and _, begins with no digit, and is no other's with an index")
+
+
+check_names(READOUTS)
+
+_TERM = re.compile(r"(?P<head>[a-z0-9_]+)(?:@(?P<kind>last|block)(?P<count>\d+))?(?:/(?P<norm>post|pre|pooled))?")
 _SHAPE = "NAME[INDEX][@lastN|@blockK][/post|/pre|/pooled], joined by '+', e.g. cls, gap/pre, register2, cls@last4+gap"
 
 
@@ -173,9 +188,11 @@ class ReadoutSpec:
                 advice = f"set backbone.{setting} or " if change == "backbone" else ""
                 raise UsageError(f"readout {str(term)!r} needs {needs}, got {have[of]}; {advice}choose one of: {', '.join(possible)}")
             if max(term.blocks) >= depth:
-                raise UsageError(f"readout {str(term)!r} reads block {max(term.blocks)} of {depth}; choose @block0 to @block{depth - 1}")
+                wrong, allowed = f"block {max(term.blocks)}", f"@block0 to @block{depth - 1}"
+                raise UsageError(f"readout {str(term)!r} reads {wrong}, but the depth is {depth} blocks; choose {allowed}")
             if -min(term.blocks) > depth:
-                raise UsageError(f"readout {str(term)!r} reads {-min(term.blocks)} blocks of {depth}; choose @last1 to @last{depth}")
+                wrong, allowed = f"{-min(term.blocks)} blocks", f"@last1 to @last{depth}"
+                raise UsageError(f"readout {str(term)!r} reads {wrong}, but the depth is {depth} blocks; choose {allowed}")
 
 
 def available(cls: int, registers: int) -> list[str]:
@@ -196,21 +213,21 @@ def _present(cls: int, registers: int) -> dict[str, int]:
 
 def _parse_term(text: str, spec: str) -> Term:
     match = _TERM.fullmatch(text)
-    name = re.match(r"[a-z_]*", text)
-    if name is None or name.group() not in READOUTS:
-        wrong = re.split(r"[@/+\d]", text)[0] or text
+    head = re.split(r"[^a-z0-9_]", text)[0]
+    name = head if head in READOUTS else head.rstrip("0123456789")
+    if name not in READOUTS:
+        wrong = re.split(r"[@/+]", text)[0]
         raise UsageError(f"unknown readout {wrong!r} in {spec!r}; {one_of(wrong, READOUTS)}")
     if match is None:
         raise UsageError(f"readout {spec!r} cannot be read at {text!r}; it is written {_SHAPE}")
     count = int(match["count"]) if match["count"] else 1
     if match["kind"] == "last" and count == 0:
         raise UsageError(f"readout {spec!r} asks for the last 0 blocks; write @last1 or more")
-    index = int(match["index"]) if match["index"] else None
-    entry = READOUTS[match["name"]]
-    if index is not None and (entry.of == "patches" or entry.learned):
-        raise UsageError(f"readout {spec!r} selects one of {match['name']!r}, which reads all patches; an index goes with cls or register")
+    index = int(head.removeprefix(name)) if head != name else None
+    if index is not None and not READOUTS[name].indexed:
+        raise UsageError(f"readout {spec!r} selects one of {name!r}, which reads all patches; an index goes with cls or register")
     blocks = (count,) if match["kind"] == "block" else tuple(range(-count, 0))
-    return Term(match["name"], index, blocks, match["norm"] or "post")
+    return Term(name, index, blocks, match["norm"] or "post")
 
 
 class Readout(nn.Module):

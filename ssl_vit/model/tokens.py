@@ -39,7 +39,7 @@ class Tokens:
             return self
         if number not in self.others:
             kept = sorted({self.block, *self.others})
-            raise KeyError(f"block {block} was not kept, only {kept}; call backbone(images, blocks=spec.blocks)")
+            raise KeyError(f"block {block} was not kept, only {kept} of depth {self.depth}; call backbone(images, blocks=spec.blocks)")
         return self.others[number]
 
     @cached_property

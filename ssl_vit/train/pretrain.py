@@ -76,7 +76,7 @@ def recipe_parser(method: type[Method]) -> LightningArgumentParser:
     description = method.__doc__ or ""
     parser = LightningArgumentParser(prog="ssl-vit pretrain RECIPE", description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help=argparse.SUPPRESS)
-    parser.add_argument("--method", type=str, help="dino or mae; a recipe's first line")
+    parser.add_argument("--method", type=str, help=f"{', '.join(METHODS)}; a recipe's first line")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; runs/RECIPE if not given")
     resume = "go on from the run folder's last.ckpt; auto: start where there is none, as a requeued job does"
     parser.add_argument("--resume", nargs="?", const=True, default=False, type=bool | Literal["auto"], help=resume)

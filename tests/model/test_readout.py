@@ -8,7 +8,7 @@ import torch
 
 from ssl_vit.errors import UsageError
 from ssl_vit.model.backbone import Backbone, build_backbone
-from ssl_vit.model.readout import READOUTS, Entry, ReadoutSpec, available, learned, readout
+from ssl_vit.model.readout import READOUTS, Entry, ReadoutSpec, available, cls_and_patches, learned, patches, readout
 from ssl_vit.model.tokens import Tokens
 from tests.conftest import TINY
 
@@ -63,8 +63,8 @@ def test_bad_spec_is_one_clear_line(text: str, message: str) -> None:
     [
         ("register2", "needs registers > 2, got 2"),
         ("cls1", "needs cls tokens > 1, got 1"),
-        ("gap@block3", "reads block 3 of 3; choose @block0 to @block2"),
-        ("cls@last4", "reads 4 blocks of 3; choose @last1 to @last3"),
+        ("gap@block3", "reads block 3, but the depth is 3 blocks; choose @block0 to @block2"),
+        ("cls@last4", "reads 4 blocks, but the depth is 3 blocks; choose @last1 to @last3"),
     ],
 )
 def test_what_the_model_lacks_is_refused(backbone: Backbone, text: str, message: str) -> None:
@@ -75,17 +75,20 @@ def test_what_the_model_lacks_is_refused(backbone: Backbone, text: str, message:
 def test_register_without_registers_names_what_to_change() -> None:
     with pytest.raises(UsageError) as error:
         ReadoutSpec.parse("register").check(cls=1, registers=0, depth=12)
-    assert str(error.value) == "readout 'register' needs registers > 0, got 0; set backbone.registers or choose one of: cls, gap, max, gem"
+    there = ", ".join(name for name, entry in READOUTS.items() if entry.of != "registers" and not entry.learned)
+    assert str(error.value) == f"readout 'register' needs registers > 0, got 0; set backbone.registers or choose one of: {there}"
 
 
 def test_learned_readouts_with_cls_need_one() -> None:
-    assert (available(1, 2), available(0, 0)) == (["cls", "gap", "register", "max", "gem"], ["gap", "max", "gem"])
-    assert learned(0, 4) == ["abmilp", "ep", "simpool", "map", "class_attention"]
-    assert learned(1, 0) == [name + variant for name in learned(0, 0) for variant in ("", "_cls")]
+    assert [*available(1, 2), *learned(1, 2)] == sorted(READOUTS, key=lambda name: READOUTS[name].learned is not None)
+    for name, entry in READOUTS.items():
+        found = available if entry.learned is None else learned
+        assert [name in found(*have) for have in ((0, 4), (1, 0))] == [entry.of != "cls", entry.of != "registers"]
+    assert (READOUTS["ep"].of, READOUTS["ep_cls"].of) == ("patches", "cls")
     with pytest.raises(UsageError) as error:
         ReadoutSpec.parse("cls+ep_cls").check(cls=0, registers=4, depth=12, change="timm:x")
     assert "'cls' needs cls tokens > 0" in str(error.value)
-    with pytest.raises(UsageError, match="readout 'ep_cls' needs cls tokens > 0, got 0; choose one of: gap, register, max, gem"):
+    with pytest.raises(UsageError, match="readout 'ep_cls' needs cls tokens > 0, got 0; choose one of: gap, register, "):
         ReadoutSpec.parse("ep+ep_cls").check(cls=0, registers=4, depth=12, change="timm:x")
 
 
@@ -96,21 +99,21 @@ def test_values_by_hand(backbone: Backbone) -> None:
         raw = backbone.vit.forward_intermediates(
             IMAGES, indices=[0, 2], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
         )
-        (first, first_prefix), (patches, prefix) = raw
+        (first, first_prefix), (last, prefix) = raw
         norm = backbone.norm
         expected = {
             "cls": norm(prefix[:, 0]),
-            "gap": norm(patches).mean(1),
-            "gap/pre": patches.mean(1),
-            "gap/pooled": norm(patches.mean(1)),
+            "gap": norm(last).mean(1),
+            "gap/pre": last.mean(1),
+            "gap/pooled": norm(last.mean(1)),
             "register": norm(prefix[:, 1:3]).mean(1),
             "register1": norm(prefix[:, 2]),
-            "cls+gap": torch.cat([norm(prefix[:, 0]), norm(patches).mean(1)], dim=1),
+            "cls+gap": torch.cat([norm(prefix[:, 0]), norm(last).mean(1)], dim=1),
             "cls@block0": norm(first_prefix[:, 0]),
             "gap@block0/pre": first.mean(1),
-            "max": norm(patches).amax(1),
-            "max/pooled": norm(patches.amax(1)),
-            "gem": generalised_mean(norm(patches)),
+            "max": norm(last).amax(1),
+            "max/pooled": norm(last.amax(1)),
+            "gem": generalised_mean(norm(last)),
             "gem@block0/pre": generalised_mean(first),
         }
         for text, value in expected.items():
@@ -140,12 +143,12 @@ def test_gem_of_equal_patches_has_a_finite_gradient(backbone: Backbone) -> None:
         assert values.grad.isfinite().all()
 
 
-LEARNED = [name for name, entry in READOUTS.items() if entry.learned]
+LEARNED = [name for name, entry in READOUTS.items() if entry.learned and entry.read in (patches, cls_and_patches)]
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_which_tokens_a_learned_readout_reads_and_where_it_norms(backbone: Backbone, name: str) -> None:
-    """Its module on tokens cut out by hand: patches, with `_cls` the class token before them, and never a register."""
+    """Its module on tokens cut out by hand: patches, where it reads CLS too the class token before them, and never a register."""
     torch.nn.init.uniform_(backbone.norm.weight)
     with torch.no_grad():
         tokens = backbone(IMAGES, blocks=(0, 2))
@@ -156,7 +159,7 @@ def test_which_tokens_a_learned_readout_reads_and_where_it_norms(backbone: Backb
         ):
             read = readout(text, 24)
             raw = tokens.at(block)
-            x = inner(torch.cat([raw.cls, raw.patches], dim=1) if name.endswith("_cls") else raw.patches)
+            x = inner(torch.cat([raw.cls, raw.patches], dim=1) if READOUTS[name].of == "cls" else raw.patches)
             (pooler,) = read.poolers[text]
             torch.testing.assert_close(read(tokens), outer(pooler(x)), rtol=0, atol=1e-6)
         other = replace(tokens, registers=tokens.registers + 1)

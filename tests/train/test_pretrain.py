@@ -51,7 +51,7 @@ def test_flops_are_those_of_the_layers(readout: str) -> None:
     counted: list[int] = []
     for layer in module.modules():
         if isinstance(layer, torch.nn.Linear):
-            layer.register_forward_hook(lambda _, inputs, out: counted.append(2 * out.numel() * inputs[0].shape[-1]))
+            layer.register_forward_hook(lambda _, inputs, out: counted.append(out.numel() * inputs[0].shape[-1]))
     flops = training_flops(module)
     encoder, decoder = module.recipe["backbone"], module.recipe["decoder"]
     patches = (encoder["image_size"] // encoder["patch"]) ** 2
@@ -59,7 +59,7 @@ def test_flops_are_those_of_the_layers(readout: str) -> None:
     embed = 2 * visible * encoder["width"] * 3 * encoder["patch"] ** 2  # of what the encoder sees; no gradient of the pictures
     length, whole = visible + 1 + encoder["registers"], patches + 1
     products = 2 * (encoder["depth"] * length**2 * encoder["width"] + decoder["depth"] * whole**2 * decoder["width"])
-    # attention: two products forward, four backward; 2 n n d each
+    # attention: two products forward, four backward; 2 n n d each. The layers have seen two images, 2 for each multiply-add
     by_hand = 3 * sum(counted) + 2 * embed + 6 * products
     crop = 2 * 3 * 2 * 32**3  # the view: two products with a matrix of weights for each channel
     assert flops == by_hand + crop
