@@ -83,6 +83,11 @@ def crop_resize(
     return x.view(b, v, out, 3, out).permute(1, 0, 3, 2, 4).contiguous().clamp_(0, 1)
 
 
+def constant(values: Sequence[float], like: Tensor) -> Float[Tensor, " n"]:
+    """A few numbers as a tensor, filled in where `like` is: a copy from the host would wait for the device."""
+    return torch.cat([like.new_full((1,), value) for value in values])
+
+
 def grey(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
     """Luma by ITU-R 601-2."""
     red, green, blue = x.unbind(1)
@@ -115,7 +120,7 @@ def adjust_hue(x: Float[Tensor, "n 3 h w"], shift: Float[Tensor, "n"]) -> Float[
     hue.lerp_((blue - red).div_(safe).add_(2), (value == green).float())
     hue.lerp_((green - blue).div_(safe), (value == red).float())
     # a channel falls from `value` by up to the chroma as the hue leaves its own: 0 for a third of a turn, a ramp on either side
-    sector = (hue + 6 * shift[:, None, None])[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    sector = (hue + 6 * shift[:, None, None])[:, None] + torch.arange(5, 0, -2, device=x.device)[:, None, None]
     sector.sub_(torch.floor(sector / 6), alpha=6)
     fall = sector.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
     return torch.addcmul(value[:, None], fall, chroma[:, None], value=-1)
@@ -142,8 +147,8 @@ def gaussian_blur(x: Float[Tensor, "n 3 s s"], sigma: Float[Tensor, "n"], radius
     taps = taps / (2 * taps.sum(1, keepdim=True) - 1)
     # how often the tap at each distance links pixels i and j: directly, and over the reflection at either end
     i, j = torch.arange(size, device=x.device)[:, None], torch.arange(size, device=x.device)
-    over_start = torch.where(j > 0, i + j, size)
-    over_end = torch.where(j < size - 1, 2 * (size - 1) - i - j, size)
+    over_start = (i + j).masked_fill_(j == 0, size)  # torch.where would copy its scalar from the host
+    over_end = (2 * (size - 1) - i - j).masked_fill_(j == size - 1, size)
     distances = torch.stack([(i - j).abs(), over_start, over_end])
     links = (distances == steps[:, None, None, None]).float().sum(1)
     blur = (taps @ links.view(radius + 1, size * size)).view(n, size, size)
@@ -160,4 +165,4 @@ def normalise(
     x: Float[Tensor, "*views 3 h w"], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Float[Tensor, "*views 3 h w"]:
     """(x - mean) / std by channel."""
-    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+    return (x - constant(mean, x)[:, None, None]) / constant(std, x)[:, None, None]

@@ -63,6 +63,7 @@ class Method(lightning.LightningModule):
         self.initial_hash: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
         self.scheduled: dict[str, float] = {}  # the values of this step
         self.accumulate = 1  # micro-batches of an optimiser step
+        self._failed_at: Tensor | None = None  # on the device: the first step whose loss was not finite, -1 if there was none
 
     def views(self, batch: Batch) -> Tensor | tuple[Tensor, ...]:
         raise NotImplementedError
@@ -115,15 +116,42 @@ class Method(lightning.LightningModule):
             if group["name"] == "decay":
                 group["weight_decay"] = self.scheduled["weight_decay"]
 
-    def report(self, loss: Float[Tensor, ""], **metrics: Tensor | float) -> None:
-        """Log the loss, the schedules and the method's own metrics; stop on a loss that is not a number."""
-        if not torch.isfinite(loss.detach()):
-            raise Failure(
-                f"the loss is {loss.item()} at step {self.trainer.global_step}; lower optim.lr or use --trainer.precision bf16-mixed"
-            )
-        self.log_dict({"loss": loss.detach(), **metrics, **self.scheduled})
+    @property
+    def is_read(self) -> bool:
+        """Whether the host reads this step's values: every `trainer.log_every_n_steps` steps and at the last; no other step waits."""
+        if self._trainer is None:
+            return False
+        step = self.global_step + 1
+        return step % max(1, self.trainer.log_every_n_steps) == 0 or step == self.total_steps  # type: ignore[attr-defined]
+
+    def report(self, loss: Float[Tensor, ""], **metrics: Float[Tensor, ""]) -> dict[str, float]:
+        """Note on the device whether the loss is finite. If this step is read: log the loss, the method's own metrics (means over the
+        ranks) and the schedules, and return those read; Failure if a loss was not finite since the last time."""
+        if self._failed_at is None:
+            self._failed_at = torch.full((), -1, dtype=torch.int64, device=loss.device)
+        self._failed_at.masked_fill_(~loss.detach().isfinite() & (self._failed_at < 0), self.global_step)
+        if not self.is_read:
+            return {}
+        values = self._read({"loss": loss.detach(), **metrics})
+        self.log_dict({**values, **self.scheduled})
+        return values
+
+    def _read(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the ranks, by one exchange and one wait; Failure if a rank's loss was not finite."""
+        assert self._failed_at is not None
+        own = torch.stack([value.float() for value in (self._failed_at, *values.values())])
+        ranks = [own]
+        if torch.distributed.is_initialized():
+            ranks = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(ranks, own)
+        rows = torch.stack(ranks).tolist()
+        if failed := [int(row[0]) for row in rows if row[0] >= 0]:
+            raise Failure(f"the loss is not finite at step {min(failed)}; lower optim.lr or use --trainer.precision bf16-mixed")
+        return {name: sum(column) / len(rows) for name, column in zip(values, list(zip(*rows, strict=True))[1:], strict=True)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._failed_at is not None:
+            self._read({})  # weights behind such a loss never replace good ones
         checkpoint["ssl_vit"] = {
             "format": FORMAT,
             "recipe": self.recipe,

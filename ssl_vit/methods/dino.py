@@ -200,7 +200,8 @@ class DINO(Method):
         self.register_buffer("center", torch.zeros(head.prototypes))
         self.batch_center: Tensor  # of the micro-batches so far
         self.register_buffer("batch_center", torch.zeros(head.prototypes), persistent=False)
-        self._collapsed_steps = 0
+        self._collapsed_since: int | None = None  # step
+        self._warned = False
 
     @property
     def backbone(self) -> Backbone:  # type: ignore[override]
@@ -226,7 +227,7 @@ class DINO(Method):
         targets = teacher_targets(teacher, self.center, self.scheduled["teacher_temperature"])
         loss = dino_loss(targets, student, self.student_temperature)
         self.update_center(teacher, last=(batch_idx + 1) % self.accumulate == 0)
-        self.report(loss, **self.monitor_collapse(targets))
+        self.warn_of_collapse(self.report(loss, **(information(targets) if self.is_read else {})))
         return loss
 
     @torch.no_grad()
@@ -271,24 +272,34 @@ class DINO(Method):
         if gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def monitor_collapse(self, targets: Float[Tensor, "2 b k"]) -> dict[str, Tensor]:
-        """H(mean) - mean H of the teacher's output, in units of ln k: near 0 when all images get the same answer, be it uniform
-        or one prototype. Needs no labels, and tells what the loss cannot. Warns once when it stays there."""
-        of_mean, mean = entropy(targets.mean(dim=(0, 1))), entropy(targets).mean()
-        information = (of_mean - mean) / math.log(targets.shape[-1])
-        self._collapsed_steps = self._collapsed_steps + 1 if information < COLLAPSED else 0
-        if self._collapsed_steps == COLLAPSED_STEPS:
+    def warn_of_collapse(self, read: dict[str, float]) -> None:
+        """Warn once when the teacher's information, each time that it is read, has been near 0 for a while. Needs no labels, and tells
+        what the loss cannot."""
+        if read.get("teacher_information", 1.0) >= COLLAPSED:
+            self._collapsed_since = None if read else self._collapsed_since
+            return
+        if self._collapsed_since is None:
+            self._collapsed_since = self.global_step
+        steps = self.global_step - self._collapsed_since
+        if steps >= COLLAPSED_STEPS and not self._warned:
+            self._warned = True
             log.warning(
                 "the teacher gives all images the same answer (%.4f of ln k between images for %d steps, entropy %.2f of ln k): collapsed; "
                 "change teacher.temperature, teacher.center_momentum or optim.lr",
-                information,
-                COLLAPSED_STEPS,
-                mean / math.log(targets.shape[-1]),
+                read["teacher_information"],
+                steps,
+                read["teacher_entropy"] / math.log(self.head_config.prototypes),
             )
-        return {"teacher_entropy": mean, "teacher_information": information}
 
 
 COLLAPSED, COLLAPSED_STEPS = 1e-3, 50
+
+
+def information(targets: Float[Tensor, "t b k"]) -> dict[str, Float[Tensor, ""]]:
+    """The mean entropy of the teacher's output, and H(mean) - mean H in units of ln k: near 0 when all images get the same answer, be it
+    uniform or one prototype."""
+    of_mean, mean = entropy(targets.mean(dim=(0, 1))), entropy(targets).mean()
+    return {"teacher_entropy": mean, "teacher_information": (of_mean - mean) / math.log(targets.shape[-1])}
 
 
 def entropy(probabilities: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:

@@ -47,7 +47,11 @@ def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
 
 
 def adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(module), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    """torch's AdamW, as one kernel where there is one for the device."""
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in module.parameters())
+    optimizer = torch.optim.AdamW(parameter_groups(module), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+    optimizer._step_supports_amp_scaling = False  # gradients are unscaled before clipping, not in the kernel
+    return optimizer
 
 
 @torch.no_grad()
@@ -57,5 +61,5 @@ def clip_each(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     Not Lightning's `gradient_clip_val`, which bounds the norm over all parameters together."""
     grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
     if grads:
-        norms = torch._foreach_norm(grads)
-        torch._foreach_mul_(grads, [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
+        norms = torch.stack(torch._foreach_norm(grads))
+        torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.0).unbind())

@@ -203,7 +203,7 @@ class Progress(ProgressBar):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self._bar is not None
         seen = trainer.global_step * self._images
-        if self._bar.update(seen - self._bar.n):
+        if self._bar.update(seen - self._bar.n) and "loss" in trainer.callback_metrics:  # read every few steps
             self._bar.set_postfix(loss=f"{float(trainer.callback_metrics['loss']):.3f}", refresh=False)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:

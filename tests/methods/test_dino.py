@@ -16,7 +16,7 @@ from ssl_vit.data.stream import Batch
 from ssl_vit.data.views import MultiCrop
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.methods import DINO
-from ssl_vit.methods.dino import HeadConfig, TeacherConfig, dino_loss, teacher_targets
+from ssl_vit.methods.dino import HeadConfig, TeacherConfig, dino_loss, information, teacher_targets
 from ssl_vit.methods.optim import OptimConfig, clip_each
 from tests.conftest import TINY
 
@@ -35,11 +35,12 @@ def attach(module: DINO, total_steps: int = 100) -> DINO:
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
         global_step=0,
         num_training_batches=10,
+        log_every_n_steps=1,
         estimated_stepping_batches=total_steps,
         datamodule=SimpleNamespace(batch_size=256),
     )
     module.scheduled = module.schedule(0)
-    module.report = lambda loss, **metrics: None  # type: ignore[method-assign, assignment]
+    module.report = lambda loss, **metrics: {}  # type: ignore[method-assign]
     return module
 
 
@@ -191,37 +192,60 @@ def test_overfits_one_batch(batch: Batch) -> None:
     assert losses[-1] - floor < 0.35 * (losses[0] - floor)
 
 
-def test_collapse_is_warned_of_once_within_100_steps(batch: Batch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("every", [1, 10])
+def test_collapse_is_warned_of_once_within_100_steps(every: int, caplog: pytest.LogCaptureFixture) -> None:
     for uniform in (True, False):
-        module, log = tiny(), []
+        module = attach(tiny())
         targets = torch.full((2, 8, 64), 1 / 64) if uniform else F.one_hot(torch.zeros(2, 8, dtype=torch.long), 64).float()
+        values = {name: value.item() for name, value in information(targets).items()}
+        assert values["teacher_information"] < 1e-6
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            for _ in range(100):
-                log.append(module.monitor_collapse(targets)["teacher_information"].item())
-        assert max(log) < 1e-6
+            for step in range(100):
+                module.trainer.global_step = step  # type: ignore[misc]
+                module.warn_of_collapse(values if (step + 1) % every == 0 else {})
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "collapsed" in caplog.text
 
 
-def test_no_collapse_warning_for_a_fresh_model(batch: Batch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_teacher_that_recovers_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     module = attach(tiny())
     with caplog.at_level(logging.WARNING):
-        for _ in range(60):
+        for step in range(200):
+            module.trainer.global_step = step  # type: ignore[misc]
+            module.warn_of_collapse({"teacher_information": 0.0 if step % 40 else 0.5, "teacher_entropy": 1.0})
+    assert caplog.records == []
+
+
+def test_no_collapse_warning_for_a_fresh_model(batch: Batch, caplog: pytest.LogCaptureFixture) -> None:
+    module = attach(tiny())
+    del module.report
+    module.log_dict = lambda values: None  # type: ignore[method-assign, assignment]
+    with caplog.at_level(logging.WARNING):
+        for step in range(60):
+            module.trainer.global_step = step  # type: ignore[misc]
             module.training_step(batch, 0)
     assert caplog.records == []
 
 
 def test_information_is_between_0_and_1_and_counts_answers() -> None:
     targets = F.one_hot(torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]), 64).float()
-    assert tiny().monitor_collapse(targets)["teacher_information"].item() == pytest.approx(math.log(4) / math.log(64))
+    assert information(targets)["teacher_information"].item() == pytest.approx(math.log(4) / math.log(64))
 
 
-def test_a_loss_that_is_not_a_number_stops(batch: Batch) -> None:
+def test_a_loss_that_is_not_finite_stops_at_the_next_reading_and_is_never_saved() -> None:
     module = attach(tiny())
     del module.report
-    with pytest.raises(Failure, match="the loss is nan at step 0"):
-        module.report(torch.tensor(float("nan")))
+    module.log_dict = lambda values: None  # type: ignore[method-assign, assignment]
+    module.trainer.log_every_n_steps = 4
+    for step, loss in enumerate((1.0, float("nan"), 2.0)):
+        module.trainer.global_step = step  # type: ignore[misc]
+        assert module.report(torch.tensor(loss)) == {}
+    with pytest.raises(Failure, match="the loss is not finite at step 1"):
+        module.on_save_checkpoint({})
+    module.trainer.global_step = 3  # type: ignore[misc]
+    with pytest.raises(Failure, match="the loss is not finite at step 1"):
+        module.report(torch.tensor(3.0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""A training step never waits for the host: the whole step on fake tensors, and on a GPU under torch's own sync check.
+
+On a fake CPU forward and backward; on a fake GPU forward alone (autograd asks the driver for a real one), where copies show too."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssl_vit.data import views
+from ssl_vit.data.stream import Batch
+from ssl_vit.data.views import SingleCrop
+from ssl_vit.methods import DINO, MAE, Method
+from ssl_vit.methods.mae import DecoderConfig
+from ssl_vit.methods.optim import clip_each
+from tests.conftest import TINY
+from tests.methods.test_dino import attach, tiny
+
+
+class HostCopy(RuntimeError):
+    pass
+
+
+class NoHostCopies(TorchDispatchMode):
+    """Refuses copies between host and device: fake tensors themselves only refuse what depends on data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[-1] if func is torch.ops.aten.copy_.default else args[0]
+            if source.device.type != result.device.type:
+                raise HostCopy(f"{func} from {source.device} to {result.device}")
+        return result
+
+
+def dino() -> Method:
+    return attach(tiny())
+
+
+def mae() -> Method:
+    return attach(MAE(backbone=TINY, decoder=DecoderConfig(width=16, depth=2, heads=2), crop=SingleCrop(size=16)))  # type: ignore[arg-type]
+
+
+def step(module: Method, batch: Batch, backward: bool = True) -> None:
+    loss = module.training_step(batch, 0)
+    assert isinstance(loss, torch.Tensor)
+    if not backward:
+        return
+    loss.backward()  # type: ignore[no-untyped-call]
+    if isinstance(module, DINO):
+        clip_each(module.student.parameters(), 3.0)
+
+
+def faked(module: Method, device: str) -> None:
+    """The module's parameters and buffers on a device that need not be there. To be called under FakeTensorMode."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                on_gpu = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                part._parameters[name] = nn.Parameter(on_gpu, requires_grad=parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def fake_step(build: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # drawn on the host from (seed, step) alone, whatever the device does; as fake numbers they would have no value
+    monkeypatch.setattr(views, "jitter_orders", lambda seed, step: [[0, 1, 2, 3], [3, 2, 1, 0]])
+    module = build()
+    module.trainer.log_every_n_steps = 10
+    del module.report
+    with FakeTensorMode():
+        faked(module, device)
+        images = torch.empty(8, 3, 16, 16, dtype=torch.uint8, device=device)
+        batch = Batch(images, *(torch.empty(shape, dtype=torch.int64, device=device) for shape in ((8, 2), (8,))), 0)
+        with NoHostCopies():
+            step(module, batch, backward=device == "cpu")
+
+
+@pytest.mark.parametrize("build", [dino, mae])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_whole_step_has_no_operation_that_waits_for_the_device(build: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_step(build, device, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error"),
+    [
+        (lambda x: x[(x > 0).nonzero()[:, 0]].sum(), DynamicOutputShapeException),
+        (lambda x: x.sum() * float(x.sum()), DataDependentOutputException),
+        (lambda x: (x * torch.tensor([1.0, 2.0, 3.0], device=x.device)[:, None, None]).sum(), HostCopy),
+        (lambda x: x.sum() * x.cpu().sum().to(x.device), HostCopy),
+    ],
+)
+def test_a_step_that_would_wait_is_found(spoil: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> Method:
+        module = mae()
+        module.targets = lambda images: MAE.targets(module, images) + spoil(images)  # type: ignore[assignment, arg-type]
+        return module
+
+    with pytest.raises(error):
+        fake_step(build, "cuda", monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("build", [dino, mae])
+def test_cuda_agrees(build: Any) -> None:
+    module = build()
+    module.trainer.log_every_n_steps = 10
+    del module.report
+    module.cuda()
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, device="cuda")
+    batch = Batch(images, torch.full((8, 2), 16, device="cuda"), torch.arange(8, device="cuda"), 0)
+    step(module, batch)  # libraries start, and may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(module, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
