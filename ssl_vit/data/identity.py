@@ -14,17 +14,18 @@ from ssl_vit.errors import Failure
 
 # encoded bytes up to which every image is read before each run
 HASHED_BYTES = 2**30
+HASHED_FILES = 20_000  # of their own, each of which must be opened
 _PARTS, _ROWS = 64, 4096
 
 
 def identity(rows: Records) -> tuple[dict[str, Any], str]:
     """`{count, hash, by, parts, names}`, and a key under which decoded images can be found again.
 
-    by: "content", or "names and sizes" for more than `HASHED_BYTES`, whose times are in the key. `hash` is over all images, `parts` over
-    each of at most 64 equal ranges of rows, the first image of which is in `names`.
+    by: "content", or "names and sizes" for more than `HASHED_BYTES` or `HASHED_FILES`, whose times are in the key. `hash` is over all
+    images, `parts` over each of at most 64 equal ranges of rows, the first image of which is in `names`.
     """
     sizes, newest = _stored(rows)
-    if sum(size for _, size in sizes) <= HASHED_BYTES:
+    if sum(size for _, size in sizes) <= HASHED_BYTES and (not newest or len(sizes) <= HASHED_FILES):
         found = _hashed("content", len(sizes), rows.encoded(), [name for name, _ in sizes])
         return found, found["hash"]
     found = _hashed("names and sizes", len(sizes), ((name, f"{name} {size}".encode()) for name, size in sizes), [name for name, _ in sizes])

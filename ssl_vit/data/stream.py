@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssl_vit.data.columns import Records
+from ssl_vit.data.identity import describe_change, identity
 from ssl_vit.data.images import ImageStore, fits
 from ssl_vit.data.loader import CropDataset, Order, Piece, whole_batches
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
@@ -214,6 +215,7 @@ class ImageData(lightning.LightningDataModule):
         self.decode, self.workers = decode, workers
         self.images: ImageStore | None = None
         self.records: Records | None = None
+        self.identity: dict[str, Any] = {}
         self.streams: list[WorkerStream] = []
         self.limit: int | float = 1.0  # of `Stream`, as is `repeat`
         self.repeat = False
@@ -242,11 +244,21 @@ class ImageData(lightning.LightningDataModule):
                 decode = self.trainer.strategy.broadcast("memory" if small else "stream")
             if decode == "stream":
                 self.records, module.recipe["data"]["decode"] = rows, "stream"
+                found = identity(rows)[0] if self.trainer.is_global_zero else {}  # one process reads or lists the files
+                self.identity = self.trainer.strategy.broadcast(found)
                 return notices
         progress = self.trainer.is_global_zero
         loaded = load_split(self.source, self.split, image_column=self.image_column, max_side=self.max_side, progress=progress)
-        self.images = loaded.images
+        self.images, self.identity = loaded.images, loaded.identity
         return loaded.notices
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"identity": self.identity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of a checkpoint, called once the data are there; UsageError if the run was trained on others."""
+        if change := describe_change(state_dict["identity"], self.identity):
+            raise UsageError(f"cannot resume on other data: {self.source} changed ({change}); restore it, or start anew with another --out")
 
     def train_dataloader(self) -> Stream:
         assert self.trainer is not None

@@ -1,0 +1,50 @@
+"""A run goes on with the images that it began with, or not at all."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_vit.cli import run
+
+
+@pytest.mark.parametrize("decode", ["memory", "stream"])
+@pytest.mark.parametrize("change", ["added", "removed", "replaced"])
+def test_resume_on_other_images_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, decode: str, change: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(12):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(images / f"{number:02}.png")
+    workers = ["--data.workers", "0"] if decode == "stream" else []
+    command = [
+        "pretrain",
+        "mae_smoke",
+        "--data.source",
+        str(images),
+        "--data.batch_size",
+        "4",
+        "--data.decode",
+        decode,
+        *workers,
+        "--out",
+        "run",
+    ]
+    assert run([*command, "--trainer.limit_train_batches", "3"]) == 0
+    (tmp_path / "run" / "run.json").unlink()  # as one that was killed at its end
+    if change == "added":
+        shutil.copy(images / "03.png", images / "0300.png")
+    elif change == "removed":
+        (images / "07.png").unlink()
+    else:
+        shutil.copy(images / "03.png", images / "07.png")
+    capsys.readouterr()
+    assert run([*command, "--trainer.limit_train_batches", "3", "--resume"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot resume on other data" in line
+    assert {"added": "12 images -> 13", "removed": "12 images -> 11", "replaced": "07.png"}[change] in line
