@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
         (["dino.yaml", "--data.source", "builtin:photo"], 2, "did you mean 'builtin:photos'?"),
         (["dino.yaml", "--data.source", "some/dataset"], 1, "some/dataset"),
         (["dino.yaml", "--data.split", "trian"], 2, "trian"),
-        (["dino.yaml", "--data.batch_size", "64"], 2, "holds 26 pictures"),
+        (["dino.yaml", "--data.batch_size", "64"], 2, "holds 26 images"),
         (["dino.yaml", "--trainer.max_steps", "-1"], 2, "set trainer.max_epochs or trainer.max_steps"),
         (["dino.yaml", "--out", "pictures"], 2, "already holds something else"),
         (["dino.yaml", "--out", "none", "--resume"], 2, "nothing to resume"),

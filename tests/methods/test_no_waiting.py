@@ -72,7 +72,7 @@ def fake_step(build: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = build()
     module.trainer.log_every_n_steps = 10
     del module.report
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         faked(module, device)
         images = torch.empty(8, 3, 16, 16, dtype=torch.uint8, device=device)
         batch = Batch(images, *(torch.empty(shape, dtype=torch.int64, device=device) for shape in ((8, 2), (8,))), 0)
