@@ -70,7 +70,9 @@ def test_shipped_recipes_parse_and_are_short(recipe: str) -> None:
     _, config = parse_recipe(recipe, [])
     text = Path(__file__).parents[2].joinpath("recipes", f"{recipe}.yaml").read_text()
     assert len(text.splitlines()) <= 30
-    assert [line.split()[1] for line in text.splitlines() if line.startswith("# ")][:3] == ["command", "cost", "score"]
+    header = [line.split()[1] for line in text.splitlines() if line.startswith("# ")]
+    assert header[0] in ("command", "1")  # "1 GPU", "8 GPUs", "2 nodes" where the command depends on them
+    assert {"cost", "score"} <= set(header)
     assert config.method == recipe.split("_")[0]
 
 
