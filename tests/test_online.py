@@ -47,7 +47,10 @@ def run(recipe: str, out: str, *options: str, callback: OnlineKNN | None = None)
 
 
 def lines(out: str) -> list[dict[str, Any]]:
-    return [{key: value for key, value in json.loads(line).items() if key != "data_seconds"} for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "data_seconds"}
+        for line in Path(out, "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def measured(out: str) -> dict[int, float]:
