@@ -111,7 +111,7 @@ class RunFolder(Checkpoint):
 
     def finish(self, trainer: Trainer, module: Method) -> bool:
         """After the fit: write `run.json` if all steps are done, also when a resumed run found nothing left to do."""
-        if self._total is not None and trainer.global_step < self._total:
+        if trainer.global_step < module.total_steps:
             return False
         records = self._records()
         images = trainer.global_step * module.recipe["data"]["batch_size"]

@@ -235,6 +235,13 @@ def test_a_run_stopped_early_by_the_clock_is_not_finished() -> None:
     assert json.loads(Path("run/run.json").read_text())["steps"] == 800
 
 
+def test_a_run_without_time_for_a_step_is_not_finished() -> None:
+    assert pretrain("mae.yaml", "--trainer.max_time", "00:00:00:00", "--out", "run") == 0
+    assert not Path("run/run.json").exists()
+    assert pretrain("mae.yaml", "--out", "run", "--resume") == 0
+    assert Path("run/run.json").exists()
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again() -> None:
     assert pretrain("mae.yaml", "--out", "run") == 0
     for name in ("last.ckpt", "run.json"):
