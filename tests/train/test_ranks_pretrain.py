@@ -1,0 +1,121 @@
+"""`ssl-vit pretrain` on several processes, started as torchrun, Slurm and Lightning start them: the run of one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_vit.cli import run
+from ssl_vit.train.pretrain import build_method, parse_recipe
+from ssl_vit.weights.checkpoint import read_checkpoint
+
+pytestmark = [pytest.mark.usefixtures("pictures_and_recipes"), pytest.mark.timeout(600)]
+
+OPTIONS = ["--trainer.accelerator", "cpu", "--backbone.drop_path", "0"]
+READOUTS = {"dino": ["cls", "gap", "register", "ep_cls", "cls@last2", "gap/pre"], "mae": ["cls", "gap", "register", "ep_cls", "gap/pre"]}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def started(commands: list[list[str]], variables: list[dict[str, str]]) -> list[tuple[int, str]]:
+    """Exit code and all that was said, of processes that run at the same time."""
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    processes = [
+        subprocess.Popen(command, env={**base, **own}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command, own in zip(commands, variables, strict=True)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def command(out: str, *options: str) -> list[str]:
+    return ["-m", "ssl_vit", "pretrain", *options, "--out", out, *OPTIONS]
+
+
+def as_torchrun(ranks: int, out: str, *options: str) -> None:
+    """What torchrun sets for the processes of one node, without its own start of some seconds."""
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    # LOCAL_RANK and GROUP_RANK by TorchElasticEnvironment, which asks for the last variable
+    ids = [{"RANK": str(r), "LOCAL_RANK": str(r), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"} for r in range(ranks)]
+    own = [sys.executable, *command(out, *options, "--trainer.devices", str(ranks), "--trainer.strategy", "ddp")]
+    for code, output in started([own] * ranks, [{**shared, **rank} for rank in ids]):
+        assert code == 0, output
+
+
+def alone(out: str, *options: str) -> None:
+    assert run(["pretrain", *options, "--out", out, *OPTIONS]) == 0
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = read_checkpoint(Path(folder) / "last.ckpt")["state_dict"]
+    return state
+
+
+def assert_the_same_run(one: str, other: str, recipe: str, *options: str) -> None:
+    """The same weights up to the order of float32 additions over the batch.
+
+    A relative error of 1e-7 in a gradient stays one in the step of AdamW, but for the few elements whose gradient is near 0 against its own
+    error: those move by up to a step at will. So all weights are taken together, against how far they went; another crop, mask or order
+    on one rank gives a difference of the order of the movement itself."""
+    first, second = weights(one), weights(other)
+    parser, config = parse_recipe(recipe, [*options, *OPTIONS])
+    start = build_method(config, parser.instantiate(config)).state_dict()
+    assert first.keys() == second.keys() == start.keys()
+    difference, movement = (sum((state[key] - first[key]).square().sum().item() for key in first) for state in (second, start))
+    assert movement > 1e-3
+    assert difference < 1e-5 * movement
+
+
+def compare(ranks: int, recipe: str, *options: str) -> None:
+    alone("one", recipe, *options)
+    as_torchrun(ranks, "several", recipe, *options)
+    assert json.loads(Path("several/run.json").read_text())["devices"] == f"{ranks} x cpu"
+    assert_the_same_run("one", "several", recipe, *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("method", "readout"), [(method, readout) for method in READOUTS for readout in READOUTS[method]])
+def test_two_and_four_processes_train_what_one_trains(ranks: int, method: str, readout: str) -> None:
+    compare(ranks, f"{method}.yaml", "--readout", readout)
+
+
+def test_torchrun_with_two_nodes() -> None:
+    """Two launchers of one process each, as on two machines: one writes, the other does not."""
+    launcher = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {free_port()}".split()
+    options = ["mae.yaml", "--trainer.devices", "1", "--trainer.num_nodes", "2", "--trainer.strategy", "ddp"]
+    commands = [[sys.executable, *launcher, "--node-rank", str(node), *command("several", *options)] for node in range(2)]
+    done = started(commands, [{}, {}])
+    assert [code for code, _ in done] == [0, 0], done
+    assert ["7 steps" in output for _, output in done] == [True, False]
+    alone("one", "mae.yaml")
+    assert_the_same_run("one", "several", "mae.yaml")
+
+
+def test_slurm() -> None:
+    """The variables that srun sets for two tasks on one node; nothing else says how many processes there are, or which one this is."""
+    job = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "job", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
+    job |= {"SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1"}
+    tasks = [{**job, "MASTER_PORT": port, "SLURM_PROCID": task, "SLURM_LOCALID": task} for port in [free_port()] for task in "01"]
+    own = [sys.executable, *command("several", "mae.yaml", "--trainer.devices", "2", "--trainer.strategy", "ddp")]
+    done = started([own, own], tasks)
+    assert [code for code, _ in done] == [0, 0], done
+    assert ["7 steps" in output for _, output in done] == [True, False]
+    assert json.loads(Path("several/run.json").read_text())["devices"] == "2 x cpu"
+    steps = [json.loads(line)["step"] for line in Path("several/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))  # each once
+    alone("one", "mae.yaml")
+    assert_the_same_run("one", "several", "mae.yaml")
