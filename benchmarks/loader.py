@@ -140,9 +140,8 @@ def memory(folder: Path) -> None:
         pass
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     total = sum(pss(pid) for pid in [os.getpid(), *map(int, children)])
-    print(
-        f"{len(batches.dataset.records.table):8,d} files: opened in {opened:5.1f} s; PSS of 1 + {len(children)} processes {total / 1e6:6.0f} MB"
-    )
+    count = len(batches.dataset.records.table)
+    print(f"{count:8,d} files: opened in {opened:5.1f} s; PSS of 1 + {len(children)} processes {total / 1e6:6.0f} MB")
 
 
 def main() -> None:
