@@ -99,6 +99,18 @@ def stream(folder: Path, module: Method, batch: int, workers: int) -> WorkerStre
     return WorkerStream(CropDataset(records, Order(len(records.table), batch, 0), module.crop_plan), workers)
 
 
+def settle() -> None:
+    """Wait until all workers have filled their queues: what one side makes ahead must not take the cores of the next."""
+    busy = -1
+    while True:
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        ticks = sum(int(Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[11]) for pid in children)
+        if ticks == busy:
+            return
+        busy = ticks
+        time.sleep(1)
+
+
 def compare(method: str, folder: Path, options: argparse.Namespace) -> None:
     module = build(method)
     streams: dict[str, Iterator[Any]] = {"ours, crops": iter(stream(folder, module, options.batch, options.workers))}
@@ -109,6 +121,7 @@ def compare(method: str, folder: Path, options: argparse.Namespace) -> None:
     for number in range(options.turns + 1):  # the first turn warms up
         for name in rates:
             batches = streams["ours, crops" if name == "ours, colour too" else name]
+            settle()
             while_idle = 3 * options.workers + 1  # what the workers made ahead while the others had their turn does not count
             for _ in range(while_idle):
                 next(batches)
