@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from ssl_vit.data.loader import CropDataset, Order
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
+from ssl_vit.data.loader import CropDataset, Order
 from ssl_vit.data.photos import photograph
 from ssl_vit.data.sources import open_records
 from ssl_vit.data.stream import WorkerStream
@@ -122,7 +122,9 @@ def compare(method: str, folder: Path, options: argparse.Namespace) -> None:
         for name in rates:
             batches = streams["ours, crops" if name == "ours, colour too" else name]
             settle()
-            while_idle = 3 * options.workers + 1  # what the workers made ahead while the others had their turn does not count
+            while_idle = (
+                3 * options.workers
+            )  # a whole number of rounds; what the workers made ahead while the others had their turn does not count
             for _ in range(while_idle):
                 next(batches)
             begin = time.perf_counter()
