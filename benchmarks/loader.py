@@ -122,9 +122,7 @@ def compare(method: str, folder: Path, options: argparse.Namespace) -> None:
         for name in rates:
             batches = streams["ours, crops" if name == "ours, colour too" else name]
             settle()
-            while_idle = (
-                3 * options.workers
-            )  # a whole number of rounds; what the workers made ahead while the others had their turn does not count
+            while_idle = 3 * options.workers  # whole rounds of the workers; what they made ahead does not count
             for _ in range(while_idle):
                 next(batches)
             begin = time.perf_counter()
