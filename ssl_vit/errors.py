@@ -1,7 +1,8 @@
 """The two kinds of error that a user meets. Each message is one line: what came, what is allowed, what to change."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -9,7 +10,7 @@ class UsageError(ValueError):
 
 
 class Failure(RuntimeError):
-    """Something found is wrong: a corrupt picture, a broken checkpoint, no network. The command exits with code 1."""
+    """Something found is wrong: a corrupt image, a broken checkpoint, no network. The command exits with code 1."""
 
 
 def one_of(name: str, options: Iterable[str]) -> str:
@@ -28,3 +29,24 @@ def require(holds: bool, field: str, value: object, allowed: str) -> None:
     """UsageError unless `holds`: what `field` is, and what it must be."""
     if not holds:
         raise UsageError(f"{field} is {value}; it must be {allowed}")
+
+
+def check_numbers(group: str, values: Mapping[str, Any], **types: Any) -> None:
+    """UsageError for the first of `values` that is not of its number type, one of jsonargparse's; None passes, of a tuple every number
+    is looked at. group: what stands before a field's name in a recipe.
+
+    Checked here, and not by annotations: a plain 224 is no instance of PositiveInt, which would refuse `SingleCrop(size=224)` in Python."""
+    for field, kind in types.items():
+        value = values[field]
+        for number in value if isinstance(value, tuple | list) else (value,):
+            try:
+                number is None or kind(number)
+            except ValueError as error:
+                raise UsageError(f"{group}{field} is {value}; it must be {kind.__doc__.split('restricted to be ')[1]}") from error
+
+
+def check_low_high(group: str, values: Mapping[str, Any], **types: Any) -> None:
+    """The same of pairs, of which the first number must not be above the second."""
+    check_numbers(group, values, **types)
+    for field in types:
+        require(values[field][0] <= values[field][1], f"{group}{field}", values[field], "low, then high")

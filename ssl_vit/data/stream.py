@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import lightning
 import torch
 from jaxtyping import Int64, UInt8
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ from ssl_vit.data.images import ImageStore, fits
 from ssl_vit.data.loader import CropDataset, Order, Piece, whole_batches
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
 from ssl_vit.data.views import Made
-from ssl_vit.errors import Failure, UsageError, require
+from ssl_vit.errors import Failure, UsageError, check_numbers, require
 
 log = logging.getLogger(__name__)
 
@@ -207,9 +208,7 @@ class ImageData(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        require(batch_size > 0, "data.batch_size", batch_size, "above 0")
-        require(max_side > 0, "data.max_side", max_side, "above 0")
-        require(workers is None or workers >= 0, "data.workers", workers, "0 or more")
+        check_numbers("data.", locals(), batch_size=PositiveInt, max_side=PositiveInt, workers=NonNegativeInt)
         self.source, self.batch_size, self.split = source, batch_size, split
         self.image_column, self.max_side, self.seed = image_column, max_side, seed
         self.decode, self.workers = decode, workers

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
 from torch import Tensor
 
 from ssl_vit.data.rng import uniform
@@ -23,10 +24,11 @@ from ssl_vit.data.transforms import (
     random_resized_crop_boxes,
     solarise,
 )
-from ssl_vit.errors import require
+from ssl_vit.errors import check_low_high, check_numbers, require
 
 JITTER_ORDER_STREAM = -2
 VIEW_STREAM = 1000
+Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)], docstring="float restricted to be >0 and ≤1")
 
 # which draw of a view decides what, after those of the crop box
 FLIP, JITTER, FACTORS, GREY, BLUR, SIGMA, SOLARISE = CROP_DRAWS, CROP_DRAWS + 1, CROP_DRAWS + 2, *range(CROP_DRAWS + 6, CROP_DRAWS + 10)
@@ -34,10 +36,6 @@ DRAWS = SOLARISE + 1
 
 Made = tuple[UInt8[Tensor, "_ b 3 _ _"], ...]
 """Crops [v b 3 s s] made by a worker, for each entry of a plan; empty where the device cuts them out of the images."""
-
-
-def _require_scale(field: str, scale: tuple[float, float]) -> None:
-    require(0 < scale[0] <= scale[1] <= 1, field, scale, "two shares of the image's area, low then high, above 0 and up to 1")
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,8 @@ class SingleCrop:
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        require(self.size > 0, "crop.size", self.size, "a number of pixels above 0")
-        _require_scale("crop.scale", self.scale)
-        require(0 <= self.flip <= 1, "crop.flip", self.flip, "a probability from 0 to 1")
+        check_numbers("crop.", vars(self), size=PositiveInt, flip=ClosedUnitInterval)
+        check_low_high("crop.", vars(self), scale=Share)
 
     @property
     def plan(self) -> tuple[Crops, ...]:
@@ -97,23 +94,11 @@ class MultiCrop:
     solarise_p: float = 0.2
 
     def __post_init__(self) -> None:
-        for field in ("global_size", "local_size"):
-            require(getattr(self, field) > 0, f"crops.{field}", getattr(self, field), "a number of pixels above 0")
-        _require_scale("crops.global_scale", self.global_scale)
-        _require_scale("crops.local_scale", self.local_scale)
-        require(self.n_local >= 0, "crops.n_local", self.n_local, "0 or more")
-        for field in ("flip", "jitter_p", "grey_p", "solarise_p"):
-            require(0 <= getattr(self, field) <= 1, f"crops.{field}", getattr(self, field), "a probability from 0 to 1")
-        require(all(0 <= p <= 1 for p in self.blur_p), "crops.blur_p", self.blur_p, "three probabilities from 0 to 1")
-        require(
-            min(self.jitter) >= 0 and self.jitter[3] <= 0.5, "crops.jitter", self.jitter, "strengths of 0 or more, the last (hue) up to 0.5"
-        )
-        require(
-            0 < self.blur_sigma[0] <= self.blur_sigma[1],
-            "crops.blur_sigma",
-            self.blur_sigma,
-            "two lengths in pixels, low then high, above 0",
-        )
+        probabilities = dict.fromkeys(("flip", "jitter_p", "grey_p", "blur_p", "solarise_p"), ClosedUnitInterval)
+        check_numbers("crops.", vars(self), **probabilities, global_size=PositiveInt, local_size=PositiveInt, n_local=NonNegativeInt)
+        check_numbers("crops.", vars(self), jitter=NonNegativeFloat)
+        require(self.jitter[3] <= 0.5, "crops.jitter", self.jitter, "up to 0.5 in its last number, the hue")
+        check_low_high("crops.", vars(self), global_scale=Share, local_scale=Share, blur_sigma=PositiveFloat)
 
     @property
     def plan(self) -> tuple[Crops, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 from jaxtyping import Float
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from ssl_vit.data.stream import Batch
 from ssl_vit.data.transforms import normalise
 from ssl_vit.data.views import Crops, MultiCrop, multi_crop
-from ssl_vit.errors import UsageError, require
+from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig, clip_each
 from ssl_vit.methods.schedules import cosine, linear
@@ -45,9 +46,8 @@ class HeadConfig:
     freeze_epochs: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in ("hidden", "bottleneck", "prototypes"):
-            require(getattr(self, field) > 0, f"head.{field}", getattr(self, field), "above 0")
-        require(self.freeze_epochs >= 0, "head.freeze_epochs", self.freeze_epochs, "0 or more")
+        sizes = dict.fromkeys(("hidden", "bottleneck", "prototypes"), PositiveInt)
+        check_numbers("head.", vars(self), **sizes, freeze_epochs=NonNegativeFloat)
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,8 @@ class TeacherConfig:
     center_momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        for field in ("momentum", "center_momentum"):
-            require(0 <= getattr(self, field) <= 1, f"teacher.{field}", getattr(self, field), "from 0 to 1")
-        for field in ("temperature", "warmup_temperature"):
-            require(getattr(self, field) > 0, f"teacher.{field}", getattr(self, field), "above 0")
-        require(self.warmup_epochs >= 0, "teacher.warmup_epochs", self.warmup_epochs, "0 or more")
+        check_numbers("teacher.", vars(self), momentum=ClosedUnitInterval, center_momentum=ClosedUnitInterval)
+        check_numbers("teacher.", vars(self), temperature=PositiveFloat, warmup_temperature=PositiveFloat, warmup_epochs=NonNegativeFloat)
 
 
 class Head(nn.Module):
@@ -185,8 +182,7 @@ class DINO(Method):
             clip_grad=clip_grad,
         )
         check_crops(crops, backbone)
-        require(student_temperature > 0, "student_temperature", student_temperature, "above 0")
-        require(clip_grad >= 0, "clip_grad", clip_grad, "0 (no clipping) or more")
+        check_numbers("", locals(), student_temperature=PositiveFloat, clip_grad=NonNegativeFloat)
         self.head_config, self.crops, self.teacher_config = head, crops, teacher
         self.student_temperature, self.clip_grad = student_temperature, clip_grad
         self.student = Network(backbone, spec, head, drop_path=backbone.drop_path)

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int64
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from ssl_vit.data.rng import uniform
 from ssl_vit.data.stream import Batch
 from ssl_vit.data.transforms import normalise
 from ssl_vit.data.views import Crops, SingleCrop, single_crop
-from ssl_vit.errors import UsageError, require
+from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
 from ssl_vit.model.backbone import LATER, BackboneConfig, build_backbone, patchify
@@ -39,8 +40,7 @@ class DecoderConfig:
     mlp_ratio: float = field(default=4.0, metadata=LATER)
 
     def __post_init__(self) -> None:
-        for key in ("width", "depth", "heads", "mlp_ratio"):
-            require(getattr(self, key) > 0, f"decoder.{key}", getattr(self, key), "above 0")
+        check_numbers("decoder.", vars(self), width=PositiveInt, depth=PositiveInt, heads=PositiveInt, mlp_ratio=PositiveFloat)
         if self.width % self.heads or self.width % 4:
             raise UsageError(f"decoder.width {self.width} must be a multiple of decoder.heads ({self.heads}) and of 4")
 

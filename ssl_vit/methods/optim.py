@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from ssl_vit.errors import require
+from ssl_vit.errors import check_numbers
+from ssl_vit.model.backbone import BelowOne
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr", self.lr, "above 0")
-        for field in ("min_lr", "warmup_epochs", "weight_decay", "weight_decay_end"):
-            require(getattr(self, field) >= 0, f"optim.{field}", getattr(self, field), "0 or more")
-        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers from 0 to below 1")
+        least_0 = dict.fromkeys(("min_lr", "warmup_epochs", "weight_decay", "weight_decay_end"), NonNegativeFloat)
+        check_numbers("optim.", vars(self), lr=PositiveFloat, betas=BelowOne, **least_0)
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, object]]:

@@ -9,17 +9,19 @@ from typing import Any, cast
 import timm
 import torch
 from jaxtyping import Float, Int64
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ssl_vit.errors import UsageError, require
+from ssl_vit.errors import UsageError, check_numbers, require
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.model.tokens import Tokens
 
 Channels = tuple[float, float, float]
+BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)], docstring="float restricted to be ≥0 and <1")
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 # Which fields a recipe, as it is stored, hashed and compared, leaves out: those that do not change the result, and later ones at
@@ -67,12 +69,10 @@ class BackboneConfig:
     checkpointing: bool = field(default=False, metadata=MACHINE)
 
     def __post_init__(self) -> None:
-        for key, least in {"image_size": 1, "patch": 1, "width": 1, "depth": 1, "heads": 1, "registers": 0}.items():
-            value = getattr(self, key)
-            require(value is None or value >= least, f"backbone.{key}", value, f"at least {least}")
-        require(self.mlp_ratio is None or self.mlp_ratio > 0, "backbone.mlp_ratio", self.mlp_ratio, "above 0")
-        require(0 <= self.drop_path < 1, "backbone.drop_path", self.drop_path, "from 0 to below 1")
-        require(min(self.std) > 0, "backbone.std", self.std, "above 0")
+        sizes = dict.fromkeys(("image_size", "patch", "width", "depth", "heads"), PositiveInt)
+        check_numbers(
+            "backbone.", vars(self), **sizes, registers=NonNegativeInt, mlp_ratio=PositiveFloat, std=PositiveFloat, drop_path=BelowOne
+        )
         require(self.cls_tokens == 1 or not self.cls_position, "backbone.cls_position", True, "false without a class token")
         require(self.cls_tokens in (0, 1), "backbone.cls_tokens", self.cls_tokens, "0 or 1")
         if self.image_size % self.patch:

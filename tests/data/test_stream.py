@@ -305,7 +305,7 @@ def test_auto_streams_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys:
     assert pretrain("mae.yaml", "--out", "memory", "--data.decode", "memory") == 1
     assert "set data.decode to stream" in capsys.readouterr().err
     assert pretrain("mae.yaml", "--out", "other", "--data.workers", "-1") == 2
-    assert "data.workers is -1; it must be 0 or more" in capsys.readouterr().err
+    assert "data.workers is -1; it must be ≥0" in capsys.readouterr().err
     assert pretrain("mae.yaml", "--out", "other", "--data.source", "builtin:photos") == 2
     assert "data.decode is stream; it must be memory" in capsys.readouterr().err
 

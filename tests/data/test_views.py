@@ -133,9 +133,9 @@ def test_padding_is_never_seen():
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
-        (V.SingleCrop, {"scale": (1.0, 0.2)}, r"crop.scale is \(1.0, 0.2\); it must be two shares of the image's area, low then high"),
-        (V.SingleCrop, {"size": 0}, "crop.size is 0; it must be a number of pixels above 0"),
-        (V.SingleCrop, {"flip": 1.5}, "crop.flip is 1.5; it must be a probability"),
+        (V.SingleCrop, {"scale": (1.0, 0.2)}, r"crop.scale is \(1.0, 0.2\); it must be low, then high"),
+        (V.SingleCrop, {"size": 0}, "crop.size is 0; it must be >0"),
+        (V.SingleCrop, {"flip": 1.5}, "crop.flip is 1.5; it must be ≥0 and ≤1"),
         (V.MultiCrop, {"global_scale": (0.4, 1.2)}, "crops.global_scale"),
         (V.MultiCrop, {"local_scale": (0.0, 0.4)}, "crops.local_scale"),
         (V.MultiCrop, {"local_size": -1}, "crops.local_size"),

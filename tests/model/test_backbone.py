@@ -88,7 +88,7 @@ def test_other_image_sizes_are_said_in_evaluation_only(backbone: Backbone) -> No
         ({"image_size": 30}, "image_size 30 is not divisible by backbone.patch 4; set image_size to 32"),
         ({"width": 25}, "width 25 is not divisible by backbone.heads 2"),
         ({"cls_tokens": 2}, "it must be 0 or 1"),
-        ({"registers": -1}, "must be at least 0"),
+        ({"registers": -1}, "must be ≥0"),
     ],
 )
 def test_impossible_sizes(wrong: dict[str, int], message: str) -> None:
