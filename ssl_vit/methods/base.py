@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl_vit.data.stream import Batch
 from ssl_vit.data.views import Crops
-from ssl_vit.errors import Failure
+from ssl_vit.errors import Failure, UsageError
 from ssl_vit.methods.optim import OptimConfig, adamw
 from ssl_vit.methods.schedules import cosine
 from ssl_vit.model.backbone import Backbone
@@ -25,8 +25,9 @@ class Method(lightning.LightningModule):
     """Base of the methods, and what one has to bring; docs/extend.md shows a whole one.
 
     name: what `method:` in a recipe says, and its key in METHODS.
-    __init__: the recipe's fields as annotated arguments with defaults, among them readout, backbone, optim and seed, given to this
-        class's own. Weights are drawn in one order: first what the arms of a study share, at last the readout's own.
+    __init__: the recipe's fields as annotated arguments with defaults, among them readout, backbone, optim and seed. It begins with
+        `super().__init__(locals())`, and gives the backbone, once built, to `check_readout`. Weights are drawn in one order: first what
+        the arms of a study share, at last the readout's own.
     backbone, readout: modules so called, at the top or in a `teacher` (which is judged) and a `student`: checkpoints find them by name.
         `backbone` also gives the one being trained.
     views: the views of a batch, normalised, [b 3 s s] or [v b 3 s s], or a tuple of such, those of the backbone's image_size first;
@@ -54,16 +55,19 @@ class Method(lightning.LightningModule):
         if lacks := [what for what, there in brings.items() if not there]:
             raise TypeError(f"the method {cls.__name__} lacks {', '.join(lacks)}; docs/extend.md shows a whole one")
 
-    def __init__(self, spec: ReadoutSpec, optim: OptimConfig, seed: int, init: str | None = None, **recipe: Any) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """arguments: the method's own, by name, as `locals()` has them before anything else is named."""
         super().__init__()
-        self.spec, self.optim, self.seed, self.init = spec, optim, seed, init
-        self.recipe: dict[str, Any] = {"method": self.name, "readout": str(spec), **plain({**recipe, "optim": optim, "seed": seed})}
-        if init is not None:
-            self.recipe["init"] = init
+        fields = {key: value for key, value in arguments.items() if key not in ("self", "__class__") and (key, value) != ("init", None)}
+        self.spec = ReadoutSpec.parse(fields["readout"])
+        self.optim, self.seed, self.init = cast(OptimConfig, fields["optim"]), int(fields["seed"]), fields.get("init")
+        self.recipe: dict[str, Any] = {"method": self.name, **plain({**fields, "readout": str(self.spec)})}
         self.initial_hash: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
         self.scheduled: dict[str, float] = {}  # the values of this step
         self.accumulate = 1  # micro-batches of an optimiser step
-        self._failed_at: Tensor | None = None  # on the device: the first step whose loss was not finite, -1 if there was none
+        self.completes_step = True  # whether this micro-batch is the last one of its step
+        self._failed_at: Tensor | None = None  # on the device: the first step whose loss was not finite, 0 if there was none
+        self._reported: Tensor | None = None  # on the device: the mean so far of what this step reports
 
     def views(self, batch: Batch) -> Tensor | tuple[Tensor, ...]:
         raise NotImplementedError
@@ -73,13 +77,17 @@ class Method(lightning.LightningModule):
         if self.init is not None:
             start_from(self.backbone, self.init)
 
-    def read_last_block(self) -> bool:
-        """Whether the readout reads the backbone's last block, by whatever name: of 12 blocks, `cls@block11` becomes `cls`."""
-        depth = self.backbone.depth
-        last = [replace(term, blocks=(-1,)) if term.blocks == (depth - 1,) else term for term in self.spec.terms]
+    def check_readout(self, backbone: Backbone) -> None:
+        """UsageError unless `spec` can be read from this backbone, and reads its last block, which would not be trained otherwise. That
+        block goes by one name from here on: of 12 blocks, `cls@block11` becomes `cls`."""
+        backbone.check(self.spec)
+        last = [replace(term, blocks=(-1,)) if term.blocks == (backbone.depth - 1,) else term for term in self.spec.terms]
         self.spec = ReadoutSpec.parse("+".join(map(str, last)))
         self.recipe["readout"] = str(self.spec)
-        return -1 in self.spec.blocks
+        if -1 not in self.spec.blocks:
+            raise UsageError(
+                f"readout {str(self.spec)!r} leaves out the last block, which would then not be trained; choose one that reads it"
+            )
 
     @property
     def crop_plan(self) -> tuple[Crops, ...]:
@@ -109,6 +117,7 @@ class Method(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         part = batch_idx % self.accumulate * self.trainer.world_size + self.trainer.global_rank
         torch.manual_seed(hash((self.seed, self.trainer.global_step, part)))  # drop path, the same after a resume
+        self.completes_step = (batch_idx + 1) % self.accumulate == 0
         self.scheduled = self.schedule(self.trainer.global_step)
         optimizer = self.optimizers()
         for group in optimizer.param_groups:  # type: ignore[union-attr]
@@ -125,33 +134,40 @@ class Method(lightning.LightningModule):
         return step % max(1, self.trainer.log_every_n_steps) == 0 or step == self.total_steps  # type: ignore[attr-defined]
 
     def report(self, loss: Float[Tensor, ""], **metrics: Float[Tensor, ""]) -> dict[str, float]:
-        """Note on the device whether the loss is finite. If this step is read: log the loss, the method's own metrics (means over the
-        ranks) and the schedules, and return those read; Failure if a loss was not finite since the last time."""
+        """Note on the device whether the loss is finite. At the end of a step that is read: log the loss, the method's own metrics
+        (means over the micro-batches and the ranks) and the schedules, and return those read; Failure if a loss was not finite since
+        the last time. Steps count from 1, as in metrics.jsonl."""
         if self._failed_at is None:
-            self._failed_at = torch.full((), -1, dtype=torch.int64, device=loss.device)
-        self._failed_at.masked_fill_(~loss.detach().isfinite() & (self._failed_at < 0), self.global_step)
+            self._failed_at = torch.zeros((), dtype=torch.int64, device=loss.device)
+        self._failed_at.masked_fill_(~loss.detach().isfinite() & (self._failed_at == 0), self.global_step + 1)
         if not self.is_read:
             return {}
-        values = self._read({"loss": loss.detach(), **metrics})
+        part = torch.stack([value.detach().float() for value in (loss, *metrics.values())]) / self.accumulate
+        self._reported = part if self._reported is None else self._reported + part
+        if not self.completes_step:
+            return {}
+        means, self._reported = self._read(self._reported), None
+        values = dict(zip(("loss", *metrics), means, strict=True))
         self.log_dict({**values, **self.scheduled})
         return values
 
-    def _read(self, values: dict[str, Tensor]) -> dict[str, float]:
+    def _read(self, *reported: Float[Tensor, " n"]) -> list[float]:
         """Means over the ranks, by one exchange and one wait; Failure if a rank's loss was not finite."""
         assert self._failed_at is not None
-        own = torch.stack([value.float() for value in (self._failed_at, *values.values())])
+        own = torch.cat([self._failed_at.float()[None], *reported])
         ranks = [own]
         if torch.distributed.is_initialized():
             ranks = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather(ranks, own)
-        rows = torch.stack(ranks).tolist()
-        if failed := [int(row[0]) for row in rows if row[0] >= 0]:
-            raise Failure(f"the loss is not finite at step {min(failed)}; lower optim.lr or use --trainer.precision bf16-mixed")
-        return {name: sum(column) / len(rows) for name, column in zip(values, list(zip(*rows, strict=True))[1:], strict=True)}
+        failed, *columns = zip(*torch.stack(ranks).tolist(), strict=True)
+        if any(failed):
+            first = int(min(step for step in failed if step))
+            raise Failure(f"the loss is not finite at step {first}; lower optim.lr or use --trainer.precision bf16-mixed")
+        return [sum(column) / len(column) for column in columns]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._failed_at is not None:
-            self._read({})  # weights behind such a loss never replace good ones
+            self._read()  # weights behind such a loss never replace good ones
         checkpoint["ssl_vit"] = {
             "format": FORMAT,
             "recipe": self.recipe,

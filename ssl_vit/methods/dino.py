@@ -8,17 +8,16 @@ from typing import Any
 import torch
 import torch.distributed
 from jaxtyping import Float
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
-from timm.layers import trunc_normal_
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
 from ssl_vit.data.stream import Batch
 from ssl_vit.data.transforms import normalise
 from ssl_vit.data.views import Crops, MultiCrop, multi_crop
 from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
+from ssl_vit.methods.head import Head, HeadConfig
 from ssl_vit.methods.optim import OptimConfig, clip_each
 from ssl_vit.methods.schedules import cosine, linear
 from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
@@ -27,27 +26,22 @@ from ssl_vit.model.readout import Readout, ReadoutSpec
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class HeadConfig:
-    """The projection head (section 3.1, appendix C): a 3-layer MLP, L2 normalisation, a weight-normalised last layer.
+def teacher_targets(teacher: Float[Tensor, "t b k"], center: Float[Tensor, " k"], temperature: float) -> Float[Tensor, "t b k"]:
+    """Equation 1 with centring and sharpening: softmax((g_t - c) / temperature)."""
+    return F.softmax((teacher - center) / temperature, dim=-1)
 
-    Args:
-        hidden: width of the two hidden layers.
-        bottleneck: width before the prototypes.
-        prototypes: number of outputs k (`out_dim`).
-        norm_last_layer: keep the prototypes' norms fixed at 1; the authors recommend false for ViT-S.
-        freeze_epochs: epochs at the start without updates of the last layer.
-    """
 
-    hidden: int = 2048
-    bottleneck: int = 256
-    prototypes: int = 65536
-    norm_last_layer: bool = True
-    freeze_epochs: float = 1.0
+def dino_loss(targets: Float[Tensor, "t b k"], student: Float[Tensor, "v b k"], temperature: float) -> Float[Tensor, ""]:
+    """Equation 3: cross-entropy between teacher view i and student view j, mean over the pairs i != j and the batch.
 
-    def __post_init__(self) -> None:
-        sizes = dict.fromkeys(("hidden", "bottleneck", "prototypes"), PositiveInt)
-        check_numbers("head.", vars(self), **sizes, freeze_epochs=NonNegativeFloat)
+    The first t student views are the teacher's views, in the same order. In float32 or better whatever the precision of the run:
+    products under autocast would be rounded to bfloat16, so there is none; and prototypes are summed first, as one sum over all is
+    off by 1e-3."""
+    log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
+    pairs = torch.stack([-(target * log_probs).sum(dim=-1).mean(dim=-1) for target in targets])  # [t v]
+    t, v = pairs.shape
+    loss: Tensor = (pairs.sum() - pairs.diagonal().sum()) / (t * v - min(t, v))
+    return loss
 
 
 @dataclass(frozen=True)
@@ -73,66 +67,21 @@ class TeacherConfig:
         check_numbers("teacher.", vars(self), temperature=PositiveFloat, warmup_temperature=PositiveFloat, warmup_epochs=NonNegativeFloat)
 
 
-class Head(nn.Module):
-    """[b width] -> [b k] logits before the temperature."""
-
-    def __init__(self, width: int, config: HeadConfig) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, config.hidden),
-            nn.GELU(),
-            nn.Linear(config.hidden, config.hidden),
-            nn.GELU(),
-            nn.Linear(config.hidden, config.bottleneck),
-        )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-        self.last = weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))
-        gain = self.last.parametrizations.weight.original0
-        nn.init.ones_(gain)
-        gain.requires_grad = not config.norm_last_layer
-
-    def forward(self, z: Float[Tensor, "b width"]) -> Float[Tensor, "b k"]:
-        logits: Tensor = self.last(F.normalize(self.mlp(z), dim=-1))
-        return logits
-
-
 class Network(nn.Module):
     """Student or teacher: backbone, readout, head."""
 
-    def __init__(self, backbone: BackboneConfig, spec: ReadoutSpec, head: HeadConfig, drop_path: float) -> None:
+    def __init__(self, backbone: Backbone, spec: ReadoutSpec, head: HeadConfig) -> None:
         super().__init__()
-        self.backbone = build_backbone(backbone, drop_path=drop_path)
-        self.backbone.check(spec)
-        self.head = Head(spec.width(self.backbone.width), head)
-        self.readout = Readout(spec, self.backbone.width)  # drawn last, so that what the arms of a study share starts the same
+        self.backbone = backbone
+        self.head = Head(spec.width(backbone.width), head)
+        self.readout = Readout(spec, backbone.width)  # drawn last, so that what the arms of a study share starts the same
         if not spec.uses_norm:  # without a gradient DDP would wait for it forever
-            self.backbone.norm.requires_grad_(False)
+            backbone.norm.requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "v b 3 s s"]) -> Float[Tensor, "v b k"]:
         views = images.flatten(0, 1)
         logits: Tensor = self.head(self.readout(self.backbone(views, blocks=self.readout.spec.blocks)))
         return logits.view(*images.shape[:2], -1)
-
-
-def teacher_targets(teacher: Float[Tensor, "t b k"], center: Float[Tensor, " k"], temperature: float) -> Float[Tensor, "t b k"]:
-    """Equation 1 with centring and sharpening: softmax((g_t - c) / temperature)."""
-    return F.softmax((teacher - center) / temperature, dim=-1)
-
-
-def dino_loss(targets: Float[Tensor, "t b k"], student: Float[Tensor, "v b k"], temperature: float) -> Float[Tensor, ""]:
-    """Equation 3: cross-entropy between teacher view i and student view j, mean over the pairs i != j and the batch.
-
-    The first t student views are the teacher's views, in the same order. In float32 or better whatever the precision of the run:
-    products under autocast would be rounded to bfloat16, so there is none; and prototypes are summed first, as one sum over all is
-    off by 1e-3."""
-    log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
-    pairs = torch.stack([-(target * log_probs).sum(dim=-1).mean(dim=-1) for target in targets])  # [t v]
-    t, v = pairs.shape
-    loss: Tensor = (pairs.sum() - pairs.diagonal().sum()) / (t * v - min(t, v))
-    return loss
 
 
 class DINO(Method):
@@ -168,28 +117,19 @@ class DINO(Method):
         seed: int = 0,
         init: str | None = None,
     ) -> None:
-        spec = ReadoutSpec.parse(readout)
-        super().__init__(
-            spec,
-            optim,
-            seed,
-            init,
-            backbone=backbone,
-            head=head,
-            crops=crops,
-            teacher=teacher,
-            student_temperature=student_temperature,
-            clip_grad=clip_grad,
-        )
-        check_crops(crops, backbone)
+        super().__init__(locals())
         check_numbers("", locals(), student_temperature=PositiveFloat, clip_grad=NonNegativeFloat)
+        if crops.global_size != backbone.image_size:
+            raise UsageError(f"crops.global_size is {crops.global_size}, backbone.image_size {backbone.image_size}; set both to the same")
+        if crops.n_local and crops.local_size % backbone.patch:
+            raise UsageError(f"crops.local_size {crops.local_size} is not divisible by backbone.patch {backbone.patch}; change one of them")
         self.head_config, self.crops, self.teacher_config = head, crops, teacher
         self.student_temperature, self.clip_grad = student_temperature, clip_grad
-        self.student = Network(backbone, spec, head, drop_path=backbone.drop_path)
-        if not self.read_last_block():
-            raise UsageError(f"readout {readout!r} leaves out the last block, which would then not be trained; choose one that reads it")
+        trained = build_backbone(backbone)
+        self.check_readout(trained)
+        self.student = Network(trained, self.spec, head)
         self.start_from_init()
-        self.teacher = Network(backbone, spec, head, drop_path=0.0)
+        self.teacher = Network(build_backbone(backbone, drop_path=0.0), self.spec, head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.center: Tensor
@@ -222,19 +162,19 @@ class DINO(Method):
             student = torch.cat([student, self.student(small)])
         targets = teacher_targets(teacher, self.center, self.scheduled["teacher_temperature"])
         loss = dino_loss(targets, student, self.student_temperature)
-        self.update_center(teacher, last=(batch_idx + 1) % self.accumulate == 0)
+        self.update_center(teacher)
         self.warn_of_collapse(self.report(loss, **(information(targets) if self.is_read else {})))
         return loss
 
     @torch.no_grad()
-    def update_center(self, teacher: Float[Tensor, "2 b k"], last: bool = True) -> None:
-        """Equation 4: a moving average of the teacher's output over the global batch, once its `last` loss has used the old one."""
+    def update_center(self, teacher: Float[Tensor, "2 b k"]) -> None:
+        """Equation 4: a moving average of the teacher's output over the global batch, once its last loss has used the old one."""
         mean = teacher.mean(dim=(0, 1))
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean /= torch.distributed.get_world_size()
         self.batch_center.add_(mean.to(self.center.dtype) / self.accumulate)
-        if last:
+        if self.completes_step:
             self.center.lerp_(self.batch_center, 1 - self.teacher_config.center_momentum)
             self.batch_center.zero_()
 
@@ -301,11 +241,3 @@ def information(targets: Float[Tensor, "t b k"]) -> dict[str, Float[Tensor, ""]]
 def entropy(probabilities: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
     total: Tensor = torch.special.entr(probabilities).sum(dim=-1)
     return total
-
-
-def check_crops(crops: MultiCrop, backbone: BackboneConfig) -> None:
-    """UsageError unless the views fit the backbone."""
-    if crops.global_size != backbone.image_size:
-        raise UsageError(f"crops.global_size is {crops.global_size}, backbone.image_size {backbone.image_size}; set both to the same")
-    if crops.n_local and crops.local_size % backbone.patch:
-        raise UsageError(f"crops.local_size {crops.local_size} is not divisible by backbone.patch {backbone.patch}; change one of them")

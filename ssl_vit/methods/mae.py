@@ -17,7 +17,7 @@ from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
 from ssl_vit.model.backbone import LATER, BackboneConfig, build_backbone, patchify
-from ssl_vit.model.readout import Readout, ReadoutSpec
+from ssl_vit.model.readout import Readout
 from ssl_vit.model.tokens import Tokens
 
 MASK_STREAM = 0  # of the random numbers; those of the views are at 1000 and above
@@ -100,10 +100,7 @@ class MAE(Method):
         seed: int = 0,
         init: str | None = None,
     ) -> None:
-        spec = ReadoutSpec.parse(readout)
-        super().__init__(
-            spec, optim, seed, init, backbone=backbone, decoder=decoder, crop=crop, mask_ratio=mask_ratio, norm_pixels=norm_pixels
-        )
+        super().__init__(locals())
         if crop.size != backbone.image_size:
             raise UsageError(f"crop.size is {crop.size}, backbone.image_size {backbone.image_size}; set both to the same")
         grid = backbone.image_size // backbone.patch
@@ -112,17 +109,14 @@ class MAE(Method):
             raise UsageError(f"mask_ratio {mask_ratio} keeps {self.n_keep} of {self.n_patches} patches; it must keep some and mask some")
         self.crop, self.norm_pixels = crop, norm_pixels
         self.backbone = build_backbone(backbone)
-        self.backbone.check(spec)
-        if not self.read_last_block() or spec.width(1) != 1:
-            raise UsageError(
-                f"readout {readout!r} cannot be MAE's global token: it must be one token wide and read the last block, "
-                "e.g. cls, gap or register"
-            )
+        self.check_readout(self.backbone)
+        if self.spec.width(1) != 1:
+            raise UsageError(f"readout {readout!r} cannot be MAE's global token: it must be one token wide, e.g. cls, gap or register")
         self.decoder = Decoder(self.backbone.width, grid, backbone.patch, decoder)
         self.initialise()
         self.start_from_init()
         # drawn last, so that what the arms of a study share starts the same; and from its own start, as under any other loss
-        self.readout = Readout(spec, self.backbone.width)
+        self.readout = Readout(self.spec, self.backbone.width)
 
     def initialise(self) -> None:
         """The authors' start: Xavier for every matrix of encoder and decoder, the patch embedding as a Linear over the flattened

@@ -172,7 +172,7 @@ def test_optimiser_is_the_papers() -> None:
     [
         ({"readout": "cls+gap"}, "must be one token wide"),
         ({"readout": "cls@last2"}, "must be one token wide"),
-        ({"readout": "ep@block0"}, "must be one token wide and read the last block"),
+        ({"readout": "ep@block0"}, "leaves out the last block"),
         ({"readout": "register", "backbone": replace(TINY, registers=0)}, "needs registers > 0"),
         ({"mask_ratio": 1.0}, "keeps 0 of 16 patches"),
         ({"crop": SingleCrop(size=32)}, "crop.size is 32, backbone.image_size 16"),

@@ -75,5 +75,6 @@ def test_the_last_block_by_its_number() -> None:
     assert (str(module.spec), module.recipe["readout"]) == ("gap/pre", "gap/pre")
     with pytest.raises(UsageError, match="reads block 3, but the depth is 3 blocks; choose @block0 to @block2"):
         DINO("cls@block3", TINY, HEAD, CROPS)
-    with pytest.raises(UsageError, match="must be one token wide and read the last block"):
+    assert [*tiny(readout="ep@block2").teacher.readout.poolers] == ["ep"]  # as its checkpoint's readout says
+    with pytest.raises(UsageError, match="leaves out the last block"):
         MAE("gap@block1", TINY, DecoderConfig(16, 1, 2), SingleCrop(size=16))

@@ -1,0 +1,93 @@
+"""What is logged: values of the global batch, however it is cut, and a loss that is not finite on any device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_vit.cli import run
+from ssl_vit.errors import Failure
+from ssl_vit.weights.checkpoint import read_checkpoint
+from tests.methods.test_dino import attach, tiny
+
+OPTIONS = ["--trainer.accelerator", "cpu", "--backbone.drop_path", "0"]
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+# The loss of one device is not finite in step 4
+POISONED = """
+from ssl_vit.cli import main
+from ssl_vit.methods import Method
+
+report = Method.report
+
+def poisoned(self, loss, **metrics):
+    bad = self._trainer is not None and (self.global_rank, self.global_step) == (1, 3)
+    return report(self, loss * float("nan") if bad else loss, **metrics)
+
+Method.report = poisoned
+main()
+"""
+
+
+def processes(*command: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200)
+
+
+def logged(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("pictures_and_recipes")
+def test_micro_batches_and_devices_log_the_global_batch() -> None:
+    command = ["pretrain", "dino.yaml", *OPTIONS, "--trainer.log_every_n_steps", "2", "--trainer.max_steps", "5"]
+    assert run([*command, "--out", "whole"]) == 0
+    assert run([*command, "--out", "cut", "--accumulate", "2"]) == 0
+    done = processes("-m", "ssl_vit", *command, "--out", "devices", "--accumulate", "2", *TWO)
+    assert done.returncode == 0, done.stderr
+    whole = logged("whole")
+    assert [line["step"] for line in whole] == [2, 4, 5]
+    for other in ("cut", "devices"):
+        for line, expected in zip(logged(other), whole, strict=True):
+            # float32 sums in another order, through 5 steps of AdamW; the micro-batches' losses differ by 1e-2 and more
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+            assert line.keys() == expected.keys()
+            assert all(line[key] == expected[key] for key in ("step", "lr", "weight_decay"))
+
+
+def test_metrics_are_means_over_the_micro_batches() -> None:
+    module = attach(tiny())
+    del module.report
+    seen: list[dict[str, float]] = []
+    module.log_dict = seen.append  # type: ignore[method-assign, assignment]
+    module.accumulate = 3
+    for step in range(2):
+        module.trainer.global_step = step  # type: ignore[misc]
+        for part, value in enumerate((1.0, 2.0, 6.0)):
+            module.completes_step = part == 2
+            read = module.report(torch.tensor(value), other=torch.tensor(10 * value))
+            assert read == ({"loss": 3.0, "other": 30.0} if part == 2 else {})
+    assert len(seen) == 2
+    module.completes_step = False
+    module.report(torch.tensor(float("inf")))
+    with pytest.raises(Failure, match="not finite at step 2"):
+        module.on_save_checkpoint({})
+
+
+@pytest.mark.usefixtures("pictures_and_recipes")
+def test_a_loss_that_is_not_finite_on_one_device_stops_all_and_is_not_saved() -> None:
+    Path("poisoned.py").write_text(POISONED)
+    options = ["--trainer.log_every_n_steps", "5", "--keep_every_epochs", "1", "--out", "run"]  # of three steps
+    done = processes("poisoned.py", "pretrain", "mae.yaml", *OPTIONS, *TWO, *options)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if "ssl-vit: " in line]
+    assert said
+    assert all("ssl-vit: the loss is not finite at step 4; lower optim.lr" in line for line in said), done.stderr
+    assert "Traceback" not in done.stderr
+    assert read_checkpoint("run/last.ckpt")["global_step"] == 3
+    assert not Path("run/run.json").exists()
