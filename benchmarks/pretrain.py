@@ -13,6 +13,7 @@ Columns: milliseconds a step (median block); theirs / ours (above 1: ours is fas
 `ssl_vit.train.cost` x images a second / the best product of 4,096 (CPU: 2,048) square matrices in this run at the same precision;
 seconds a step that the training loop waited for its batch. On CUDA there is a third line: forward + backward of a compiled plain timm
 ViT over the same tokens (student's views and the teacher's forward for DINO; the visible patches, and the decoder's blocks for MAE).
+`--profile` shows instead which operations the time of each side goes into (what the workers of a DataLoader do is not seen).
 """
 
 import argparse
@@ -289,6 +290,16 @@ def block(module: lightning.LightningModule, data: Data, steps: int, trainer: di
     return clock.seconds / clock.steps, clock.waited / clock.steps
 
 
+def profile(side: str, module: lightning.LightningModule, data: Data, trainer: dict[str, Any]) -> None:
+    """The operations that most of a few steps' time goes into, as shares of it."""
+    block(module, data, 1, trainer)
+    with torch.profiler.profile() as seen:
+        block(module, data, 3, trainer)
+    gpu = trainer["accelerator"] == "gpu"
+    spent = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in seen.key_averages()}
+    print(f"{side}: " + ", ".join(f"{key} {spent[key] / sum(spent.values()):.1%}" for key in sorted(spent, key=lambda k: -spent[k])[:12]))
+
+
 def peak(device: str, dtype: torch.dtype) -> float:
     """Operations a second of the fastest of ten products of square matrices."""
     n = 2048 if device == "cpu" else 4096
@@ -362,6 +373,10 @@ def compare(method: str, name: str, options: argparse.Namespace, best: float) ->
             pin_memory=device == "cuda",
         )
         sides[peer] = (module, Data(loader, batch))
+    if options.profile:
+        for side, (module, data) in sides.items():
+            profile(f"{method} {name} {side}", module, data, trainer)
+        return
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for number in range(options.blocks + 1):  # the first one warms up
         for side, (module, data) in sides.items():
@@ -393,6 +408,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--blocks", type=int, default=7, help="measured turns of each side")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of a block")
+    parser.add_argument("--profile", action="store_true", help="the share of each operation instead of times")
     parser.add_argument("--quick", action="store_true", help="one block of two steps: does it run")
     options = parser.parse_args()
     if options.quick:
