@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_vit.cli import run
 from ssl_vit.data.stream import Batch
@@ -116,12 +115,10 @@ def test_simsiams_loss_is_the_papers(simsiam: type[Method], batch: Batch, monkey
         if isinstance(layer, nn.Linear):
             layer.register_forward_hook(lambda _, inputs, out: counted.append(out.numel() * inputs[0].shape[-1]))
     flops = training_flops(fresh)
-    with FlopCounterMode(display=False) as of_views:
-        fresh.views(Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.full((2, 2), 32), torch.arange(2), 0))
     tokens, patches = 16 + 2, 16
     attention, embed = 2 * 2 * tokens**2 * 24, patches * 24 * 3 * 64  # multiply-adds of a view
-    # two images have been counted; no gradient of the views
-    assert flops == 3 * sum(counted) + 2 * 2 * (3 * attention + 2 * embed) + of_views.get_total_flops() // 2
+    # two images have been counted; no gradient of the views, which themselves do not count
+    assert flops == 3 * sum(counted) + 2 * 2 * (3 * attention + 2 * embed)
 
 
 @pytest.mark.parametrize("name", ["top2", "m2_cls", "top12"])
