@@ -34,9 +34,9 @@ def teacher_targets(teacher: Float[Tensor, "t b k"], center: Float[Tensor, " k"]
 def dino_loss(targets: Float[Tensor, "t b k"], student: Float[Tensor, "v b k"], temperature: float) -> Float[Tensor, ""]:
     """Equation 3: cross-entropy between teacher view i and student view j, mean over the pairs i != j and the batch.
 
-    The first t student views are the teacher's views, in the same order. In float32 or better whatever the precision of the run:
-    products under autocast would be rounded to bfloat16, so there is none; and prototypes are summed first, as one sum over all is
-    off by 1e-3."""
+    The first t student views are the teacher's views, in the same order. In float32 or better whatever the precision of the run: matrix
+    products would be rounded to bfloat16 under autocast and to TF32 on a GPU, so there is none; and prototypes are summed first, as one
+    sum over all is off by 1e-3."""
     log_probs = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
     pairs = torch.stack([-(target * log_probs).sum(dim=-1).mean(dim=-1) for target in targets])  # [t v]
     t, v = pairs.shape

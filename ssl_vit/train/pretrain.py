@@ -1,7 +1,8 @@
 """`ssl-vit pretrain RECIPE`: a recipe and command-line options, by Lightning's argument parser, into a trained checkpoint."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,14 +133,25 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that are float32
-    trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
+    with tf32():
+        trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
     rest = "" if record.finish(trainer, module) else f" of {module.total_steps}; go on with --resume"
     rank_zero_info(f"{record.checkpoint}: {trainer.global_step} steps{rest}, trained with {module.spec}")
     if log:
         log.close()
     return record.checkpoint
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Float32 matrix products on a GPU are rounded to TF32, in training alone: not what the same process evaluates after it."""
+    before = torch.get_float32_matmul_precision()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def build_trainer(values: Namespace, record: RunFolder, name: str) -> Trainer:

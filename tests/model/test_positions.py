@@ -77,10 +77,10 @@ def test_the_recipe_keeps_the_hash_of_earlier_versions() -> None:
     assert BackboneConfig(**earlier) == TINY
 
 
-def gradients(**changes: Any) -> dict[str, Tensor]:
+def gradients(device: str = "cpu", **changes: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model = build_backbone(replace(TINY, drop_path=0.3, **changes)).train()
-    images = torch.randn(4, 3, 16, 16)
+    model = build_backbone(replace(TINY, drop_path=0.3, **changes)).train().to(device)
+    images = torch.randn(4, 3, 16, 16).to(device)
     torch.manual_seed(1)
     tokens = model(images)
     (tokens.normed.cls.sin().sum() + tokens.normed.patches.cos().sum()).backward()  # type: ignore[no-untyped-call]
