@@ -48,6 +48,8 @@ CANNOT_HONOUR: dict[str, tuple[tuple[Any, ...], str]] = {
     "barebones": ((False,), "a run logs and keeps checkpoints: leave it out"),
 }
 
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy")
+
 
 def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentParser, Namespace]:
     """The parser of the recipe's method, and recipe and options parsed; UsageError, in one line, for whatever is wrong in them."""
@@ -69,7 +71,20 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
         raise UsageError(" ".join(str(error).split())) from error
     if config.method != method:
         raise UsageError(f"--method {config.method} with a recipe for {method}; choose a recipe of that method")
+    check_strategy(config.trainer.strategy)
     return parser, config
+
+
+def check_strategy(strategy: str | Namespace) -> None:
+    """UsageError unless it is DDP: each device holds the whole model and is a process of its own. Comes before Lightning's own answer,
+    which depends on what is installed."""
+    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    spawned = not isinstance(strategy, str) and strategy.init_args.get("start_method", "popen") != "popen"
+    if name not in STRATEGIES or spawned:
+        raise UsageError(
+            f"trainer.strategy is {name}{', spawned' if spawned else ''}, which cannot be honoured: every device holds the whole model, in a "
+            "process of its own; use ddp, and --accumulate or --backbone.checkpointing where memory is short"
+        )
 
 
 def recipe_parser(method: type[Method]) -> LightningArgumentParser:
@@ -161,8 +176,6 @@ def build_trainer(values: Namespace, record: RunFolder, name: str) -> Trainer:
     for key, (allowed, advice) in CANNOT_HONOUR.items():
         if options[key] not in allowed:
             raise UsageError(f"trainer.{key} is {options[key]}, which cannot be honoured; {advice}")
-    if any(word in str(options.strategy) for word in ("spawn", "fork", "notebook")):
-        raise UsageError(f"trainer.strategy is {options.strategy}, whose processes leave nothing behind; use ddp")
     if options.max_epochs in (None, -1) and options.max_steps == -1:
         raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
     for key in ("max_epochs", "max_steps", "limit_train_batches", "devices"):
