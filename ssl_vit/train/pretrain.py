@@ -82,7 +82,7 @@ def check_strategy(strategy: str | Namespace) -> None:
     spawned = not isinstance(strategy, str) and strategy.init_args.get("start_method", "popen") != "popen"
     if name not in STRATEGIES or spawned:
         raise UsageError(
-            f"trainer.strategy is {name}{', spawned' if spawned else ''}, which cannot be honoured: every device holds the whole model, in a "
+            f"trainer.strategy is {name}{', spawned' * spawned}, which cannot be honoured: every device holds the whole model, in a "
             "process of its own; use ddp, and --accumulate or --backbone.checkpointing where memory is short"
         )
 
