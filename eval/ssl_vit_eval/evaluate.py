@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit.model.readout import ReadoutSpec, learned
+from ssl_vit.model.readout import ReadoutSpec, available
 from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.controls import PROJECTED, SHUFFLED, check_controls, controls_of, projected, shuffled
 from ssl_vit_eval.distributed import agreed, gather_objects, rank, world
@@ -119,7 +119,7 @@ def wanted_specs(source: Source, rules: Sequence[Protocol], asked: Sequence[str]
     learnable = [spec for spec in specs if ReadoutSpec.parse(spec).learned]
     fixed = [spec for spec in specs if spec == source.trained_with or spec not in learnable]
     if asked is None:
-        learnable = learned(source.backbone.cls_tokens, source.backbone.registers)
+        learnable = available(source.backbone.cls_tokens, source.backbone.registers, learned=True)
     taken = {rule.name: {"features": fixed, "tokens": learnable, "images": specs}[rule.reads] for rule in rules}
     for spec in specs if asked is not None else ():
         # what a checkpoint beside it was trained with, its start cannot be read with: it has that readout's parameters nowhere

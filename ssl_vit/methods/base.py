@@ -18,7 +18,7 @@ from ssl_vit.methods.optim import OptimConfig, adamw
 from ssl_vit.methods.schedules import cosine
 from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit.weights.checkpoint import FORMAT, start_from
+from ssl_vit.weights.checkpoint import FORMAT
 
 
 class Method(lightning.LightningModule):
@@ -60,7 +60,7 @@ class Method(lightning.LightningModule):
         super().__init__()
         fields = {key: value for key, value in arguments.items() if key not in ("self", "__class__") and (key, value) != ("init", None)}
         self.spec = ReadoutSpec.parse(fields["readout"])
-        self.optim, self.seed, self.init = cast(OptimConfig, fields["optim"]), int(fields["seed"]), fields.get("init")
+        self.optim, self.seed = cast(OptimConfig, fields["optim"]), int(fields["seed"])
         self.recipe: dict[str, Any] = {"method": self.name, **plain({**fields, "readout": str(self.spec)})}
         self.initial_hash: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
         self.scheduled: dict[str, float] = {}  # the values of this step
@@ -71,11 +71,6 @@ class Method(lightning.LightningModule):
 
     def views(self, batch: Batch) -> Tensor | tuple[Tensor, ...]:
         raise NotImplementedError
-
-    def start_from_init(self) -> None:
-        """The backbone takes the weights that `init` names; UsageError, in one line, unless the architecture is the same."""
-        if self.init is not None:
-            start_from(self.backbone, self.init)
 
     def check_readout(self, backbone: Backbone) -> None:
         """UsageError unless `spec` can be read from this backbone, and reads its last block, which would not be trained otherwise. That
@@ -183,8 +178,7 @@ class Method(lightning.LightningModule):
 def plain(value: Any) -> Any:
     """Dataclasses as dicts and tuples as lists: what YAML shows and `torch.load(weights_only=True)` takes."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [field for field in dataclasses.fields(value) if _in_recipe(field, getattr(value, field.name))]
-        return {field.name: plain(getattr(value, field.name)) for field in kept}
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if in_recipe(field, value)}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -192,9 +186,10 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _in_recipe(field: dataclasses.Field[Any], value: Any) -> bool:
-    rule = field.metadata.get("recipe")  # MACHINE and LATER of the backbone's config
-    return rule is None or (rule == "unless default" and value != field.default)
+def in_recipe(field: dataclasses.Field[Any], config: Any) -> bool:
+    """By the rules MACHINE and LATER of the backbone's config."""
+    rule = field.metadata.get("recipe")
+    return rule is None or (rule == "unless default" and getattr(config, field.name) != field.default)
 
 
 def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

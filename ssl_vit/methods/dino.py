@@ -22,6 +22,7 @@ from ssl_vit.methods.optim import OptimConfig, clip_each
 from ssl_vit.methods.schedules import cosine, linear
 from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
 from ssl_vit.model.readout import Readout, ReadoutSpec
+from ssl_vit.weights.checkpoint import start_from
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ class DINO(Method):
         trained = build_backbone(backbone)
         self.check_readout(trained)
         self.student = Network(trained, self.spec, head)
-        self.start_from_init()
+        if init is not None:
+            start_from(self.backbone, init)
         self.teacher = Network(build_backbone(backbone, drop_path=0.0), self.spec, head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)

@@ -17,8 +17,10 @@ from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
 from ssl_vit.model.backbone import LATER, BackboneConfig, build_backbone, patchify
+from ssl_vit.model.positions import sincos_positions
 from ssl_vit.model.readout import Readout
 from ssl_vit.model.tokens import Tokens
+from ssl_vit.weights.checkpoint import start_from
 
 MASK_STREAM = 0  # of the random numbers; those of the views are at 1000 and above
 
@@ -114,7 +116,8 @@ class MAE(Method):
             raise UsageError(f"readout {readout!r} cannot be MAE's global token: it must be one token wide, e.g. cls, gap or register")
         self.decoder = Decoder(self.backbone.width, grid, backbone.patch, decoder)
         self.initialise()
-        self.start_from_init()
+        if init is not None:
+            start_from(self.backbone, init)
         # drawn last, so that what the arms of a study share starts the same; and from its own start, as under any other loss
         self.readout = Readout(self.spec, self.backbone.width)
 
@@ -179,14 +182,3 @@ def mae_loss(prediction: Float[Tensor, "b n p"], target: Float[Tensor, "b n p"],
     """Mean squared error, over the masked patches only (section 3, "reconstruction target")."""
     error = ((prediction - target) ** 2).mean(dim=-1)
     return (error * mask).sum() / mask.sum()
-
-
-def sincos_positions(width: int, grid: int) -> Float[Tensor, "1 n d"]:
-    """Fixed 2-D sine-cosine positions, row-major: the first half of the channels encodes the column, the second the row."""
-    if width % 4:
-        raise UsageError(f"sine-cosine positions need a width that is a multiple of 4, got {width}; change backbone.width")
-    omega = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid d/2]
-    columns, rows = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
-    return torch.cat([columns, rows], dim=1).float()[None]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.errors import UsageError, check_numbers, require
+from ssl_vit.model.positions import bicubic
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.model.tokens import Tokens
 
@@ -175,7 +176,10 @@ class Backbone(nn.Module):
         """
         self._notice_other_size(images)
         images = images.to(self.vit.patch_embed.proj.weight.dtype)
-        wanted = sorted({self._block_number(block) for block in blocks})
+        try:
+            wanted = sorted({range(self.depth)[block] for block in blocks})
+        except IndexError as error:
+            raise UsageError(f"blocks {blocks} are not all in this model; its {self.depth} count from 0 to {self.depth - 1}") from error
         if type(self.vit) is VisionTransformer:
             outputs = self._forward_plain(images, wanted, keep)
         elif keep is None:
@@ -249,12 +253,6 @@ class Backbone(nn.Module):
         for block in self.vit.blocks:
             block.compile(options={"fallback_random": True})  # drop path draws what it draws uncompiled
 
-    def _block_number(self, block: int) -> int:
-        number = block + self.depth if block < 0 else block
-        if not 0 <= number < self.depth:
-            raise UsageError(f"block {block} is not in this model; its {self.depth} blocks count from 0 to {self.depth - 1}")
-        return number
-
     def _notice_other_size(self, images: Tensor) -> None:
         size = (images.shape[-2], images.shape[-1])
         if any(side % self.patch for side in size):
@@ -265,25 +263,6 @@ class Backbone(nn.Module):
         if not self.training and size != (self.image_size, self.image_size) and size not in self._notified:
             self._notified.add(size)
             warnings.warn(f"images of {size[0]} x {size[1]} px: positions interpolated from {self.image_size} px", stacklevel=3)
-
-
-_BICUBIC: dict[Any, Tensor] = {}
-
-
-def bicubic(old: tuple[int, int], new: tuple[int, int], like: Tensor) -> Float[Tensor, "m n"]:
-    """The matrix that takes positions [n d] of the grid `old` to those of `new`, [m d], in the dtype and on the device of `like`.
-
-    As in DINO's code (`interpolate_pos_encoding`): bicubic, not antialiased, the new side enlarged by 0.1, which moves the sampled
-    points. A constant product, so its backward pass is one too: deterministic, where that of `F.interpolate` is not on CUDA."""
-    key = (tuple(old), new, like.dtype, like.device)
-    if key in _BICUBIC:
-        return _BICUBIC[key]
-    unit = torch.eye(old[0] * old[1], dtype=torch.float64, device=like.device).view(-1, 1, *old)
-    scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
-    matrix = F.interpolate(unit, scale_factor=scale, mode="bicubic").flatten(1).T.to(like.dtype).contiguous()
-    if type(matrix) is Tensor:  # not a fake one of a tracer
-        _BICUBIC[key] = matrix
-    return matrix
 
 
 def patchify(images: Float[Tensor, "b 3 h w"], patch: int) -> Float[Tensor, "b n d"]:

@@ -178,7 +178,7 @@ class ReadoutSpec:
         """Raise UsageError unless a model with so many class tokens, registers and blocks can be read this way.
 
         change: what the user can change, for the message (`backbone` of a recipe, or a checkpoint's name)."""
-        have = _present(cls, registers)
+        have = {"cls": cls, "registers": registers, "patches": 1}
         for term in self.terms:
             of = READOUTS[term.name].of
             needs = f"cls tokens > {term.index or 0}" if of == "cls" else f"{of} > {term.index or 0}"
@@ -187,28 +187,15 @@ class ReadoutSpec:
                 possible = available(cls, registers)
                 advice = f"set backbone.{setting} or " if change == "backbone" else ""
                 raise UsageError(f"readout {str(term)!r} needs {needs}, got {have[of]}; {advice}choose one of: {', '.join(possible)}")
-            if max(term.blocks) >= depth:
-                wrong, allowed = f"block {max(term.blocks)}", f"@block0 to @block{depth - 1}"
-                raise UsageError(f"readout {str(term)!r} reads {wrong}, but the depth is {depth} blocks; choose {allowed}")
-            if -min(term.blocks) > depth:
-                wrong, allowed = f"{-min(term.blocks)} blocks", f"@last1 to @last{depth}"
-                raise UsageError(f"readout {str(term)!r} reads {wrong}, but the depth is {depth} blocks; choose {allowed}")
+            if not -depth <= term.blocks[0] < depth:
+                allowed = f"@block0 to @block{depth - 1}" if term.blocks[0] >= 0 else f"@last1 to @last{depth}"
+                raise UsageError(f"readout {str(term)!r} reads more than there is: the depth is {depth} blocks; choose {allowed}")
 
 
-def available(cls: int, registers: int) -> list[str]:
-    """The readouts without parameters of a model with so many class tokens and registers."""
-    have = _present(cls, registers)
-    return [name for name, entry in READOUTS.items() if have[entry.of] and not entry.learned]
-
-
-def learned(cls: int, registers: int) -> list[str]:
-    """The readouts with parameters of a model with so many class tokens and registers."""
-    have = _present(cls, registers)
-    return [name for name, entry in READOUTS.items() if have[entry.of] and entry.learned]
-
-
-def _present(cls: int, registers: int) -> dict[str, int]:
-    return {"cls": cls, "registers": registers, "patches": 1}
+def available(cls: int, registers: int, learned: bool = False) -> list[str]:
+    """The readouts of a model with so many class tokens and registers: those without parameters, or the learned ones."""
+    have = {"cls": cls, "registers": registers, "patches": 1}
+    return [name for name, entry in READOUTS.items() if have[entry.of] and (entry.learned is not None) == learned]
 
 
 def _parse_term(text: str, spec: str) -> Term:

@@ -62,8 +62,8 @@ def loop_loss(student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor
 @pytest.mark.parametrize("views", [2, 5])
 def test_loss_is_the_papers(views: int) -> None:
     student, teacher, center = torch.randn(views, 3, 7).double(), torch.randn(2, 3, 7).double(), torch.randn(7).double()
-    ours = dino_loss(teacher_targets(teacher, center, 0.05), student, 0.1)
-    assert ours.item() == pytest.approx(loop_loss(student, teacher, center, 0.05), rel=1e-10)
+    found = dino_loss(teacher_targets(teacher, center, 0.05), student, 0.1)
+    assert found.item() == pytest.approx(loop_loss(student, teacher, center, 0.05), rel=1e-10)
 
 
 @pytest.mark.parametrize("views", [2, 10])
@@ -75,9 +75,9 @@ def test_loss_and_centre_match_lightly(views: int, prototypes: int, temperature:
     for _ in range(3):  # the centre moves between the steps
         teacher, student = torch.randn(2, 6, prototypes), torch.randn(views, 6, prototypes)
         expected = reference(list(teacher), list(student))
-        ours = dino_loss(teacher_targets(teacher, module.center, temperature), student, 0.1)
+        found = dino_loss(teacher_targets(teacher, module.center, temperature), student, 0.1)
         module.update_center(teacher)
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(module.center, reference.center.flatten(), rtol=1e-5, atol=1e-7)
 
 
@@ -107,8 +107,8 @@ def test_loss_starts_near_ln_k() -> None:
 
 def test_teacher_gets_no_gradient_and_starts_as_the_student(batch: Batch) -> None:
     module = attach(tiny(backbone=replace(TINY, drop_path=0.2)))
-    for (name, ours), theirs in zip(module.student.named_parameters(), module.teacher.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
+    for (name, found), theirs in zip(module.student.named_parameters(), module.teacher.parameters(), strict=True):
+        assert torch.equal(found, theirs), name
     module.training_step(batch, 0).backward()
     assert all(p.grad is None for p in module.teacher.parameters())
     rates = [block.drop_path1.drop_prob for block in module.student.backbone.vit.blocks[1:]]

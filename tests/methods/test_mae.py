@@ -13,8 +13,9 @@ from ssl_vit.data.stream import Batch
 from ssl_vit.data.views import SingleCrop
 from ssl_vit.errors import UsageError
 from ssl_vit.methods import MAE
-from ssl_vit.methods.mae import DecoderConfig, mae_loss, masked, random_keep, sincos_positions
+from ssl_vit.methods.mae import DecoderConfig, mae_loss, masked, random_keep
 from ssl_vit.methods.optim import OptimConfig
+from ssl_vit.model.positions import sincos_positions
 from tests.conftest import TINY
 
 DECODER = DecoderConfig(width=16, depth=2, heads=2)
@@ -55,8 +56,8 @@ def test_forward_is_the_papers_when_there_are_no_registers() -> None:
     images = torch.randn(3, 3, 16, 16)
     keep = random_keep(7, torch.arange(3), 16, 4)
     prediction = model.predict_pixels(images, keep)
-    for image, kept, ours in zip(images, keep, prediction, strict=True):
-        torch.testing.assert_close(ours, papers_forward(model, image, kept.tolist()), rtol=0, atol=1e-5)
+    for image, kept, found in zip(images, keep, prediction, strict=True):
+        torch.testing.assert_close(found, papers_forward(model, image, kept.tolist()), rtol=0, atol=1e-5)
 
 
 def test_loss_is_over_masked_patches_only() -> None:

@@ -16,7 +16,7 @@ from ssl_vit.data.views import SingleCrop
 from ssl_vit.methods import DINO, MAE, Method
 from ssl_vit.methods.mae import DecoderConfig
 from ssl_vit.methods.optim import OptimConfig, adamw, clip_each
-from ssl_vit.model import backbone
+from ssl_vit.model import positions
 from tests.conftest import TINY
 from tests.methods.test_dino import attach, tiny
 
@@ -70,7 +70,7 @@ def faked(module: Method, device: str) -> None:
 def fake_step(build: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # drawn on the host from (seed, step) alone, whatever the device does; as fake numbers they would have no value
     monkeypatch.setattr(views, "jitter_orders", lambda seed, step: [[0, 1, 2, 3], [3, 2, 1, 0]])
-    monkeypatch.setattr(backbone, "_BICUBIC", {})  # real matrices of tests before this one
+    monkeypatch.setattr(positions, "_BICUBIC", {})  # real matrices of tests before this one
     module = build()
     module.trainer.log_every_n_steps = 10
     del module.report

@@ -73,7 +73,7 @@ def test_the_last_block_by_its_number() -> None:
     assert str(tiny(readout="cls@block2").spec) == "cls"
     module = MAE("gap@block2/pre", TINY, DecoderConfig(16, 1, 2), SingleCrop(size=16))
     assert (str(module.spec), module.recipe["readout"]) == ("gap/pre", "gap/pre")
-    with pytest.raises(UsageError, match="reads block 3, but the depth is 3 blocks; choose @block0 to @block2"):
+    with pytest.raises(UsageError, match="'cls@block3' reads more than there is: the depth is 3 blocks; choose @block0 to @block2"):
         DINO("cls@block3", TINY, HEAD, CROPS)
     assert [*tiny(readout="ep@block2").teacher.readout.poolers] == ["ep"]  # as its checkpoint's readout says
     with pytest.raises(UsageError, match="leaves out the last block"):

@@ -33,11 +33,11 @@ def tokens(b: int = 3, n: int = 7, width: int = WIDTH) -> torch.Tensor:
 
 def test_abmilp_is_the_papers() -> None:
     pooler, x = drawn(AbMILP), tokens()
-    for image, ours in zip(x, pooler(x), strict=True):
+    for image, found in zip(x, pooler(x), strict=True):
         scores = torch.stack([(pooler.score[0] * token).sum() for token in image])
         weights = scores.exp() / scores.exp().sum()
         expected = sum(weight * token for weight, token in zip(weights, image, strict=True))
-        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("width", "queries"), [(24, 24), (48, 24), (128, 32), (192, 32), (31, 31), (37, 1)])
@@ -46,20 +46,20 @@ def test_ep_is_the_papers(width: int, queries: int) -> None:
     pooler, x = drawn(EP, width), tokens(width=width)
     assert pooler.queries.shape == (queries, width)
     size = width // queries
-    for image, ours in zip(x, pooler(x), strict=True):
+    for image, found in zip(x, pooler(x), strict=True):
         values = [pooler.value.weight @ token for token in image]
         slices = []
         for j, query in enumerate(pooler.queries):
             scores = torch.tensor([(query @ token).item() for token in image], dtype=torch.float64) / width**0.5
             weights = scores.exp() / scores.exp().sum()
             slices.append(sum(w * value[j * size : (j + 1) * size] for w, value in zip(weights, values, strict=True)))
-        torch.testing.assert_close(ours, torch.cat(slices))
+        torch.testing.assert_close(found, torch.cat(slices))
 
 
 def test_simpool_is_the_papers() -> None:
     pooler, x = drawn(SimPool), tokens()
     gain, shift = pooler.norm.weight, pooler.norm.bias
-    for image, ours in zip(x, pooler(x), strict=True):
+    for image, found in zip(x, pooler(x), strict=True):
         normed = [(t - t.mean()) / (t.var(correction=0) + EPS).sqrt() * gain + shift for t in image]
         query = pooler.query.weight @ (sum(image) / len(image))
         scores = torch.stack([(pooler.key.weight @ token) @ query for token in normed]) / WIDTH**0.5
@@ -67,45 +67,45 @@ def test_simpool_is_the_papers() -> None:
         least = min(token.min().item() for token in normed)
         powers = [(token - least + 1e-6) ** 1.25 for token in normed]
         expected = sum(w * power for w, power in zip(weights, powers, strict=True)) ** 0.8
-        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(found, expected)
 
 
-def copy_attention(ours: nn.Module, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear) -> None:
-    for mine, theirs in ((ours.query, q), (ours.key, k), (ours.value, v), (ours.out, out)):
+def copy_attention(pooler: nn.Module, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear) -> None:
+    for mine, theirs in ((pooler.query, q), (pooler.key, k), (pooler.value, v), (pooler.out, out)):
         theirs.weight.data.copy_(mine.weight)
         if mine.bias is not None:
             theirs.bias.data.copy_(mine.bias)
 
 
-def copy_mlp(ours: nn.Module, theirs: nn.Module) -> None:
-    for mine, other in ((ours[0], theirs.fc1), (ours[2], theirs.fc2)):
+def copy_mlp(mlp: nn.Module, theirs: nn.Module) -> None:
+    for mine, other in ((mlp[0], theirs.fc1), (mlp[2], theirs.fc2)):
         other.load_state_dict(mine.state_dict())
 
 
 def test_map_is_timms_pool_of_siglip() -> None:
     """With random biases of the keys on timm's side: they cancel."""
-    ours, x = drawn(MAP), tokens()
+    pooler, x = drawn(MAP), tokens()
     theirs = AttentionPoolLatent(WIDTH, num_heads=2, mlp_ratio=4.0, norm_layer=partial(nn.LayerNorm, eps=EPS)).double()
     key, value = nn.Linear(WIDTH, WIDTH).double(), nn.Linear(WIDTH, WIDTH).double()
-    copy_attention(ours.attention, theirs.q, key, value, theirs.proj)
+    copy_attention(pooler.attention, theirs.q, key, value, theirs.proj)
     theirs.kv.weight.data, theirs.kv.bias.data = torch.cat([key.weight, value.weight]).data, torch.cat([key.bias, value.bias]).data
-    theirs.latent.data.copy_(ours.token[None])
-    theirs.norm.load_state_dict(ours.norm.state_dict())
-    copy_mlp(ours.mlp, theirs.mlp)
-    torch.testing.assert_close(ours(x), theirs(x))
+    theirs.latent.data.copy_(pooler.token[None])
+    theirs.norm.load_state_dict(pooler.norm.state_dict())
+    copy_mlp(pooler.mlp, theirs.mlp)
+    torch.testing.assert_close(pooler(x), theirs(x))
 
 
 def test_class_attention_is_timms_cait_block() -> None:
-    ours, x = drawn(ClassAttention), tokens()
+    pooler, x = drawn(ClassAttention), tokens()
     theirs = LayerScaleBlockClassAttn(
         WIDTH, num_heads=2, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=EPS), init_values=1.0
     ).double()
-    copy_attention(ours.attention, theirs.attn.q, theirs.attn.k, theirs.attn.v, theirs.attn.proj)
-    theirs.norm1.load_state_dict(ours.norm1.state_dict())
-    theirs.norm2.load_state_dict(ours.norm2.state_dict())
-    copy_mlp(ours.mlp, theirs.mlp)
-    expected = theirs(x, ours.token.expand(len(x), 1, -1))[:, 0]
-    torch.testing.assert_close(ours(x), expected)
+    copy_attention(pooler.attention, theirs.attn.q, theirs.attn.k, theirs.attn.v, theirs.attn.proj)
+    theirs.norm1.load_state_dict(pooler.norm1.state_dict())
+    theirs.norm2.load_state_dict(pooler.norm2.state_dict())
+    copy_mlp(pooler.mlp, theirs.mlp)
+    expected = theirs(x, pooler.token.expand(len(x), 1, -1))[:, 0]
+    torch.testing.assert_close(pooler(x), expected)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(24, 1), (128, 2), (192, 3), (384, 6), (200, 2)])

@@ -8,7 +8,7 @@ import torch
 
 from ssl_vit.errors import UsageError
 from ssl_vit.model.backbone import Backbone, build_backbone
-from ssl_vit.model.readout import READOUTS, Entry, ReadoutSpec, available, cls_and_patches, learned, patches, readout
+from ssl_vit.model.readout import READOUTS, Entry, ReadoutSpec, available, cls_and_patches, patches, readout
 from ssl_vit.model.tokens import Tokens
 from tests.conftest import TINY
 
@@ -63,8 +63,8 @@ def test_bad_spec_is_one_clear_line(text: str, message: str) -> None:
     [
         ("register2", "needs registers > 2, got 2"),
         ("cls1", "needs cls tokens > 1, got 1"),
-        ("gap@block3", "reads block 3, but the depth is 3 blocks; choose @block0 to @block2"),
-        ("cls@last4", "reads 4 blocks, but the depth is 3 blocks; choose @last1 to @last3"),
+        ("gap@block3", "the depth is 3 blocks; choose @block0 to @block2"),
+        ("cls@last4", "the depth is 3 blocks; choose @last1 to @last3"),
     ],
 )
 def test_what_the_model_lacks_is_refused(backbone: Backbone, text: str, message: str) -> None:
@@ -80,10 +80,13 @@ def test_register_without_registers_names_what_to_change() -> None:
 
 
 def test_learned_readouts_with_cls_need_one() -> None:
-    assert [*available(1, 2), *learned(1, 2)] == sorted(READOUTS, key=lambda name: READOUTS[name].learned is not None)
+    assert [*available(1, 2), *available(1, 2, learned=True)] == sorted(READOUTS, key=lambda name: READOUTS[name].learned is not None)
     for name, entry in READOUTS.items():
-        found = available if entry.learned is None else learned
-        assert [name in found(*have) for have in ((0, 4), (1, 0))] == [entry.of != "cls", entry.of != "registers"]
+        with_parameters = entry.learned is not None
+        assert [name in available(*have, with_parameters) for have in ((0, 4), (1, 0))] == [
+            entry.of != "cls",
+            entry.of != "registers",
+        ]
     assert (READOUTS["ep"].of, READOUTS["ep_cls"].of) == ("patches", "cls")
     with pytest.raises(UsageError) as error:
         ReadoutSpec.parse("cls+ep_cls").check(cls=0, registers=4, depth=12, change="timm:x")
