@@ -13,7 +13,7 @@ USAGE = """\
 usage: ssl-vit COMMAND ...
 
   quickstart  [--out DIR]                       pretrain, evaluate and compare on embedded data; ends with a report
-  pretrain    RECIPE [--trainer.devices 8 ...]  any Lightning Trainer flag, any recipe field; RECIPE --help lists them
+  pretrain    RECIPE [--trainer.devices 8 ...]  any Lightning Trainer flag, any recipe field; --dry-run tells the cost
   eval        SOURCE... [--data D...]           how well every readout of checkpoints and controls transfers
   compare     DIR... [--out DIR]                evaluated folders as one table and one report
   study       STUDY [--dry-run] [--launcher L]  pretrain x eval x compare over a grid of readouts and seeds; resumable
@@ -106,7 +106,8 @@ def pretrain(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: ssl-vit pretrain RECIPE [options]; RECIPE is a YAML file or one of: {names}")
         print("ssl-vit pretrain RECIPE --help lists the options, --print_config the resolved recipe")
-        print("--online-knn DATA [--online-knn-every EPOCHS] watches the k-NN accuracy of the trained readout on labelled pictures")
+        print("--dry-run tells parameters, operations, steps, memory and hours, and trains nothing")
+        print("--online-knn DATA [--online-knn-every EPOCHS] watches the k-NN accuracy of the trained readout on labelled images")
         print("--wandb [ENTITY/]PROJECT logs the run to W&B; with --resume, also one that is finished")
         if not arguments:
             raise UsageError(f"which recipe? give a YAML file or one of: {names}")
@@ -117,10 +118,15 @@ def pretrain(arguments: list[str]) -> None:
     monitor.add_argument("--online-knn", metavar="D")
     monitor.add_argument("--online-knn-every", type=int, default=10)
     monitor.add_argument("--wandb", metavar="PROJECT")
+    monitor.add_argument("--dry-run", action="store_true")
     try:
         online, options = monitor.parse_known_args(arguments[1:])
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}; see ssl-vit pretrain --help") from error
+    if online.dry_run:
+        from ssl_vit.train.dry_run import dry_run
+
+        return dry_run(arguments[0], options)
     callbacks = []
     if online.online_knn:  # it reads labels, so it belongs to the judging side, and nothing of the run depends on it
         from ssl_vit_eval.online import OnlineKNN

@@ -15,10 +15,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from ssl_vit.data.images import ImageStore
-from ssl_vit.data.loader import whole_batches
 from ssl_vit.data.stream import ImageData
-from ssl_vit.errors import UsageError
 from ssl_vit.train.cost import training_flops
+from ssl_vit.train.dry_run import total_steps
 from ssl_vit.train.pretrain import build_method, parse_recipe
 from ssl_vit_eval.controls import controls_of
 from ssl_vit_eval.evaluate import wanted_specs
@@ -26,7 +25,6 @@ from ssl_vit_eval.examine import with_blocks
 from ssl_vit_eval.models import Source
 from ssl_vit_eval.plan import Cell, Plan, start_source
 from ssl_vit_eval.rows import RowStore
-from ssl_vit_eval.splits import load_split
 from ssl_vit_eval.study import check
 
 STEPS = 4  # timed, of which the first is left out
@@ -98,21 +96,6 @@ def cell_costs(cells: Sequence[Cell]) -> list[Cost]:
         source = f"as {len(known[name])} done" if known[name] else f"{STEPS - 1} steps timed on {_device()}"
         costs.append(Cost(cell, steps[name], images, float(images * operations[name, cell.readout]), seconds, source))
     return costs
-
-
-def total_steps(config: Namespace) -> int:
-    """Optimiser steps of a recipe; where its length is in epochs, the pictures are counted, not decoded."""
-    trainer, data = config.trainer, config.data
-    if trainer.max_epochs in (None, -1):
-        if trainer.max_steps == -1:
-            raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
-        return int(trainer.max_steps)
-    size = config.backbone.image_size
-    split = load_split(data.source, data.split, image_column=data.image_column, size=size, progress=False)
-    batches: int = len(split.images) // data.batch_size
-    limit = trainer.overfit_batches or trainer.limit_train_batches
-    steps = int(trainer.max_epochs) * (batches if limit is None else whole_batches(limit, batches))
-    return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))
 
 
 def step_seconds(config: Namespace, values: Namespace) -> float:

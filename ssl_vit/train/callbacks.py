@@ -14,7 +14,7 @@ import torch
 import yaml
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from tqdm import tqdm
 
 from ssl_vit.files import write_atomically
@@ -174,22 +174,18 @@ def stand_behind(checkpoint: dict[str, Any], per_epoch: int, accumulate: int) ->
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - 1
 
 
-class Progress(ProgressBar):
-    """One bar over the whole run: images seen, time left, images per second, loss."""
+class Progress(TQDMProgressBar):
+    """Lightning's bar, one over the whole run, in images: images seen, time left, images per second, loss, seconds waited for data."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self._bar: tqdm[Any] | None = None
-
-    def disable(self) -> None:
-        """Lightning's way of silencing ranks above 0; `on_train_start` asks for the rank itself."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, Method)
         self._images = module.recipe["data"]["batch_size"]
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(
+        self.train_progress_bar = tqdm(
             total=module.total_steps * self._images,
             initial=trainer.global_step * self._images,
             desc=self.name,
@@ -197,23 +193,25 @@ class Progress(ProgressBar):
             unit_scale=True,
             dynamic_ncols=terminal,
             mininterval=0.5 if terminal else 20.0,  # a log wants few lines
-            disable=not trainer.is_global_zero,
+            disable=self.is_disabled,
         )
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        assert self._bar is not None
-        seen = trainer.global_step * self._images
-        if self._bar.update(seen - self._bar.n) and "loss" in trainer.callback_metrics:  # read every few steps
-            self._bar.set_postfix(loss=f"{float(trainer.callback_metrics['loss']):.3f}", refresh=False)
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """The bar goes on from epoch to epoch."""
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close(trainer)
+    def on_train_epoch_end(self, *_: Any) -> None:
+        pass
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._close(trainer)
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        bar = self.train_progress_bar
+        if bar.update(trainer.global_step * self._images - bar.n) or trainer.global_step == trainer.estimated_stepping_batches:
+            bar.set_postfix(self.get_metrics(trainer, module), refresh=False)
 
-    def _close(self, trainer: Trainer) -> None:
-        if self._bar is not None:
-            if "loss" in trainer.callback_metrics:
-                self._bar.set_postfix(loss=f"{float(trainer.callback_metrics['loss']):.3f}")
-            self._bar.close()
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        waited = f"{getattr(trainer.train_dataloader, 'seconds', 0.0):.0f}"
+        read = trainer.callback_metrics  # every few steps
+        return {**({"loss": f"{float(read['loss']):.3f}"} if "loss" in read else {}), "data_seconds": waited}
+
+    def on_exception(self, *_: Any) -> None:
+        if self._train_progress_bar is not None:
+            self.train_progress_bar.close()

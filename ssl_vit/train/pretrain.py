@@ -169,10 +169,9 @@ def tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def build_trainer(values: Namespace, record: RunFolder, name: str) -> Trainer:
-    """Lightning's Trainer with the run folder, the progress bar and whole-file checkpoints; UsageError for options it refuses, and for
-    those that a run folder or the stream of global batches cannot honour."""
-    options, data = values.trainer, values.data
+def check_options(values: Namespace) -> None:
+    """UsageError for options of a Trainer that a run folder or the stream of global batches cannot honour."""
+    options = values.trainer
     for key, (allowed, advice) in CANNOT_HONOUR.items():
         if options[key] not in allowed:
             raise UsageError(f"trainer.{key} is {options[key]}, which cannot be honoured; {advice}")
@@ -182,7 +181,22 @@ def build_trainer(values: Namespace, record: RunFolder, name: str) -> Trainer:
         value = options[key]
         if isinstance(value, int | float) and value <= 0 and value != -1:
             raise UsageError(f"trainer.{key} is {value}; it must be above 0")
-    arguments = dict(options)
+
+
+def check_share(batch_size: int, devices: int, accumulate: int) -> None:
+    """UsageError unless a global batch can be cut into equal micro-batches on so many devices."""
+    if batch_size % (devices * accumulate):
+        parts = f"{devices} devices" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
+        near = max(round(batch_size / (devices * accumulate)), 1) * devices * accumulate
+        fewer = [count for count in range(1, devices) if batch_size % (count * accumulate) == 0]
+        advice = f"; use --trainer.devices {fewer[-1]} for the same run, or" if fewer else "; use"
+        raise UsageError(f"data.batch_size {batch_size} is not divisible by {parts}{advice} --data.batch_size {near}")
+
+
+def build_trainer(values: Namespace, record: RunFolder, name: str) -> Trainer:
+    """Lightning's Trainer with the run folder, the progress bar and whole-file checkpoints; UsageError for options that it refuses."""
+    check_options(values)
+    arguments, data = dict(values.trainer), values.data
     # they count global batches, and Lightning would count micro-batches
     limit, overfit = arguments.pop("limit_train_batches"), arguments.pop("overfit_batches")
     data.limit, data.repeat = overfit or (1.0 if limit is None else limit), bool(overfit)
@@ -194,9 +208,7 @@ def build_trainer(values: Namespace, record: RunFolder, name: str) -> Trainer:
         trainer = Trainer(**arguments, callbacks=[*callbacks, record])
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UsageError(f"Lightning's Trainer refuses these options: {' '.join(str(error).split())}") from error
-    if data.batch_size % (trainer.world_size * values.accumulate):
-        parts = f"{trainer.world_size} devices" + (f" x accumulate {values.accumulate}" if values.accumulate > 1 else "")
-        raise UsageError(f"data.batch_size {data.batch_size} is not divisible by {parts}; change one of them")
+    check_share(data.batch_size, trainer.world_size, values.accumulate)
     return trainer
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Timer
 
 from ssl_vit import Backbone, load_backbone
 from ssl_vit.assets import list_assets
@@ -225,12 +226,15 @@ def test_resume_of_an_interrupted_last_step_counted_in_epochs(monkeypatch: pytes
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # of Lightning: the clock itself is not resumed
-def test_a_run_stopped_early_by_the_clock_is_not_finished() -> None:
-    options = ("mae.yaml", "--trainer.max_steps", "800", "--out", "run")  # seconds on any machine
-    assert pretrain(*options, "--trainer.max_time", "00:00:00:01") == 0
+@pytest.mark.parametrize("checks", [1, 3, 4, 6])
+def test_a_run_stopped_early_by_the_clock_is_not_finished(checks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock's answers are given, so that no machine is too fast or too slow for it: time is up at its n-th look."""
+    elapsed = iter([0.0] * checks)
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage=None: next(elapsed, 3600.0))
+    assert pretrain("mae.yaml", "--out", "run", "--trainer.max_time", "00:01:00:00") == 0
     assert not Path("run/run.json").exists()
-    assert pretrain(*options, "--resume") == 0
-    assert json.loads(Path("run/run.json").read_text())["steps"] == 800
+    assert pretrain("mae.yaml", "--out", "run", "--resume") == 0
+    assert json.loads(Path("run/run.json").read_text())["steps"] == 7
 
 
 def test_a_run_without_time_for_a_step_is_not_finished() -> None:
@@ -291,6 +295,55 @@ def test_an_existing_run_is_not_overwritten(capsys: pytest.CaptureFixture[str]) 
     assert "cannot resume run with another recipe (optim.lr 0.02 -> 0.5)" in capsys.readouterr().err
     assert pretrain("mae.yaml", "--out", "run", "--resume", "--trainer.max_steps", "1") == 0
     assert Path("run/last.ckpt").read_bytes() == before
+
+
+def test_one_bar_over_the_whole_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """In a log file: a few lines, whatever the number of epochs; the last one says what was seen."""
+    options = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "30", "--out", "bar")
+    assert pretrain("mae.yaml", *options, "--trainer.log_every_n_steps", "1") == 0
+    lines = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("bar:")]
+    assert 1 <= len(lines) <= 8
+    assert "100%" in lines[-1]
+    assert "720/720" in lines[-1]
+    assert " images/s" in lines[-1]
+    assert "loss=" in lines[-1]
+    assert "data_seconds=" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--trainer.devices", "3"], "data.batch_size 8 is not divisible by 3 devices; use --trainer.devices 2 for the same run, or"),
+        (["--accumulate", "3"], "data.batch_size 8 is not divisible by 1 devices x accumulate 3; use --data.batch_size 9"),
+        (["--trainer.accelerator", "gpu", "--trainer.devices", "800"], "Lightning's Trainer refuses these options: "),
+    ],
+)
+def test_a_recipe_for_other_devices(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "mae.yaml", "--trainer.accelerator", "cpu", *options]) == 2
+    errors = capsys.readouterr().err
+    assert says in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_more_devices_than_processes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight devices asked for, in one of three processes that torchrun started; and in one of three tasks of Slurm."""
+    torchrun = {"WORLD_SIZE": 3, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 3, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "1"}
+    slurm = {
+        "SLURM_NTASKS": 3,
+        "SLURM_NTASKS_PER_NODE": 3,
+        "SLURM_JOB_NAME": "train",
+        "SLURM_PROCID": 0,
+        "SLURM_LOCALID": 0,
+        "SLURM_NODEID": 0,
+    }
+    for launcher in (torchrun, slurm):
+        with monkeypatch.context() as environment:
+            for name, value in launcher.items():
+                environment.setenv(name, str(value))
+            assert pretrain("mae.yaml", "--trainer.devices", "8", "--trainer.strategy", "ddp") == 2
+        errors = capsys.readouterr().err
+        assert "--trainer.devices" in errors
+        assert len(errors.splitlines()) == 1
 
 
 def test_print_config_shows_every_field(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,106 @@
+"""`ssl-vit pretrain RECIPE --dry-run`: what a run would cost. Trains nothing, writes nothing, fetches nothing."""
+
+import torch
+from jsonargparse import Namespace
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssl_vit.data.folders import local_path
+from ssl_vit.data.loader import whole_batches
+from ssl_vit.data.sources import builtin, open_records
+from ssl_vit.errors import UsageError
+from ssl_vit.methods import Method
+from ssl_vit.train.cost import step_bytes, training_flops
+from ssl_vit.train.pretrain import build_method, check_options, check_share, parse_recipe
+
+# TFLOP/s of dense products in 16 bits with sums in 32, as the vendor's data sheets give them: "NVIDIA V100 Tensor Core GPU" (2020, SXM2;
+# the PCIe card has 112), "NVIDIA A100 Tensor Core GPU" (2021), "NVIDIA H100 Tensor Core GPU" (2023, SXM; halved, as it counts with
+# sparsity), "NVIDIA Ada GPU Architecture" (2023, appendix A)
+GPUS = {"V100": 125, "A100": 312, "H100": 989, "RTX 4090": 165}
+UTILISATIONS = (0.3, 0.45)
+GIB = 2**30
+SIZES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+
+
+def dry_run(recipe: str, options: list[str]) -> None:
+    """Print method, parameters, operations, length, batch, memory of a device, and hours. UsageError as for the run itself."""
+    parser, config = parse_recipe(recipe, options)
+    values = parser.instantiate(config)
+    check_options(values)
+    devices, machine = count_devices(config)
+    batch, cut = config.data.batch_size, config.accumulate
+    check_share(batch, devices, cut)
+    module = build_method(config, values)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in module.parameters())
+    micro = batch // devices // cut
+    parts, flops = measure(module, config, micro, devices)
+    steps, unknown = None, ""
+    try:
+        steps = total_steps(config, fetch=False)
+    except UsageError as error:
+        unknown = str(error)
+    images = steps * batch if steps is not None else 1_000_000
+    millions = [f"{count / 1e6:,.4g} M" for count in (sum(p.numel() for p in module.backbone.parameters()), trained, whole - trained)]
+    print(f"method      {config.method}, readout {module.spec}")
+    print(f"parameters  {millions[0]} of the backbone; {millions[1]} trained in all, {millions[2]} not (a teacher, fixed positions)")
+    print(f"an image    {flops / 1e9:.4g} GFLOP: products of the forward and backward passes, 2 a multiply-add")
+    print(f"length      {f'{steps:,} steps, {images:,} images' if steps is not None else f'not known: {unknown}'}")
+    print(f"batch       {batch} = {devices} devices x {cut} micro-batches x {micro} images ({machine})")
+    print(f"memory      about {sum(parts.values()) / GIB:.2g} GiB a device: {', '.join(f'{b / GIB:.2g} {k}' for k, b in parts.items())}")
+    print("            (a step traced without data; CUDA's own, about 1 GiB, and fragmentation come on top)")
+    what = "the run" if steps is not None else "a million images"
+    print(f"hours       of {what} on {devices} devices at {' or '.join(f'{share:.0%}' for share in UTILISATIONS)} of the peak in 16 bits")
+    for name, peak in GPUS.items():
+        hours = [images * flops / (share * peak * 1e12 * devices) / 3600 for share in UTILISATIONS]
+        print(f"            {name:8} ({peak} TFLOP/s)  " + "  ".join(f"{time:8.3g} h" for time in hours))
+
+
+def measure(module: Method, config: Namespace, micro: int, devices: int) -> tuple[dict[str, int], int]:
+    """Bytes of a device by what they are for, with micro-batches of `micro` images, and the operations of an image."""
+    kind, _, how = str(config.trainer.precision).partition("-")
+    if how == "true" and kind in SIZES:
+        module.to(SIZES[kind])
+    weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    module._apply(fake.from_tensor)  # type: ignore[no-untyped-call]
+    step = step_bytes(module, fake, micro, half=how != "true" and kind in ("bf16", "16"))
+    parts = {"weights": weights, "moments of AdamW": 2 * gradients, f"gradients and a micro-batch of {micro}": step}
+    if devices > 1:
+        parts["buckets of DDP"] = gradients
+    return parts, training_flops(module, fake)
+
+
+def count_devices(config: Namespace) -> tuple[int, str]:
+    """Processes of the run, and how that is known: as named, else those that this machine has."""
+    named, nodes = config.trainer.devices, int(config.trainer.num_nodes)
+    if isinstance(named, list):
+        return len(named) * nodes, "as named"
+    if str(named).isdigit():
+        return int(named) * nodes, "as named"
+    return max(1, torch.cuda.device_count()) * nodes, "of this machine; --trainer.devices names others"
+
+
+def total_steps(config: Namespace, fetch: bool = True) -> int:
+    """Optimiser steps of a recipe. Where its length is in epochs the images are counted, not decoded; fetch: also those of a hub id.
+
+    UsageError if they are not there to be counted."""
+    trainer, data = config.trainer, config.data
+    most = None if trainer.max_steps == -1 else int(trainer.max_steps)
+    if trainer.max_epochs in (None, -1):
+        if most is None:
+            raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
+        return most
+    limit = trainer.overfit_batches or trainer.limit_train_batches
+    if data.source.startswith("builtin:"):
+        batches = len(builtin(data.source, data.split).images) // data.batch_size
+    elif fetch or local_path(data.source).exists():
+        batches = len(open_records(data.source, data.split, data.image_column)[0].table) // data.batch_size
+    elif limit is not None and (isinstance(limit, int) or limit > 1):  # whole batches
+        batches = int(limit)
+    else:
+        raise UsageError(
+            f"{trainer.max_epochs} epochs of {data.source}, which is not opened; --data.source DIR or --trainer.max_steps tell"
+        )
+    steps = int(trainer.max_epochs) * (batches if limit is None else whole_batches(limit, batches))
+    return steps if most is None else min(steps, most)
