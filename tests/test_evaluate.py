@@ -105,7 +105,7 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
         (["eval", "random:mae.yaml", "--readouts", "trained"], 2, "was not trained with a readout here"),
         (["eval", "random:mae.yaml", "--readouts", "gap@block7"], 2, "choose @block0 to @block1"),
         (["eval", "random:mae.yaml", "--protocols", "knnn"], 2, "did you mean 'knn'?"),
-        (["eval", "random:mae.yaml", "--data", "./empty"], 2, "holds no pictures"),
+        (["eval", "random:mae.yaml", "--data", "./empty"], 2, "holds no images"),
         (["eval", "random:mae.yaml", "--data", "builtin:foto"], 2, "builtin:photos"),
         (["eval", "random:mae.yaml", "--data", "owner/name"], 1, "owner/name"),
         (["eval", "random:mae.yaml", "--data", "./pictures", "--test-split", "tset"], 2, "did you mean 'test'?"),

@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.data import photos
-from ssl_vit.data.columns import Records, find_column, read_records
 from ssl_vit.data.folders import VALIDATION, hf_datasets, local_path, subfolders
 from ssl_vit.data.images import ImageStore
+from ssl_vit.data.records import Records, find_column, read_records
 from ssl_vit.data.sources import builtin, display_name, find_split, open_tables, pil_images
 from ssl_vit.errors import Failure, UsageError, one_of
 from ssl_vit_eval.lazy import CROP, Crop, EncodedImages, EvalTransform

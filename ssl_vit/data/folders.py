@@ -63,7 +63,7 @@ def local_tables(path: Path) -> Tables:
     if not pictures:
         found = ", ".join(f"{count} {suffix or 'without extension'}" for suffix, count in Counter(map(_suffix, files)).most_common(5))
         raise UsageError(
-            f"{path} holds no pictures (found: {found or 'nothing, it is empty'}); allowed: class folders of pictures "
+            f"{path} holds no images (found: {found or 'nothing, it is empty'}); allowed: class folders of images "
             f"({' '.join(sorted(EXTENSIONS))}), Parquet or Arrow files"
         )
     folders = [folder.name for folder in subfolders(root)]

@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pyarrow.compute as pc
 from jaxtyping import UInt8
 from torch import Tensor
 
-from ssl_vit.data.columns import Records
+from ssl_vit.data.records import AT_ONCE, Records
 from ssl_vit.errors import Failure
 
 # encoded bytes up to which every image is read before each run
@@ -26,7 +27,11 @@ def identity(rows: Records) -> tuple[dict[str, Any], str]:
     """
     sizes, newest = _stored(rows)
     if sum(size for _, size in sizes) <= HASHED_BYTES and (not newest or len(sizes) <= HASHED_FILES):
-        found = _hashed("content", len(sizes), rows.encoded(), [name for name, _ in sizes])
+        ranges = (range(start, min(start + AT_ONCE, len(sizes))) for start in range(0, len(sizes), AT_ONCE))
+        read = (image for some in ranges for image in rows.readable_rows(some))
+        # one that cannot be read counts as empty: whether it may be replaced is decided where images are decoded
+        images = (("", b"") if isinstance(image, Failure) else image for image in read)
+        found = _hashed("content", len(sizes), images, [name for name, _ in sizes])
         return found, found["hash"]
     found = _hashed("names and sizes", len(sizes), ((name, f"{name} {size}".encode()) for name, size in sizes), [name for name, _ in sizes])
     return found, f"{found['hash']}-{newest:x}"
@@ -87,10 +92,8 @@ def _stored(rows: Records) -> tuple[list[tuple[str, int]], int]:
             lengths = pc.binary_length(data).to_pylist()
         for row, (path, length) in enumerate(zip(paths, lengths, strict=True), start):
             if length is None and path is not None:
-                try:
+                with suppress(OSError):
                     status = os.stat(rows.root / path)
-                except OSError as error:
-                    raise Failure(f"{rows.source}: {path} cannot be read: {error.strerror}; remove or replace it") from error
-                length, newest = status.st_size, max(newest, status.st_mtime_ns)
+                    length, newest = status.st_size, max(newest, status.st_mtime_ns)
             found.append((path or f"row {row}", length or 0))
     return found, newest

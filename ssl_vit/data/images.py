@@ -29,6 +29,8 @@ EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff
 # decoded pictures are gathered in pieces of this many bytes, so that the single pictures' memory is soon used again
 _PIECE = 64 * 2**20
 
+LONGEST = 4  # how many times `max_side` the longer side of a stored image may have
+
 
 def decode(picture: bytes | Path | Image.Image, name: str = "picture", reduction: Callable[[int, int], int] | None = None) -> Image.Image:
     """Encoded bytes, a file or a PIL image of any mode -> an upright PIL image of mode RGB.
@@ -74,9 +76,15 @@ def to_tensor(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def limit_side(picture: Image.Image, max_side: int) -> Image.Image:
-    """A picture whose shorter side is at most `max_side` px: reduced (bicubic, antialiased) if it was longer, else unchanged."""
-    return resize_shorter(picture, max_side) if min(picture.size) > max_side else picture
+def limit_side(image: Image.Image, max_side: int) -> Image.Image:
+    """An image whose shorter side is at most `max_side` px: reduced (bicubic, antialiased) if it was longer, else unchanged. Of a longer
+    side the middle `LONGEST * max_side` px stay: a batch is padded to its largest image, and one panorama would fill the memory."""
+    image = resize_shorter(image, max_side) if min(image.size) > max_side else image
+    width, height = (min(side, LONGEST * max_side) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 class ImageStore:
@@ -186,7 +194,7 @@ def open_lazily(picture: bytes | Path | Image.Image, name: str) -> Image.Image:
     except Exception as error:
         start = data[:16] if isinstance(data, bytes) else b""
         raise Failure(
-            f"{name} is no readable picture (it begins with {start!r}); allowed: {', '.join(FORMATS)}; remove or replace it"
+            f"{name} is no readable image (it begins with {start!r}); allowed: {', '.join(FORMATS)}; remove or replace it"
         ) from error
     if opened.width * opened.height > MAX_PIXELS:
         raise Failure(f"{name} is refused unread: it has more than the {MAX_PIXELS:,} pixels allowed; make it smaller")

@@ -3,6 +3,8 @@
 Everything is a function of (seed, position), as on the device: no worker has random numbers or an order of its own.
 """
 
+import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +15,17 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from ssl_vit.data.columns import Records
 from ssl_vit.data.images import decode, open_lazily, upright_size
+from ssl_vit.data.records import Records
 from ssl_vit.data.rng import permutation
 from ssl_vit.data.views import Crops, Made
 from ssl_vit.errors import Failure
 
+log = logging.getLogger(__name__)
+
 PIECE = 64  # images that a worker makes at a time, at most
+# the run stops when more of the images than this cannot be read, and more than a few
+MAX_CORRUPT, FEW_CORRUPT = 0.01, 3
 _NEIGHBOURS = 100  # corrupt images one after the other that are skipped
 
 
@@ -67,6 +73,33 @@ class Order:
         return self._order[(positions % (self.per_epoch * self.batch_size) + skip) % self.n]
 
 
+class Corrupt:
+    """The images that cannot be read and that the next one in the order of the epoch stands in for, wherever they are decoded."""
+
+    def __init__(self, count: int, named: bool = True) -> None:
+        """count: images of the split; named: whether this process tells the user."""
+        self.count, self.named, self.rows = count, named, set[int]()
+
+    def note(self, found: Sequence[tuple[int, str]], seen: int) -> None:
+        """(row, reason) of images among the first `seen`: each is named once; Failure when there are too many of them, or nothing else."""
+        for row, reason in found:
+            if row not in self.rows and self.named:
+                log.warning("%s; the next image in the order stands in for it", reason)
+            self.rows.add(row)
+        seen = min(seen, self.count)
+        if found and (len(self.rows) > max(FEW_CORRUPT, MAX_CORRUPT * seen) or len(self.rows) == self.count):
+            raise Failure(f"{len(self.rows)} of {seen} images cannot be read, more than {MAX_CORRUPT:.0%}; the last one: {found[-1][1]}")
+
+
+def lost_worker(error: BaseException) -> Failure | None:
+    """What to say of a DataLoader worker that the system ended; None for other errors. torch's signal handler raises wherever the main
+    thread is, and where it was taking an image over, the connection breaks."""
+    if isinstance(error, EOFError | ConnectionError) or "DataLoader worker" in str(error):
+        what = " ".join(str(error).split())
+        return Failure(f"a data worker was ended by the system ({what}): out of memory? lower data.workers, and go on with --resume")
+    return None
+
+
 class Piece(NamedTuple):
     """A part of a rank's batch: the crops of the plan, the true sizes, and (row, reason) of images that others stand in for."""
 
@@ -93,7 +126,8 @@ class CropDataset(Dataset[Piece | Failure]):
     def piece(self, positions: Int64[Tensor, "b"], skip: int = 0) -> Piece:
         """The crops at `positions` of one epoch. An image that cannot be read is replaced by the next one in the epoch's order."""
         b, rows = len(positions), self.order.rows(positions, skip)
-        encoded, sizes, replaced, corrupt = self._read(rows), torch.ones(b, 2, dtype=torch.int64), set[int](), list[tuple[int, str]]()
+        encoded = self.records.readable_rows(rows.tolist())
+        sizes, replaced, corrupt = torch.ones(b, 2, dtype=torch.int64), set[int](), list[tuple[int, str]]()
 
         def failed(i: int, error: Failure) -> None:
             replaced.add(i)
@@ -124,13 +158,6 @@ class CropDataset(Dataset[Piece | Failure]):
             for out, made in zip(crops, other.crops, strict=True):
                 out[:, i] = made[:, 0]
         return Piece(crops, sizes, corrupt)
-
-    def _read(self, rows: Int64[Tensor, "b"]) -> list[tuple[str, bytes] | Failure]:
-        """Encoded images; one by one where one of them cannot be read."""
-        try:
-            return [*self.records.encoded_rows(rows.tolist())]
-        except Failure as error:
-            return [error] if len(rows) == 1 else [one for row in rows for one in self._read(row[None])]
 
 
 def crop_image(data: bytes, name: str, wanted: list[tuple[Int64[Tensor, "_ 4"], Bool[Tensor, "_"], UInt8[Tensor, "_ 3 _ _"]]]) -> None:

@@ -5,6 +5,7 @@ any file there may be deleted when no run uses it.
 """
 
 import fcntl
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,12 +19,13 @@ from jaxtyping import UInt8
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ssl_vit.data.columns import Records
 from ssl_vit.data.images import ImageStore, decode, limit_side, to_tensor
+from ssl_vit.data.loader import Corrupt, lost_worker
+from ssl_vit.data.records import Records
 from ssl_vit.errors import Failure
 from ssl_vit.files import write_atomically
 
-DECODER = 1  # raised when an image decodes to other pixels
+DECODER = 2  # raised when an image decodes to other pixels
 SMALL = 64 * 2**20  # bytes that every process may have of its own
 _WORKERS, _CHUNK = 16, 8
 
@@ -47,23 +49,27 @@ class _Decoded(torch.utils.data.Dataset[Any]):
 
 
 def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: str, progress: bool) -> ImageStore:
-    """The images of `rows`, about `needed` bytes decoded; `key` tells their content. Failure for a corrupt image or a full disk."""
+    """The images of `rows`, about `needed` bytes decoded, a corrupt one of 0 px; `key` tells their content. Failure for too many of
+    these, and for a full disk."""
     images, count = _Decoded(rows, max_side), len(rows.table)
+    corrupt = Corrupt(count, named=progress)
     if needed < SMALL:
-        return ImageStore.decoded((torch.from_numpy(image) for image in _all(images, 0, title, progress)), count, title, False)
+        return ImageStore.decoded((torch.from_numpy(image) for image in _all(images, 0, title, progress, corrupt)), count, title, False)
     file = cache_folder() / f"{key}-{count}-{max_side}-{DECODER}.images"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(file.with_suffix(".lock")):
             store = _mapped(file, count)
             if store is None:
-                write_atomically(file, lambda target: _write(target, _all(images, workers(), title, progress)))
+                write_atomically(file, lambda target: _write(target, _all(images, workers(), title, progress, corrupt)))
                 store = _mapped(file, count)
     except OSError as error:
         raise Failure(
             f"{file} ({needed / 2**30:.1f} GiB) cannot be written: {error.strerror}; make room, or name another folder in SSL_VIT_CACHE"
         ) from error
     assert store is not None
+    again = (store.sizes[:, 0] == 0).nonzero().flatten().tolist() if not corrupt.rows else []  # decoded by an earlier run or another rank
+    corrupt.note([(row, str(images[row])) for row in again], count)
     return store
 
 
@@ -79,20 +85,21 @@ def workers() -> int:
     return min(_WORKERS, cores) if cores > 1 else 0
 
 
-def _all(images: _Decoded, count: int, title: str, progress: bool) -> Iterator[UInt8[np.ndarray, "3 h w"]]:
+def _all(images: _Decoded, count: int, title: str, progress: bool, corrupt: Corrupt) -> Iterator[UInt8[np.ndarray, "3 h w"]]:
     loader: Any = DataLoader(images, batch_size=_CHUNK, num_workers=count, collate_fn=list)
+    rows, nothing = itertools.count(), np.empty((3, 0, 0), dtype=np.uint8)
     with tqdm(total=len(images), desc=title, unit="img", disable=not progress) as bar:
         try:
             for chunk in loader:
-                for image in chunk:
+                for image, row in zip(chunk, rows, strict=False):
                     if isinstance(image, Failure):
-                        raise image
-                    yield image
+                        corrupt.note([(row, str(image))], len(images))
+                    yield nothing if isinstance(image, Failure) else image
                 bar.update(len(chunk))
-        except RuntimeError as error:
-            if isinstance(error, Failure):
-                raise
-            raise Failure(f"{title}: {str(error).splitlines()[0]}; the system may have been short of memory") from error
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if lost := lost_worker(error):
+                raise lost from error
+            raise
 
 
 def _write(file: BinaryIO, images: Iterator[UInt8[np.ndarray, "3 h w"]]) -> None:
@@ -109,7 +116,7 @@ def _mapped(file: Path, count: int) -> ImageStore | None:
         return None
     data = np.memmap(file, dtype=np.uint8, mode="r")
     sizes = torch.from_numpy(np.array(data[-16 * count :]).view("<i8").reshape(count, 2))
-    if bool((sizes <= 0).any()) or int(3 * sizes.prod(dim=1).sum()) != len(data) - 16 * count:
+    if bool((sizes < 0).any()) or int(3 * sizes.prod(dim=1).sum()) != len(data) - 16 * count:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's: nobody may write to it, and nobody does

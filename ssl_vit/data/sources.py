@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from ssl_vit.data import photos
-from ssl_vit.data.columns import Records, read_records
 from ssl_vit.data.folders import VALIDATION, Tables, local_path, local_tables
 from ssl_vit.data.hub import hub_tables
 from ssl_vit.data.identity import identity, stack_identity
 from ssl_vit.data.images import ImageStore, check_memory, header_size, limit_side, to_tensor
 from ssl_vit.data.memory_map import decoded
-from ssl_vit.errors import UsageError, one_of
+from ssl_vit.data.records import Records, read_records
+from ssl_vit.errors import Failure, UsageError, one_of
 
 _SAMPLE = 256
 _BUILTINS = tuple(f"builtin:{name}" for name in photos.NAMES)
@@ -38,8 +38,8 @@ class Images:
 def load_split(source: str, split: str, *, image_column: str | None = None, max_side: int | None = None, progress: bool = True) -> Images:
     """One split of `source`, decoded, images of a longer shorter side reduced to `max_side` px.
 
-    Raises UsageError for an unknown source, split or column; Failure for corrupt images, sets too large for the memory, and hub ids that
-    cannot be fetched.
+    A corrupt image has 0 px there: `Stream` lets another stand in for it. Raises UsageError for an unknown source, split or column;
+    Failure for too many corrupt images, sets too large for the memory, and hub ids that cannot be fetched.
     """
     if source.startswith("builtin:"):
         stack = builtin(source, split).images
@@ -123,11 +123,18 @@ def display_name(source: str) -> str:
 
 
 def mean_bytes(rows: Records, max_side: int | None) -> int:
-    """Decoded bytes of a picture, by the headers of some spread over the split."""
+    """Decoded bytes of an image, by the headers of some spread over the split; Failure if none of them can be read."""
     sample = torch.linspace(0, len(rows.table) - 1, min(_SAMPLE, len(rows.table))).long()
-    total = 0.0
-    for name, data in rows.encoded_rows(sample.tolist()):
-        height, width = header_size(data, name)
+    total, read = 0.0, 0
+    for row in sample.tolist():
+        try:
+            [(name, data)] = rows.encoded_rows([row])
+            height, width = header_size(data, name)
+        except Failure as error:  # the images that others stand in for are counted where they are decoded
+            last = error
+            continue
         shrink = min(1.0, max_side / min(height, width)) if max_side is not None else 1.0
-        total += 3 * height * width * shrink**2
-    return round(total / len(sample))
+        total, read = total + 3 * height * width * shrink**2, read + 1
+    if read == 0:
+        raise Failure(f"none of {len(sample)} images spread over {rows.source} can be read, the last one: {last}") from last
+    return round(total / read)

@@ -1,7 +1,6 @@
 """The pretraining data: an endless stream of global batches whose order is a function of (seed, step), from memory or from workers."""
 
 import itertools
-import logging
 import os
 import signal
 import time
@@ -16,18 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ssl_vit.data.columns import Records
 from ssl_vit.data.identity import describe_change, identity
 from ssl_vit.data.images import ImageStore, fits
-from ssl_vit.data.loader import CropDataset, Order, Piece, whole_batches
+from ssl_vit.data.loader import Corrupt, CropDataset, Order, Piece, lost_worker, whole_batches
+from ssl_vit.data.records import Records
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
 from ssl_vit.data.views import Made
 from ssl_vit.errors import Failure, UsageError, check_numbers, require
-
-log = logging.getLogger(__name__)
-
-# the run stops when more of the images than this cannot be read, and more than a few
-MAX_CORRUPT, FEW_CORRUPT = 0.01, 3
 
 
 class Batch(NamedTuple):
@@ -52,7 +46,8 @@ class Stream:
 
     `Order` says which image meets which random numbers: neither the number of ranks nor a resume changes it.
     step: the first global batch. limit: global batches of an epoch, or the share of them; what is left out comes in the next one.
-    repeat: the same first `limit` batches in every epoch. seconds: how long `next` has taken in all.
+    repeat: the same first `limit` batches in every epoch. seconds: how long `next` has taken in all. replaced: images of this rank,
+    consumed ones, that others stood in for.
     """
 
     def __init__(
@@ -72,6 +67,7 @@ class Stream:
 
     def _stand(self, order: Order, step: int) -> None:
         self.order, self.given, self.seconds = order, step * order.accumulate, 0.0  # given: micro-batches, consumed ones
+        self.replaced = 0
 
     def __len__(self) -> int:
         return self.order.limit * self.order.accumulate
@@ -87,7 +83,12 @@ class Stream:
     def batch(self, number: int) -> Batch:
         """Micro-batch `number` of the stream."""
         positions = self.order.positions(number)
-        return Batch(*self.images.batch(self.order.rows(positions)), positions, self.order.step(number))
+        rows, skip = self.order.rows(positions), 0
+        while (corrupt := (self.images.sizes[rows] == 0).any(dim=1)).any():  # the next in the order, as `CropDataset.piece` takes it
+            skip += 1
+            self.replaced += int(corrupt.sum())
+            rows = torch.where(corrupt, self.order.rows(positions, skip), rows)
+        return Batch(*self.images.batch(rows), positions, self.order.step(number))
 
     def state_dict(self) -> dict[str, int]:
         """Nothing: the Trainer's step says where the stream stands. Lightning takes a loader without it for one that cannot go on."""
@@ -98,19 +99,14 @@ class Stream:
 
 
 class WorkerStream(Stream):
-    """The same stream of images that are read, decoded and cropped by `workers` processes as they are needed (0: by this one).
-
-    Attributes: replaced, how many images of this rank others stood in for.
-    """
+    """The same stream of images that are read, decoded and cropped by `workers` processes as they are needed (0: by this one)."""
 
     def __init__(self, dataset: CropDataset, workers: int, pin: bool = False, step: int = 0) -> None:
         self._stand(dataset.order, step)
-        self.dataset, self.replaced = dataset, 0
-        self.workers, self.pin = workers, pin
+        self.dataset, self.workers, self.pin = dataset, workers, pin
         self._next = -1  # the micro-batch that the workers' next pieces are of
         self._pieces: Iterator[Piece | Failure] = iter(())
-        self._corrupt: set[int] = set()
-        self._seen = 0
+        self._corrupt, self._seen = Corrupt(dataset.order.n), 0
 
     def batch(self, number: int) -> Batch:
         """UsageError and Failure in one line: of the images, and for a worker that the system ended."""
@@ -118,7 +114,9 @@ class WorkerStream(Stream):
             self._start(number)
         pieces = [self._take() for _ in range(self.dataset.pieces)]
         self._next = number + 1
-        self._count([corrupt for piece in pieces for corrupt in piece.corrupt])
+        corrupt, self._seen = [row for piece in pieces for row in piece.corrupt], self._seen + self.order.share
+        self.replaced += len(corrupt)
+        self._corrupt.note(corrupt, self._seen)
         crops = (
             pieces[0].crops if len(pieces) == 1 else tuple(torch.cat(parts, 1) for parts in zip(*(p.crops for p in pieces), strict=True))
         )
@@ -143,28 +141,13 @@ class WorkerStream(Stream):
     def _take(self) -> Piece:
         try:
             piece = next(self._pieces)
-        except (RuntimeError, EOFError, ConnectionError) as error:  # the last two where it died while handing over a piece
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise Failure(
-                f"a data worker was ended by the system ({' '.join(str(error).split())}): out of memory? lower data.workers"
-            ) from error
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if lost := lost_worker(error):
+                raise lost from error
+            raise
         if isinstance(piece, Failure):
             raise piece
         return piece
-
-    def _count(self, corrupt: list[tuple[int, str]]) -> None:
-        self._seen += self.order.share
-        self.replaced += len(corrupt)
-        for row, reason in corrupt:
-            if row not in self._corrupt:
-                self._corrupt.add(row)
-                log.warning("%s; the next image in the order stands in for it", reason)
-        if len(self._corrupt) > max(FEW_CORRUPT, MAX_CORRUPT * min(self._seen, self.order.n)):
-            raise Failure(
-                f"{len(self._corrupt)} of {min(self._seen, self.order.n)} images cannot be read, more than {MAX_CORRUPT:.0%}; "
-                f"the last one: {corrupt[-1][1]}"
-            )
 
     def close(self) -> None:
         """End the workers."""
@@ -189,7 +172,8 @@ class ImageData(lightning.LightningDataModule):
         batch_size: images in a global batch, over all devices.
         split: which split to train on.
         image_column: the column that holds the images; found by its type if not given.
-        max_side: images whose shorter side is longer are stored at this one, in pixels; those that are streamed are cropped as they are.
+        max_side: images whose shorter side is longer are stored at this one, in pixels, and of a panorama the middle, 4 times as long;
+            those that are streamed are cropped as they are.
         decode: memory (decoded once, cropped on the device), stream (decoded and cropped by workers each time), or auto: memory where
             the decoded images fit into half of it.
         workers: processes per device that decode when streaming; by default the cores of the device, at most 8. 0: none.

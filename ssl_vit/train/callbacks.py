@@ -47,15 +47,26 @@ class RunFolder(Checkpoint):
         self._total: int | None = None
         self._step = -1  # the last one seen; micro-batches of an accumulated step repeat it
         self._seconds_before = self._waited_before = 0.0
+        self._replaced_before = 0
         self._stream: Any = None
+        self._trainer: Any = None
         self._start = time.monotonic()
         self._previous: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds_before + time.monotonic() - self._start, "data_seconds": self.waited}
+        return {"seconds": self._seconds_before + time.monotonic() - self._start, "data_seconds": self.waited, "replaced": self.replaced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before, self._waited_before = state_dict["seconds"], state_dict.get("data_seconds", 0.0)
+        self._replaced_before = state_dict.get("replaced", 0)
+
+    @property
+    def replaced(self) -> int:
+        """Images that could not be read and that others stood in for, in all and on all ranks, which ask together."""
+        if self._stream is None:
+            return self._replaced_before
+        mine = torch.tensor(getattr(self._stream, "replaced", 0), device=self._trainer.strategy.root_device)
+        return self._replaced_before + int(self._trainer.strategy.reduce(mine, reduce_op="sum"))
 
     @property
     def waited(self) -> float:
@@ -78,6 +89,7 @@ class RunFolder(Checkpoint):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, Method)
         self._total, self._step, self._stream = module.total_steps, trainer.global_step, trainer.train_dataloader
+        self._trainer = trainer
         self._per_epoch = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
         metrics = self.folder / "metrics.jsonl"
         if trainer.is_global_zero and metrics.exists():  # a resumed run writes the steps behind its checkpoint again

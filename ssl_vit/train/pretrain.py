@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ssl_vit.assets import find_asset, read_yaml
+from ssl_vit.data.loader import lost_worker
 from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit.methods import METHODS, Method
@@ -148,8 +149,13 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
-    with tf32():
-        trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
+    try:
+        with tf32():
+            trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
+    except RuntimeError as error:
+        if lost := lost_worker(error):
+            raise lost from error
+        raise
     rest = "" if record.finish(trainer, module) else f" of {module.total_steps}; go on with --resume"
     rank_zero_info(f"{record.checkpoint}: {trainer.global_step} steps{rest}, trained with {module.spec}")
     if log:

@@ -56,7 +56,7 @@ def test_missing_folder(source: str) -> None:
 
 
 def test_folder_without_pictures_says_what_was_found(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"holds no pictures .found: nothing, it is empty"):
+    with pytest.raises(UsageError, match=r"holds no images .found: nothing, it is empty"):
         load(tmp_path)
     (tmp_path / "a.txt").touch()
     with pytest.raises(UsageError, match=r"found: 1 \.txt"):

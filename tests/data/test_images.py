@@ -136,10 +136,10 @@ def test_paths_and_pil_images_are_taken_too(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (b"", "x is empty"),
-        (b"<!DOCTYPE html><html></html>", "x is no readable picture .it begins with b'<!DOCTYPE"),
+        (b"<!DOCTYPE html><html></html>", "x is no readable image .it begins with b'<!DOCTYPE"),
         (encode(Image.fromarray(noise(64, 64)))[:3000], "x is corrupt"),
         (encode(Image.fromarray(noise(64, 64)), "JPEG")[:1500], "x is corrupt: .*truncated"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "x is no readable picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "x is no readable image"),
     ],
 )
 def test_broken_pictures_give_one_line_with_their_name(data: bytes, message: str) -> None:

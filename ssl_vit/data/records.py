@@ -9,7 +9,7 @@ from typing import Any
 from ssl_vit.data.folders import Tables, hf_datasets, inside, local_path
 from ssl_vit.errors import Failure, UsageError, one_of
 
-_ROWS = 64  # encoded images held at once
+AT_ONCE = 64  # encoded images held at once
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,22 @@ class Records:
 
     def encoded(self) -> Iterator[tuple[str, bytes]]:
         """(name for errors, encoded bytes) of every image in order; raises as `encoded_rows`."""
-        for start in range(0, len(self.table), _ROWS):
-            yield from self.encoded_rows(range(start, min(start + _ROWS, len(self.table))))
+        for start in range(0, len(self.table), AT_ONCE):
+            yield from self.encoded_rows(range(start, min(start + AT_ONCE, len(self.table))))
 
     def encoded_rows(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """The same of some of the images, in the order of `rows`; Failure for a row without an image or with one that is not there."""
         return [self._encoded(row, cell) for row, cell in zip(rows, self.cells(rows).to_pylist(), strict=True)]
+
+    def readable_rows(self, rows: Sequence[int]) -> list[tuple[str, bytes] | Failure]:
+        """The same, with the Failure in place of an image that cannot be read."""
+        found: list[tuple[str, bytes] | Failure] = []
+        for row, cell in zip(rows, self.cells(rows).to_pylist(), strict=True):
+            try:
+                found.append(self._encoded(row, cell))
+            except Failure as error:
+                found.append(error)
+        return found
 
     def cells(self, rows: Sequence[int]) -> Any:
         """The arrow array of some rows of the image column: bytes, or structs of bytes and path."""
@@ -61,7 +71,7 @@ class Records:
             except OSError as error:
                 raise Failure(f"{name} cannot be read: {error.strerror}; remove or replace it") from error
         if not isinstance(data, bytes):
-            raise Failure(f"{name}: column {self.image_column!r} holds no picture there ({type(cell).__name__}); remove or replace it")
+            raise Failure(f"{name}: column {self.image_column!r} holds no image there ({type(cell).__name__}); remove or replace it")
         return name, data
 
 

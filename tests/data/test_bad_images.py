@@ -1,0 +1,199 @@
+"""What a user may meet on the way: damaged and absent images, full disks, killed workers and runs; counted, exact, in one line."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ssl_vit.data import memory_map
+from ssl_vit.data.loader import CropDataset, Order
+from ssl_vit.data.sources import load_split, mean_bytes, open_records
+from ssl_vit.data.stream import Stream, WorkerStream
+from ssl_vit.errors import Failure
+from ssl_vit.train.callbacks import RunFolder
+from tests.data.test_stream import CROPS, broken, command, dataset, equal_weights, jpeg, jpegs, pretrain, take
+
+__all__ = ["jpegs"]
+pytestmark = [pytest.mark.usefixtures("jpegs", "own_cache"), pytest.mark.filterwarnings("ignore:This DataLoader will create")]
+THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssl-vit: ")]
+    return line
+
+
+@pytest.fixture(params=["memory", "stream"])
+def decode(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both data paths; in memory, by way of the file that processes share."""
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(memory_map, "SMALL", 0)
+    return str(request.param)
+
+
+def test_memory_replaces_the_images_that_the_stream_replaces() -> None:
+    order = dataset().order
+    for row in order.rows(torch.tensor([8, 9])).tolist():  # side by side in the first epoch
+        broken(row)
+    Path("jpegs/59.jpg").unlink()
+    Path("jpegs/59.jpg").symlink_to("gone.jpg")
+    stream, memory = WorkerStream(dataset(), 0), Stream(load_split("./jpegs", "train", progress=False).images, 20, 5)
+    pairs = list(zip(take(stream, 6), memory, strict=False))
+    assert all(torch.equal(a.sizes, b.sizes) and torch.equal(a.positions, b.positions) for a, b in pairs)
+    assert memory.replaced == stream.replaced >= 6
+
+
+def test_replaced_images_are_counted_over_a_resume(decode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in (3, 40):
+        broken(row)
+    options = ("mae.yaml", "--data.decode", decode, "--out")
+    assert pretrain(*options, "whole") == 0
+    original = RunFolder.on_train_batch_end
+
+    def interrupted(self: RunFolder, trainer: object, *args: object) -> None:
+        self.interrupted = trainer.global_step == 4  # type: ignore[attr-defined]
+        original(self, trainer, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)
+    assert pretrain(*options, "cut") == 130
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", original)
+    assert pretrain(*options, "cut", "--resume") == 0
+    assert equal_weights("whole", "cut")
+    counts = [json.loads(Path(f"{run}/run.json").read_text())["replaced"] for run in ("whole", "cut")]
+    assert counts[0] == counts[1] >= 4  # two whole epochs
+
+
+def test_a_corrupt_header_does_not_stop_the_estimate() -> None:
+    records, _ = open_records("./jpegs", "train")
+    before = mean_bytes(records, None)
+    Path("jpegs/10.jpg").write_bytes(b"<html>")
+    Path("jpegs/11.jpg").unlink()
+    assert abs(mean_bytes(records, None) / before - 1) < 0.02
+    for file in Path("jpegs").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(Failure, match=r"none of 60 images .* can be read, the last one: "):
+        mean_bytes(records, None)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_micro_batches_of_a_step_are_its_batch(workers: int) -> None:
+    records, _ = open_records("./jpegs", "train")
+    halves = CropDataset(records, Order(60, 20, 5, accumulate=2), CROPS.plan)
+    whole, parts = take(WorkerStream(dataset(), 0), 4), take(WorkerStream(halves, workers), 8)
+    images = load_split("./jpegs", "train", progress=False).images
+    stored = zip(Stream(images, 20, 5), *[iter(Stream(images, 20, 5, accumulate=2))] * 2, range(4), strict=False)
+    for one, first, second, (a, b, c, _) in zip(whole, parts[::2], parts[1::2], stored, strict=True):
+        assert one.step == first.step == second.step == a.step == b.step == c.step
+        for batch, halved in ((one, (first, second)), (a, (b, c))):
+            assert torch.equal(batch.positions, torch.cat([half.positions for half in halved]))
+            assert torch.equal(batch.sizes, torch.cat([half.sizes for half in halved]))
+        assert all(torch.equal(x, torch.cat([y, z], 1)) for x, y, z in zip(one.crops, first.crops, second.crops, strict=True))
+
+
+def dangling(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("gone.jpg")
+
+
+def forbidden(file: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read every file")
+    file.chmod(0)
+
+
+def lying(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = (60_000).to_bytes(2, "big") * 2
+    file.write_bytes(data)
+
+
+def panorama(file: Path) -> None:
+    file.write_bytes(jpeg(Image.new("RGB", (20_000, 500), "green")))
+
+
+@pytest.mark.parametrize("change", [dangling, forbidden, lying, panorama])
+def test_one_strange_image_does_not_stop_a_run(decode: str, change: Callable[[Path], None], caplog: pytest.LogCaptureFixture) -> None:
+    change(Path("jpegs/07.jpg"))
+    assert pretrain("mae.yaml", "--out", "run", "--data.decode", decode, "--trainer.max_steps", "3") == 0
+    replaced = json.loads(Path("run/run.json").read_text())["replaced"]
+    named = [record.getMessage() for record in caplog.records if "07.jpg" in record.getMessage()]
+    assert (replaced, len(named)) == ((0, 0) if change is panorama else (1, 1))
+
+
+def test_of_a_panorama_in_memory_the_middle_stays() -> None:
+    panorama(Path("jpegs/07.jpg"))
+    images = load_split("./jpegs", "train", max_side=128, progress=False).images
+    assert images.sizes[7].tolist() == [128, 512]
+    assert images.sizes.amin(1).max() == 128
+
+
+@pytest.mark.parametrize("change", ["all", "none"])
+def test_a_folder_without_a_readable_image(decode: str, change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in Path("jpegs").iterdir():
+        file.write_bytes(b"") if change == "all" else file.unlink()
+    assert pretrain("mae.yaml", "--out", "run", "--data.decode", decode) == (1 if change == "all" else 2)
+    assert ("cannot be read" if change == "all" else "it is empty") in error_line(capsys)
+
+
+def test_a_file_more_than_fits_the_disk() -> None:
+    """A limit on the size of files in place of a small disk: nothing half written stays, and the run is one line."""
+    rng = torch.Generator().manual_seed(0)
+    for i in range(3):
+        pixels = torch.randint(0, 256, (3000, 3000, 3), dtype=torch.uint8, generator=rng)
+        Image.fromarray(pixels.numpy()).save(f"jpegs/big{i}.png", compress_level=0)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    options = command("mae.yaml", "--out", "run", "--data.decode", "memory", "--data.max_side", "4000")
+    done = subprocess.run(options, env={**THREAD, "SSL_VIT_CACHE": "cache"}, preexec_fn=limit, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written: File too large; make room, or name another folder in SSL_VIT_CACHE" in done.stderr.splitlines()[-1]
+    assert [file.suffix for file in Path("cache").iterdir()] == [".lock"]
+
+
+def start(out: str, workers: int, *options: str) -> "subprocess.Popen[str]":
+    common = ("mae.yaml", "--out", out, "--data.workers", str(workers), "--keep_every_epochs", "1", "--trainer.max_steps", "90", *options)
+    return subprocess.Popen(command(*common), env=THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert file.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_killed_runs_and_workers_resume_exactly(workers: int) -> None:
+    assert start("whole", 0).wait(100) == 0
+    process = start("killed", workers)
+    wait_for(Path("killed/epoch-0002.ckpt"))
+    process.kill()
+    process.communicate()
+    process = start("killed", workers, "--resume")
+    if workers:
+        wait_for(Path("killed/epoch-0010.ckpt"))
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers_of = [child for child in children if b"ssl-vit" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        os.kill(int(workers_of[-1]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        [line] = [line for line in errors.replace("\r", "\n").splitlines() if "ssl-vit: " in line]
+        assert "a data worker was ended by the system" in line
+        assert line.endswith("lower data.workers, and go on with --resume")
+        assert "Traceback" not in errors
+        process = start("killed", workers, "--resume")
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert equal_weights("whole", "killed")
