@@ -151,6 +151,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
     try:
         with tf32():
+            trainer.strategy.precision_plugin.convert_module(module)  # Lightning's turn is after loading, and would round float64 weights
             trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
     except RuntimeError as error:
         if lost := lost_worker(error):

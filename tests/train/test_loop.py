@@ -107,6 +107,14 @@ def test_a_run_that_a_clock_stops_anywhere_goes_on_exactly(method: str, accumula
         assert run_json(f"cut{after}")["steps"] == steps
 
 
+def test_a_float64_run_goes_on_exactly() -> None:
+    whole = train("mae.yaml", "whole", "--trainer.precision", "64-true")
+    train("mae.yaml", "cut", "--trainer.precision", "64-true", callback=Stop(4))
+    state = train("mae.yaml", "cut", "--trainer.precision", "64-true", "--resume")
+    assert all(value.dtype == torch.float64 for key, value in state.items() if key.endswith("weight"))
+    assert [key for key in whole if not torch.equal(state[key], whole[key])] == []
+
+
 def test_a_run_that_is_stopped_twice_and_cut_otherwise_counts_right() -> None:
     train("mae.yaml", "run", *EPOCHS, callback=Stop(4))
     seen = Seen()

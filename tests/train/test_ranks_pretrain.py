@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,18 @@ class Ranks:
             process.kill()
             assert process.exitcode == 0, Path(f"rank{rank}.log").read_text()
 
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()  # SIGKILL
+        for process in self.processes:
+            process.join()
+
 
 def as_rank(arguments: list[str], variables: dict[str, str], folder: Path) -> None:
     os.environ |= variables
     os.chdir(folder)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the data workers, as in a process of its own
     rank_zero_only.rank = int(variables["RANK"])  # type: ignore[attr-defined]  # Lightning reads the variable when it is imported
     with open(f"rank{variables['RANK']}.log", "w") as said:
         os.dup2(said.fileno(), 1)
@@ -133,6 +141,29 @@ def test_two_processes_train_what_one_trains_by_every_data_path(method: str, pat
     alone("one", f"{method}.yaml", *options)
     Ranks(2, "several", f"{method}.yaml", *options, "--accumulate", str(accumulate)).wait()
     assert_the_same_run("one", "several", f"{method}.yaml", *options)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "ranks"),
+    [
+        ("mae", "stream, 2 workers", (2, 1)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("dino", "stream, 2 workers", (1, 2)), ("dino", "memory", (4, 2))]),
+    ],
+)
+def test_a_run_whose_processes_are_killed_goes_on_with_other_devices(method: str, path: str, ranks: tuple[int, int]) -> None:
+    options = (f"{method}.yaml", *PATHS[path], *EXACT, "--trainer.max_steps", "45", "--optim.lr", "1e-3")
+    kept = ("--keep_every_epochs", "1")
+    first = Ranks(ranks[0], "killed", *options, *kept)
+    deadline = time.monotonic() + 200
+    while not Path("killed/epoch-0002.ckpt").exists() and first.processes[0].is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.kill()
+    assert 6 <= read_checkpoint("killed/last.ckpt")["global_step"] < 45
+    assert not Path("killed/run.json").exists()
+    Ranks(ranks[1], "killed", *options, *kept, "--resume").wait()
+    assert json.loads(Path("killed/run.json").read_text())["steps"] == 45
+    alone("one", *options)
+    assert_the_same_run("one", "killed", *options)
 
 
 def test_torchrun_with_two_nodes() -> None:
