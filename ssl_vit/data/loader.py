@@ -4,6 +4,11 @@ Everything is a function of (seed, position), as on the device: no worker has ra
 """
 
 import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -91,10 +96,25 @@ class Corrupt:
             raise Failure(f"{len(self.rows)} of {seen} images cannot be read, more than {MAX_CORRUPT:.0%}; the last one: {found[-1][1]}")
 
 
+def begin_worker(worker: int) -> None:
+    """What a scheduler or Ctrl-C sends to the group is the main process's to answer; workers end with it. Not by torch's own watch alone:
+    a worker whose images fill the pipe that nobody reads any more would stay for ever, and keep the lock it has inherited."""
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 def lost_worker(error: BaseException) -> Failure | None:
     """What to say of a DataLoader worker that the system ended; None for other errors. torch's signal handler raises wherever the main
     thread is, and where it was taking an image over, the connection breaks."""
-    if isinstance(error, EOFError | ConnectionError) or "DataLoader worker" in str(error):
+    if isinstance(error, EOFError | ConnectionError) or (not isinstance(error, Failure) and "DataLoader worker" in str(error)):
         what = " ".join(str(error).split())
         return Failure(f"a data worker was ended by the system ({what}): out of memory? lower data.workers, and go on with --resume")
     return None

@@ -8,8 +8,8 @@ import fcntl
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ssl_vit.data.images import ImageStore, decode, limit_side, to_tensor
-from ssl_vit.data.loader import Corrupt, lost_worker
+from ssl_vit.data.loader import Corrupt, begin_worker, lost_worker
 from ssl_vit.data.records import Records
 from ssl_vit.errors import Failure
 from ssl_vit.files import write_atomically
@@ -61,7 +61,8 @@ def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: s
         with _locked(file.with_suffix(".lock")):
             store = _mapped(file, count)
             if store is None:
-                write_atomically(file, lambda target: _write(target, _all(images, workers(), title, progress, corrupt)))
+                with closing(_all(images, workers(), title, progress, corrupt)) as found:  # or the bar would end behind the error's line
+                    write_atomically(file, lambda target: _write(target, found))
                 store = _mapped(file, count)
     except OSError as error:
         raise Failure(
@@ -85,8 +86,8 @@ def workers() -> int:
     return min(_WORKERS, cores) if cores > 1 else 0
 
 
-def _all(images: _Decoded, count: int, title: str, progress: bool, corrupt: Corrupt) -> Iterator[UInt8[np.ndarray, "3 h w"]]:
-    loader: Any = DataLoader(images, batch_size=_CHUNK, num_workers=count, collate_fn=list)
+def _all(images: _Decoded, count: int, title: str, progress: bool, corrupt: Corrupt) -> Generator[UInt8[np.ndarray, "3 h w"], None, None]:
+    loader: Any = DataLoader(images, batch_size=_CHUNK, num_workers=count, collate_fn=list, worker_init_fn=begin_worker)
     rows, nothing = itertools.count(), np.empty((3, 0, 0), dtype=np.uint8)
     with tqdm(total=len(images), desc=title, unit="img", disable=not progress) as bar:
         try:

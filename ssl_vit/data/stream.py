@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ssl_vit.data.identity import describe_change, identity
 from ssl_vit.data.images import ImageStore, fits
-from ssl_vit.data.loader import Corrupt, CropDataset, Order, Piece, lost_worker, whole_batches
+from ssl_vit.data.loader import Corrupt, CropDataset, Order, Piece, begin_worker, lost_worker, whole_batches
 from ssl_vit.data.records import Records
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
 from ssl_vit.data.views import Made
@@ -133,7 +132,7 @@ class WorkerStream(Stream):
             collate_fn=_as_it_is,
             pin_memory=self.pin,
             prefetch_factor=2 * self.dataset.pieces if self.workers else None,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),  # or it would draw from the run's
         )
         self._pieces = iter(loader)
@@ -156,12 +155,6 @@ class WorkerStream(Stream):
 
 def _as_it_is(piece: Any) -> Any:
     return piece
-
-
-def _ignore_signals(worker: int) -> None:
-    """What a scheduler or Ctrl-C sends to the group is the main process's to answer; workers end with it."""
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
 
 
 class ImageData(lightning.LightningDataModule):

@@ -1,7 +1,11 @@
-"""What a user may meet on the way: damaged and absent images, on both data paths; counted, in one line."""
+"""What a user may meet on the way: damaged and absent images, full disks, killed workers and runs; counted, exact, in one line."""
 
 import json
 import os
+import resource
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +19,8 @@ from ssl_vit.data.sources import load_split, mean_bytes, open_records
 from ssl_vit.data.stream import Stream, WorkerStream
 from ssl_vit.errors import Failure
 from ssl_vit.train.callbacks import RunFolder
-from tests.data.test_stream import CROPS, broken, dataset, equal_weights, jpeg, jpegs, pretrain, take
+from ssl_vit.weights.checkpoint import read_checkpoint
+from tests.data.test_stream import CROPS, broken, command, dataset, equal_weights, jpeg, jpegs, pretrain, take
 
 __all__ = ["jpegs"]
 pytestmark = [pytest.mark.usefixtures("jpegs", "own_cache"), pytest.mark.filterwarnings("ignore:This DataLoader will create")]
@@ -137,3 +142,71 @@ def test_a_folder_without_a_readable_image(decode: str, change: str, capsys: pyt
         file.write_bytes(b"") if change == "all" else file.unlink()
     assert pretrain("mae.yaml", "--out", "run", "--data.decode", decode) == (1 if change == "all" else 2)
     assert ("last one: " if change == "all" else "it is empty") in error_line(capsys)
+
+
+def test_a_file_more_than_fits_the_disk() -> None:
+    """A limit on the size of files in place of a small disk: nothing half written stays, and the run is one line."""
+    rng = torch.Generator().manual_seed(0)
+    for i in range(3):  # 77 MiB: fewer are not mapped
+        pixels = torch.randint(0, 256, (3000, 3000, 3), dtype=torch.uint8, generator=rng)
+        Image.fromarray(pixels.numpy()).save(f"jpegs/big{i}.png", compress_level=0)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    options = command("mae.yaml", "--out", "run", "--data.decode", "memory", "--data.max_side", "4000")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SSL_VIT_CACHE": "cache"}
+    done = subprocess.run(options, env=environment, preexec_fn=limit, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("ssl-vit: ")
+    assert line.endswith("cannot be written: File too large; make room, or name another folder in SSL_VIT_CACHE")
+    assert [file.suffix for file in Path("cache").iterdir()] == [".lock"]
+
+
+LONG = ("mae.yaml", "--keep_every_epochs", "1", "--trainer.max_steps", "100", "--trainer.log_every_n_steps", "1")
+
+
+def kill(step: int, workers: int, *options: str, worker: bool = False) -> tuple[int, str]:
+    """Run into `killed`, and SIGKILL it, or the last of its workers, when it has logged `step`, in the middle of an epoch of three;
+    exit code and what it said."""
+    environment, log = {**os.environ, "OMP_NUM_THREADS": "1"}, Path("killed/metrics.jsonl")
+    options = command(*LONG, "--out", "killed", "--data.workers", str(workers), *options)
+    with subprocess.Popen(options, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while not (log.exists() and f'"step": {step},' in log.read_text()) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert process.poll() is None
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]) if worker else process.pid, signal.SIGKILL)
+            _, errors = process.communicate(timeout=100)  # workers hold the pipe, too: they have ended
+        finally:
+            process.kill()
+    return process.returncode, errors
+
+
+def test_a_killed_run_resumes_exactly_with_other_workers() -> None:
+    code, _ = kill(10, 1)
+    assert code == -signal.SIGKILL
+    assert 3 <= read_checkpoint(Path("killed/last.ckpt"))["global_step"] < 100
+    assert pretrain(*LONG, "--out", "killed", "--resume", "--data.workers", "2") == 0
+    assert pretrain(*LONG, "--out", "whole") == 0
+    assert equal_weights("whole", "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "then"), [(0, 4), (1, 0), (4, 1)])
+def test_runs_and_workers_are_killed(workers: int, then: int) -> None:
+    kill(10, workers)
+    kill(40, then, "--resume")
+    if workers:
+        code, errors = kill(80, workers, "--resume", worker=True)
+        assert code == 1
+        [line] = [line for line in errors.splitlines() if line.startswith("ssl-vit: ")]
+        assert line.count("a data worker was ended by the system") == 1
+        assert line.endswith("lower data.workers, and go on with --resume")
+        assert "Traceback" not in errors
+    assert pretrain(*LONG, "--out", "killed", "--resume", "--data.workers", str(then)) == 0
+    assert pretrain(*LONG, "--out", "whole") == 0
+    assert equal_weights("whole", "killed")

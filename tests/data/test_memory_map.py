@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,3 +127,31 @@ def test_a_change_is_named(tmp_path: Path) -> None:
     assert describe_change(before, now()) == "40 images -> 39, those from 39.png on are gone"
     Image.new("RGB", (9, 9)).save(tmp_path / "set" / "39.png")
     assert describe_change(before, now()) == "40 images as before, the first that differs is 39.png"
+
+
+def _stopped_writer(source: str) -> None:
+    """It writes one image and waits, while the others fill the workers' pipe."""
+
+    def half(file: BinaryIO, images: Any) -> None:
+        file.write(next(images).data)
+        file.flush()
+        time.sleep(1000)
+
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own: workers inherit the lock
+    memory_map.SMALL, memory_map.workers, memory_map._write = 0, lambda: 2, half  # type: ignore[assignment]
+    load_split(source, "train", progress=False)
+
+
+def test_the_lock_of_a_killed_writer_is_free(tmp_path: Path) -> None:
+    writer = multiprocessing.get_context("spawn").Process(target=_stopped_writer, args=(str(tmp_path / "set"),))
+    writer.start()
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "cache").exists() or not any(path.stat().st_size for path in (tmp_path / "cache").iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)  # let the pipe fill; without it the test proves less, and passes
+    writer.kill()
+    writer.join()
+    images = load_split(str(tmp_path / "set"), "train", progress=False).images  # waits for the lock
+    assert images.sizes.shape == (40, 2)
+    assert [Path(name).suffix for name in left(tmp_path)] == [".images"]
