@@ -1,6 +1,7 @@
 """What a result came from: the identity of a recipe and the revision of the code."""
 
 import hashlib
+import importlib.metadata
 import json
 import subprocess
 from functools import cache
@@ -11,6 +12,11 @@ from typing import Any
 def recipe_hash(recipe: dict[str, Any]) -> str:
     """16 hex digits over everything in a recipe that can change the result; devices, loggers and folders are not in it."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a training computes."""
+    return {name: importlib.metadata.version(name) for name in ("ssl-vit", "torch", "lightning", "timm")}
 
 
 @cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit.data.images import EXTENSIONS
-from ssl_vit.errors import Failure, UsageError
+from ssl_vit.errors import Failure, UsageError, reason
 
 VALIDATION = ("validation", "val", "valid")
 _SPLITS = ("train", "test", *VALIDATION)
@@ -124,8 +124,7 @@ def _open_files(kind: str, split: str, files: list[Path]) -> Any:
         # `datasets` keeps its converted copy in its own cache folder, memory-mapped
         return datasets.load_dataset(kind, data_files={split: [str(file) for file in files]}, split=split)
     except Exception as error:
-        reason = str(error.__cause__ or error).splitlines() or [type(error).__name__]
-        raise Failure(f"{files[0]} (split {split!r}) cannot be read as {kind}: {reason[0]}") from error
+        raise Failure(f"{files[0]} (split {split!r}) cannot be read as {kind}: {reason(error.__cause__ or error)}") from error
 
 
 def _saved_tables(root: Path) -> Tables:
@@ -134,12 +133,13 @@ def _saved_tables(root: Path) -> Tables:
     except Failure:
         raise
     except Exception as error:
-        raise Failure(f"{root} cannot be read as a folder of Dataset.save_to_disk: {str(error).splitlines()[0]}") from error
+        raise Failure(f"{root} cannot be read as a folder of Dataset.save_to_disk: {reason(error)}") from error
     tables = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-    return {split: partial(_opened, table) for split, table in tables.items()}
+    return {split: partial(itself, table) for split, table in tables.items()}
 
 
-def _opened(table: Any) -> Any:
+def itself(table: Any) -> Any:
+    """Of a split that is open already; a function that can be pickled."""
     return table
 
 

@@ -1,9 +1,8 @@
 """Hugging Face dataset ids as tables, with an error of one line, and within seconds, for what cannot be fetched."""
 
 from functools import partial
-from typing import Any
 
-from ssl_vit.data.folders import Tables, hf_datasets
+from ssl_vit.data.folders import Tables, hf_datasets, itself
 from ssl_vit.errors import Failure, reason
 
 
@@ -28,8 +27,4 @@ def hub_tables(source: str) -> Tables:
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         raise Failure(f"the dataset {name!r} cannot be fetched{offline}: {reason(error)}; {advice}") from error
-    return {str(split): partial(_loaded, table) for split, table in loaded.items()}
-
-
-def _loaded(table: Any) -> Any:
-    return table
+    return {str(split): partial(itself, table) for split, table in loaded.items()}

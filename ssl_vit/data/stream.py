@@ -10,6 +10,7 @@ import lightning
 import torch
 from jaxtyping import Int64, UInt8
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -129,7 +130,6 @@ class WorkerStream(Stream):
             batch_size=None,
             sampler=itertools.count(number * self.dataset.pieces),
             num_workers=self.workers,
-            collate_fn=_as_it_is,
             pin_memory=self.pin,
             prefetch_factor=2 * self.dataset.pieces if self.workers else None,
             worker_init_fn=begin_worker,
@@ -151,10 +151,6 @@ class WorkerStream(Stream):
     def close(self) -> None:
         """End the workers."""
         self._pieces, self._next = iter(()), -1
-
-
-def _as_it_is(piece: Any) -> Any:
-    return piece
 
 
 class ImageData(lightning.LightningDataModule):
@@ -245,7 +241,9 @@ class ImageData(lightning.LightningDataModule):
             return Stream(self.images, self.batch_size, self.seed, *ranks, parts, trainer.global_step, self.limit, self.repeat)
         order = Order(len(self.records.table), self.batch_size, self.seed, *ranks, parts, self.limit, self.repeat)
         dataset = CropDataset(self.records, order, trainer.lightning_module.crop_plan)
-        workers = min(8, available_cores() // trainer.num_devices) if self.workers is None else self.workers
+        # a Slurm task is bound to the cores of its own device; other launchers share those of the machine
+        sharing = 1 if isinstance(trainer.strategy.cluster_environment, SLURMEnvironment) else trainer.num_devices
+        workers = min(8, available_cores() // sharing) if self.workers is None else self.workers
         pin = trainer.strategy.root_device.type == "cuda"
         self.streams.append(WorkerStream(dataset, workers, pin, trainer.global_step))
         return self.streams[-1]

@@ -1,7 +1,6 @@
 """What the methods share as LightningModules: optimiser, per-step schedules, logging, and what a checkpoint carries."""
 
 import dataclasses
-import importlib.metadata
 import inspect
 from dataclasses import replace
 from typing import Any, cast
@@ -18,6 +17,7 @@ from ssl_vit.methods.optim import OptimConfig, adamw
 from ssl_vit.methods.schedules import cosine
 from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit.provenance import versions
 from ssl_vit.weights.checkpoint import FORMAT
 
 
@@ -171,7 +171,7 @@ class Method(lightning.LightningModule):
             "mean": list(self.backbone.mean),
             "std": list(self.backbone.std),
             "image_size": self.recipe["backbone"]["image_size"],
-            "versions": {name: importlib.metadata.version(name) for name in ("ssl-vit", "torch", "lightning", "timm")},
+            "versions": versions(),
         }
 
 

@@ -16,5 +16,5 @@ def cosine(step: int, total: int, start: float, end: float, warmup: int = 0, ram
 
 
 def linear(step: int, steps: int, start: float, end: float) -> float:
-    """From `start` to `end` in `steps` steps, then constant: DINO's teacher temperature, per step."""
+    """From `start` to `end` in `steps` steps, then constant: DINO's teacher temperature, by epochs or by steps."""
     return end if step >= steps else start + (end - start) * step / max(1, steps - 1)

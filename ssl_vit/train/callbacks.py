@@ -17,6 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from tqdm import tqdm
 
+from ssl_vit.errors import UsageError
 from ssl_vit.files import write_atomically
 from ssl_vit.methods import Method
 from ssl_vit.provenance import git_revision, recipe_hash
@@ -90,6 +91,8 @@ class RunFolder(Checkpoint):
         assert isinstance(module, Method)
         self._total, self._step, self._stream = module.total_steps, trainer.global_step, trainer.train_dataloader
         self._trainer = trainer
+        if len(set(trainer.strategy.all_gather(torch.tensor(trainer.global_step, device=module.device)).view(-1).tolist())) > 1:
+            raise UsageError(f"not all nodes found a run to go on with in {self.folder}; they must share it: name another one with --out")
         self._per_epoch = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
         metrics = self.folder / "metrics.jsonl"
         if trainer.is_global_zero and metrics.exists():  # a resumed run writes the steps behind its checkpoint again

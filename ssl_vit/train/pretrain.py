@@ -188,6 +188,14 @@ def check_options(values: Namespace) -> None:
         value = options[key]
         if isinstance(value, int | float) and value <= 0 and value != -1:
             raise UsageError(f"trainer.{key} is {value}; it must be above 0")
+    for key in ("limit_train_batches", "overfit_batches"):
+        value = options[key]
+        require(
+            value is None or (value >= 0 and (value <= 1 or int(value) == value)),
+            f"trainer.{key}",
+            value,
+            "a number of batches, or a share up to 1",
+        )
 
 
 def check_share(batch_size: int, devices: int, accumulate: int) -> None:

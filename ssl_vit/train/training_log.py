@@ -1,6 +1,5 @@
 """A run folder, mirrored to W&B: while it grows, or once it is finished."""
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_vit.assets import read_yaml
-from ssl_vit.provenance import git_revision, recipe_hash
+from ssl_vit.provenance import git_revision, recipe_hash, versions
 from ssl_vit.train.tracking import TrackedRun, Tracking
 from ssl_vit.weights.checkpoint import load_backbone, read_checkpoint
 
-PACKAGES = ("ssl-vit", "torch", "lightning", "timm")
 SUMMARY = ("steps", "images", "flops", "parameters", "seconds", "devices")  # of run.json
 
 
@@ -27,8 +25,7 @@ class TrainingLog(Callback):
         self._position = 0  # in metrics.jsonl
 
     def start(self, recipe: dict[str, Any]) -> None:
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        about = {"source": self.folder.name, "recipe_hash": recipe_hash(recipe), "git": git_revision(), "versions": versions}
+        about = {"source": self.folder.name, "recipe_hash": recipe_hash(recipe), "git": git_revision(), "versions": versions()}
         self.run.start(self.folder.name, {**recipe, **about})
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import hashlib
 import inspect
 import json
 import socket
@@ -110,12 +109,6 @@ def _read_exported(path: str | Path) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:120]
-
-
-def file_hash(path: str | Path) -> str:
-    """16 hex digits of the file's SHA-256."""
-    with Path(path).expanduser().open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def load_backbone(

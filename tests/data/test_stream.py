@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from PIL import Image
 
 import tests.conftest as shared
@@ -20,7 +24,7 @@ from ssl_vit.cli import run
 from ssl_vit.data.images import decode, to_tensor
 from ssl_vit.data.loader import CropDataset, Order, crop_image
 from ssl_vit.data.sources import open_records
-from ssl_vit.data.stream import Batch, WorkerStream
+from ssl_vit.data.stream import Batch, ImageData, WorkerStream
 from ssl_vit.data.views import Crops, MultiCrop, SingleCrop, multi_crop, single_crop
 from ssl_vit.errors import Failure
 from ssl_vit.train.callbacks import RunFolder
@@ -348,3 +352,17 @@ def test_a_worker_killed_by_the_system_ends_the_run_in_one_line() -> None:
     assert errors.count("a data worker was ended by the system") == 1
     assert "Traceback" not in errors
     assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])["step"] > 0
+
+
+@pytest.mark.usefixtures("jpegs")
+@pytest.mark.parametrize(("environment", "workers"), [(SLURMEnvironment(), 6), (LightningEnvironment(), 3)])
+def test_the_cores_of_a_slurm_task_are_its_own(environment: Any, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_vit.data.stream.available_cores", lambda: 6)
+    data = ImageData("jpegs", batch_size=4, decode="stream")
+    data.records = open_records("jpegs", "train")[0]
+    strategy = SimpleNamespace(cluster_environment=environment, root_device=torch.device("cpu"))
+    trainer = {"global_rank": 0, "world_size": 2, "num_devices": 2, "accumulate_grad_batches": 1, "global_step": 0, "strategy": strategy}
+    data.trainer = SimpleNamespace(**trainer, lightning_module=SimpleNamespace(crop_plan=SingleCrop(8).plan))  # type: ignore[assignment]
+    stream = data.train_dataloader()
+    assert isinstance(stream, WorkerStream)
+    assert stream.workers == workers

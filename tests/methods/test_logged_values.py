@@ -14,6 +14,7 @@ from ssl_vit.cli import run
 from ssl_vit.errors import Failure
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.methods.test_dino import attach, tiny
+from tests.train.test_ranks_pretrain import Ranks
 
 OPTIONS = ["--trainer.accelerator", "cpu", "--backbone.drop_path", "0"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -48,8 +49,7 @@ def test_micro_batches_and_devices_log_the_global_batch() -> None:
     command = ["pretrain", "dino.yaml", *OPTIONS, "--trainer.log_every_n_steps", "2", "--trainer.max_steps", "5"]
     assert run([*command, "--out", "whole"]) == 0
     assert run([*command, "--out", "cut", "--accumulate", "2"]) == 0
-    done = processes("-m", "ssl_vit", *command, "--out", "devices", "--accumulate", "2", *TWO)
-    assert done.returncode == 0, done.stderr
+    Ranks(2, "devices", *command[1:], "--accumulate", "2").wait()
     whole = logged("whole")
     assert [line["step"] for line in whole] == [2, 4, 5]
     for other in ("cut", "devices"):

@@ -81,6 +81,7 @@ def test_micro_batches_equal_the_whole_batch(method: str) -> None:
             torch.testing.assert_close(center, seen.center[i // 4] if i % 4 == 3 else cut.center[i - 1] if i % 4 else center)
 
 
+@pytest.mark.slow  # test_ranks_pretrain.py holds it in float64
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_two_ranks_of_two_micro_batches_equal_one(method: str) -> None:
     command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", f"{method}.yaml", *CPU, "--backbone.drop_path", "0"]

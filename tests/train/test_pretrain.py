@@ -184,7 +184,9 @@ def test_a_fixed_seed_decides_everything_and_arms_differ_in_nothing_else() -> No
     assert modules["seed"].initial_hash != modules["cls"].initial_hash
 
 
-@pytest.mark.parametrize(("method", "options"), [("dino", ()), ("mae", ()), ("dino", ("--accumulate", "2"))])
+@pytest.mark.parametrize(
+    ("method", "options"), [("dino", ()), ("mae", ()), pytest.param("dino", ("--accumulate", "2"), marks=pytest.mark.slow)]
+)
 def test_resume_at_every_step_is_exact(method: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after any batch, ends of epochs and the last step included, a resumed run ends in the same weights, bit for bit."""
     assert pretrain(f"{method}.yaml", "--out", "whole", *options) == 0

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -178,13 +179,16 @@ def test_torchrun_with_two_nodes() -> None:
     assert_the_same_run("one", "several", "mae.yaml")
 
 
-def test_slurm() -> None:
+def slurm_tasks() -> list[dict[str, str]]:
     """The variables that srun sets for two tasks on one node; nothing else says how many processes there are, or which one this is."""
     job = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "job", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
     job |= {"SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1"}
-    tasks = [{**job, "MASTER_PORT": port, "SLURM_PROCID": task, "SLURM_LOCALID": task} for port in [free_port()] for task in "01"]
+    return [{**job, "MASTER_PORT": port, "SLURM_PROCID": task, "SLURM_LOCALID": task} for port in [free_port()] for task in "01"]
+
+
+def test_slurm() -> None:
     own = [sys.executable, *command("several", "mae.yaml", "--trainer.devices", "2", "--trainer.strategy", "ddp")]
-    done = started([own, own], tasks)
+    done = started([own, own], slurm_tasks())
     assert [code for code, _ in done] == [0, 0], done
     assert ["7 steps" in output for _, output in done] == [True, False]
     assert json.loads(Path("several/run.json").read_text())["devices"] == "2 x cpu"
@@ -192,3 +196,15 @@ def test_slurm() -> None:
     assert steps == sorted(set(steps))  # each once
     alone("one", "mae.yaml")
     assert_the_same_run("one", "several", "mae.yaml")
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_nodes_do_not_share_is_refused() -> None:
+    alone("shared", "mae.yaml", "--keep_every_epochs", "1")
+    for name, of in (("last.ckpt", "epoch-0001.ckpt"), ("recipe.yaml", "recipe.yaml")):
+        Path("first").mkdir(exist_ok=True)
+        shutil.copy(Path("shared", of), Path("first", name))
+    options = ["mae.yaml", "--resume", "auto", "--keep_every_epochs", "1", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = started([[sys.executable, *command(folder, *options)] for folder in ("first", "second")], slurm_tasks())
+    assert [code for code, _ in done] == [2, 2], done
+    assert all("they must share it" in output and "Traceback" not in output for _, output in done), done
