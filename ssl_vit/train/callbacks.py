@@ -1,8 +1,6 @@
 """What a run leaves behind and what it shows: the run folder and the progress bar."""
 
 import json
-import os
-import shutil
 import signal
 import sys
 import threading
@@ -15,7 +13,7 @@ import yaml
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
-from tqdm import tqdm
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from ssl_vit.errors import UsageError
 from ssl_vit.files import write_atomically
@@ -66,8 +64,8 @@ class RunFolder(Checkpoint):
         """Images that could not be read and that others stood in for, in all and on all ranks, which ask together."""
         if self._stream is None:
             return self._replaced_before
-        mine = torch.tensor(getattr(self._stream, "replaced", 0), device=self._trainer.strategy.root_device)
-        return self._replaced_before + int(self._trainer.strategy.reduce(mine, reduce_op="sum"))
+        own = torch.tensor(getattr(self._stream, "replaced", 0), device=self._trainer.strategy.root_device)
+        return self._replaced_before + int(self._trainer.strategy.reduce(own, reduce_op="sum"))
 
     @property
     def waited(self) -> float:
@@ -76,7 +74,7 @@ class RunFolder(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Whatever stopped the run (a clock between two micro-batches, say), its loops go on behind its last optimiser step."""
-        stand_behind(checkpoint, len(trainer.datamodule.train_dataloader()), trainer.accumulate_grad_batches)  # type: ignore[attr-defined]
+        set_loop_counters(checkpoint, len(trainer.datamodule.train_dataloader()), trainer.accumulate_grad_batches)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start = self._saved = time.monotonic()
@@ -116,9 +114,7 @@ class RunFolder(Checkpoint):
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
             self._saved = time.monotonic()
         if self.keep_every_epochs and step % (self._per_epoch * self.keep_every_epochs) == 0:
-            trainer.save_checkpoint(self.checkpoint, weights_only=False)
-            if trainer.is_global_zero:
-                keep_copy(self.checkpoint, self.folder / f"epoch-{step // self._per_epoch:04}.ckpt")
+            trainer.save_checkpoint(self.folder / f"epoch-{step // self._per_epoch:04}.ckpt", weights_only=False)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step:
@@ -161,18 +157,7 @@ class RunFolder(Checkpoint):
         self.interrupted = True
 
 
-def keep_copy(checkpoint: Path, copy: Path) -> None:
-    """A second name of a file that is never written in place; a whole copy where the filesystem has no second names."""
-    partial = copy.with_name(f".{copy.name}.partial")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(checkpoint, partial)
-    except OSError:
-        shutil.copyfile(checkpoint, partial)
-    os.replace(partial, copy)
-
-
-def stand_behind(checkpoint: dict[str, Any], per_epoch: int, accumulate: int) -> None:
+def set_loop_counters(checkpoint: dict[str, Any], per_epoch: int, accumulate: int) -> None:
     """Set the counters of Lightning's loops to what they are in `on_train_batch_end` of the checkpoint's last optimiser step.
 
     per_epoch: micro-batches of an epoch. What they say after other stops makes Lightning count an epoch twice, or not at all."""
@@ -190,37 +175,31 @@ def stand_behind(checkpoint: dict[str, Any], per_epoch: int, accumulate: int) ->
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar, one over the whole run, in images: images seen, time left, images per second, loss, seconds waited for data."""
+    """Lightning's bar, one over the whole run, in images; loss and seconds waited for data behind it."""
 
     def __init__(self, name: str) -> None:
-        super().__init__()
+        super().__init__(refresh_rate=10 if sys.stderr.isatty() else 500)  # steps: a log wants few lines, and a GPU need not wait each time
         self.name = name
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        assert isinstance(module, Method)
-        self._images = module.recipe["data"]["batch_size"]
-        terminal = sys.stderr.isatty()
-        self.train_progress_bar = tqdm(
-            total=module.total_steps * self._images,
-            initial=trainer.global_step * self._images,
-            desc=self.name,
+    def init_train_tqdm(self) -> Tqdm:
+        return Tqdm(
+            total=self.trainer.estimated_stepping_batches,
+            initial=self.trainer.global_step,
+            unit_scale=self.trainer.datamodule.batch_size,  # type: ignore[attr-defined]
             unit=" images",
-            unit_scale=True,
-            dynamic_ncols=terminal,
-            mininterval=0.5 if terminal else 20.0,  # a log wants few lines
+            desc=self.name,
+            dynamic_ncols=True,
             disable=self.is_disabled,
         )
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """The bar goes on from epoch to epoch."""
 
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, module, outputs, batch, trainer.global_step - 1)
+
     def on_train_epoch_end(self, *_: Any) -> None:
         pass
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        bar = self.train_progress_bar
-        if bar.update(trainer.global_step * self._images - bar.n) or trainer.global_step == trainer.estimated_stepping_batches:
-            bar.set_postfix(self.get_metrics(trainer, module), refresh=False)
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         waited = f"{getattr(trainer.train_dataloader, 'seconds', 0.0):.0f}"
@@ -228,5 +207,6 @@ class Progress(TQDMProgressBar):
         return {**({"loss": f"{float(read['loss']):.3f}"} if "loss" in read else {}), "data_seconds": waited}
 
     def on_exception(self, *_: Any) -> None:
+        """The error begins a line of its own."""
         if self._train_progress_bar is not None:
             self.train_progress_bar.close()
