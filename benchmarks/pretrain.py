@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.data.images import ImageStore
+from ssl_vit.data.loader import Order
 from ssl_vit.data.photos import photograph
 from ssl_vit.data.stream import Stream
 from ssl_vit.data.views import MultiCrop, SingleCrop
@@ -357,7 +358,7 @@ def compare(method: str, name: str, options: argparse.Namespace, best: float) ->
         "stable-pretraining": StableMAE if method == "mae" else StableDINO,
     }
     sides: dict[str, tuple[lightning.LightningModule, Data]] = {
-        "ours": (ours(method, size, options.compile), Data(Stream(ImageStore.stacked(pixels), batch, 0), batch))
+        "ours": (ours(method, size, options.compile), Data(Stream(ImageStore.stacked(pixels), Order(len(pixels), batch, 0)), batch))
     }
     for peer in options.peers:
         try:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssl_vit.assets import read_yaml
 from ssl_vit.data.images import ImageStore
+from ssl_vit.data.loader import Order
 from ssl_vit.data.stream import Stream
 from ssl_vit.errors import UsageError
 from ssl_vit.methods import Method
@@ -69,7 +70,7 @@ def build(cell: Cell) -> Method:
 def beginning(method: Method) -> Beginning:
     size = method.backbone.image_size
     pixels = torch.randint(0, 256, (2 * PICTURES, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batch = next(iter(Stream(ImageStore.stacked(pixels), PICTURES, method.seed)))
+    batch = next(iter(Stream(ImageStore.stacked(pixels), Order(len(pixels), PICTURES, method.seed))))
     views = method.views(batch)
     views = (views,) if isinstance(views, Tensor) else views
     with torch.no_grad():

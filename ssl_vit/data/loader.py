@@ -4,13 +4,14 @@ Everything is a function of (seed, position), as on the device: no worker has ra
 """
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,12 +24,11 @@ from torch.utils.data import Dataset
 from ssl_vit.data.images import decode, open_lazily, upright_size
 from ssl_vit.data.records import Records
 from ssl_vit.data.rng import permutation
-from ssl_vit.data.views import Crops, Made
+from ssl_vit.data.views import Crops, CropTensors
 from ssl_vit.errors import Failure
 
 log = logging.getLogger(__name__)
 
-PIECE = 64  # images that a worker makes at a time, at most
 # the run stops when more of the images than this cannot be read, and more than a few
 MAX_CORRUPT, FEW_CORRUPT = 0.01, 3
 _NEIGHBOURS = 100  # corrupt images one after the other that are skipped
@@ -86,13 +86,17 @@ class Corrupt:
         self.count, self.named, self.rows = count, named, set[int]()
 
     def note(self, found: Sequence[tuple[int, str]], seen: int) -> None:
-        """(row, reason) of images among the first `seen`: each is named once; Failure when there are too many of them, or nothing else."""
+        """(row, reason) of images among the first `seen`: each is named once; Failure when there are too many of them, or nothing else.
+
+        Before all images are seen, chance may have brought many early: the limit then lies three standard deviations higher, so that
+        neither the order nor the number of ranks stops a run whose set is within it."""
         for row, reason in found:
             if row not in self.rows and self.named:
                 log.warning("%s; the next image in the order stands in for it", reason)
             self.rows.add(row)
         seen = min(seen, self.count)
-        if found and (len(self.rows) > max(FEW_CORRUPT, MAX_CORRUPT * seen) or len(self.rows) == self.count):
+        allowed = MAX_CORRUPT * seen + 3 * math.sqrt(MAX_CORRUPT * seen) * (seen < self.count)
+        if found and (len(self.rows) > max(FEW_CORRUPT, allowed) or len(self.rows) == self.count):
             raise Failure(f"{len(self.rows)} of {seen} images cannot be read, more than {MAX_CORRUPT:.0%}; the last one: {found[-1][1]}")
 
 
@@ -120,30 +124,33 @@ def lost_worker(error: BaseException) -> Failure | None:
     return None
 
 
-class Piece(NamedTuple):
-    """A part of a rank's batch: the crops of the plan, the true sizes, and (row, reason) of images that others stand in for."""
+@dataclass(frozen=True)
+class CroppedBatch:
+    """What a worker makes of a micro-batch: the crops of the plan, the true sizes, and (row, reason) of images that others stand in for."""
 
-    crops: Made
+    crops: CropTensors
     sizes: Int64[Tensor, "b 2"]
     corrupt: list[tuple[int, str]]
 
+    def pin_memory(self) -> "CroppedBatch":
+        """For DataLoader, which would make lists of the tuples."""
+        return CroppedBatch(tuple(crop.pin_memory() for crop in self.crops), self.sizes.pin_memory(), self.corrupt)
 
-class CropDataset(Dataset[Piece | Failure]):
-    """Pieces of micro-batches by number: number i is part i % pieces of micro-batch i // pieces."""
+
+class CropDataset(Dataset[CroppedBatch | Failure]):
+    """Micro-batches by number."""
 
     def __init__(self, records: Records, order: Order, plan: tuple[Crops, ...]) -> None:
         self.records, self.order, self.plan = records, order, plan
-        self.pieces = -(-order.share // PIECE)
 
-    def __getitem__(self, number: int) -> Piece | Failure:
+    def __getitem__(self, number: int) -> CroppedBatch | Failure:
         """A Failure is returned, not raised: DataLoader would wrap it into a traceback."""
-        batch, part = divmod(number, self.pieces)
         try:
-            return self.piece(self.order.positions(batch)[part * PIECE : (part + 1) * PIECE])
+            return self.cropped(self.order.positions(number))
         except Failure as error:
             return error
 
-    def piece(self, positions: Int64[Tensor, "b"], skip: int = 0) -> Piece:
+    def cropped(self, positions: Int64[Tensor, "b"], skip: int = 0) -> CroppedBatch:
         """The crops at `positions` of one epoch. An image that cannot be read is replaced by the next one in the epoch's order."""
         b, rows = len(positions), self.order.rows(positions, skip)
         encoded = self.records.readable_rows(rows.tolist())
@@ -172,12 +179,12 @@ class CropDataset(Dataset[Piece | Failure]):
         for i in sorted(replaced):
             if skip + 1 >= min(self.order.n, _NEIGHBOURS):
                 raise Failure(f"{skip + 1} images one after the other cannot be read, the last one: {corrupt[-1][1]}")
-            other = self.piece(positions[i : i + 1], skip + 1)
+            other = self.cropped(positions[i : i + 1], skip + 1)
             sizes[i] = other.sizes[0]
             corrupt += other.corrupt
             for out, made in zip(crops, other.crops, strict=True):
                 out[:, i] = made[:, 0]
-        return Piece(crops, sizes, corrupt)
+        return CroppedBatch(crops, sizes, corrupt)
 
 
 def crop_image(data: bytes, name: str, wanted: list[tuple[Int64[Tensor, "_ 4"], Bool[Tensor, "_"], UInt8[Tensor, "_ 3 _ _"]]]) -> None:

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from ssl_vit.data.identity import describe_change, identity
 from ssl_vit.data.images import ImageStore, fits
-from ssl_vit.data.loader import Corrupt, CropDataset, Order, Piece, begin_worker, lost_worker, whole_batches
+from ssl_vit.data.loader import Corrupt, CropDataset, CroppedBatch, Order, begin_worker, lost_worker, whole_batches
 from ssl_vit.data.records import Records
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
-from ssl_vit.data.views import Made
+from ssl_vit.data.views import CropTensors
 from ssl_vit.errors import Failure, UsageError, check_numbers, require
 
 
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     sizes: Int64[Tensor, "b 2"]
     positions: Int64[Tensor, "b"]  # in the stream of samples; what every random number is drawn from
     step: int  # of the global batch, the same on all ranks
-    crops: Made = ()
+    crops: CropTensors = ()
 
     def split(self, k: int) -> "list[Batch]":
         """k equal parts, one after the other; b is a multiple of k."""
@@ -42,32 +42,19 @@ class Batch(NamedTuple):
 
 
 class Stream:
-    """Endless global batches of images in memory, this rank's share of each, in `accumulate` micro-batches; `len(stream)` an epoch.
+    """Endless micro-batches of images in memory, this rank's share of each; `len(stream)` an epoch.
 
     `Order` says which image meets which random numbers: neither the number of ranks nor a resume changes it.
-    step: the first global batch. limit: global batches of an epoch, or the share of them; what is left out comes in the next one.
-    repeat: the same first `limit` batches in every epoch. seconds: how long `next` has taken in all. replaced: images of this rank,
-    consumed ones, that others stood in for.
+    step: the first global batch. seconds: how long `next` has taken in all. replaced: images of this rank, consumed ones, that others
+    stood in for. consumed: micro-batches.
     """
 
-    def __init__(
-        self,
-        images: ImageStore,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        ranks: int = 1,
-        accumulate: int = 1,
-        step: int = 0,
-        limit: int | float = 1.0,
-        repeat: bool = False,
-    ) -> None:
+    def __init__(self, images: ImageStore, order: Order, step: int = 0) -> None:
         self.images = images
-        self._stand(Order(len(images), batch_size, seed, rank, ranks, accumulate, limit, repeat), step)
+        self._begin(order, step)
 
-    def _stand(self, order: Order, step: int) -> None:
-        self.order, self.given, self.seconds = order, step * order.accumulate, 0.0  # given: micro-batches, consumed ones
-        self.replaced = 0
+    def _begin(self, order: Order, step: int) -> None:
+        self.order, self.consumed, self.seconds, self.replaced = order, step * order.accumulate, 0.0, 0
 
     def __len__(self) -> int:
         return self.order.limit * self.order.accumulate
@@ -75,8 +62,8 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             begin = time.perf_counter()
-            batch = self.batch(self.given)
-            self.given += 1
+            batch = self.batch(self.consumed)
+            self.consumed += 1
             self.seconds += time.perf_counter() - begin
             yield batch
 
@@ -84,7 +71,7 @@ class Stream:
         """Micro-batch `number` of the stream."""
         positions = self.order.positions(number)
         rows, skip = self.order.rows(positions), 0
-        while (corrupt := (self.images.sizes[rows] == 0).any(dim=1)).any():  # the next in the order, as `CropDataset.piece` takes it
+        while (corrupt := (self.images.sizes[rows] == 0).any(dim=1)).any():  # the next in the order, as `CropDataset.cropped` takes it
             skip += 1
             self.replaced += int(corrupt.sum())
             rows = torch.where(corrupt, self.order.rows(positions, skip), rows)
@@ -102,55 +89,46 @@ class WorkerStream(Stream):
     """The same stream of images that are read, decoded and cropped by `workers` processes as they are needed (0: by this one)."""
 
     def __init__(self, dataset: CropDataset, workers: int, pin: bool = False, step: int = 0) -> None:
-        self._stand(dataset.order, step)
+        self._begin(dataset.order, step)
         self.dataset, self.workers, self.pin = dataset, workers, pin
-        self._next = -1  # the micro-batch that the workers' next pieces are of
-        self._pieces: Iterator[Piece | Failure] = iter(())
+        self._next = -1  # the micro-batch that the workers give next
+        self._made: Iterator[CroppedBatch | Failure] = iter(())
         self._corrupt, self._seen = Corrupt(dataset.order.n), 0
 
     def batch(self, number: int) -> Batch:
         """UsageError and Failure in one line: of the images, and for a worker that the system ended."""
         if number != self._next:
             self._start(number)
-        pieces = [self._take() for _ in range(self.dataset.pieces)]
-        self._next = number + 1
-        corrupt, self._seen = [row for piece in pieces for row in piece.corrupt], self._seen + self.order.share
-        self.replaced += len(corrupt)
-        self._corrupt.note(corrupt, self._seen)
-        crops = (
-            pieces[0].crops if len(pieces) == 1 else tuple(torch.cat(parts, 1) for parts in zip(*(p.crops for p in pieces), strict=True))
-        )
-        sizes, positions = torch.cat([piece.sizes for piece in pieces]), self.order.positions(number)
-        return Batch(torch.empty(len(sizes), 3, 0, 0, dtype=torch.uint8), sizes, positions, self.order.step(number), crops)
+        try:
+            made = next(self._made)
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if lost := lost_worker(error):
+                raise lost from error
+            raise
+        if isinstance(made, Failure):
+            raise made
+        self._next, self._seen = number + 1, self._seen + self.order.share
+        self.replaced += len(made.corrupt)
+        self._corrupt.note(made.corrupt, self._seen)
+        no_images = torch.empty(len(made.sizes), 3, 0, 0, dtype=torch.uint8)
+        return Batch(no_images, made.sizes, self.order.positions(number), self.order.step(number), made.crops)
 
     def _start(self, number: int) -> None:
         """Workers from micro-batch `number` on; they go on over the ends of epochs."""
         loader = DataLoader(
             self.dataset,
             batch_size=None,
-            sampler=itertools.count(number * self.dataset.pieces),
+            sampler=itertools.count(number),
             num_workers=self.workers,
             pin_memory=self.pin,
-            prefetch_factor=2 * self.dataset.pieces if self.workers else None,
             worker_init_fn=begin_worker,
             generator=torch.Generator(),  # or it would draw from the run's
         )
-        self._pieces = iter(loader)
-
-    def _take(self) -> Piece:
-        try:
-            piece = next(self._pieces)
-        except (RuntimeError, EOFError, ConnectionError) as error:
-            if lost := lost_worker(error):
-                raise lost from error
-            raise
-        if isinstance(piece, Failure):
-            raise piece
-        return piece
+        self._made = iter(loader)
 
     def close(self) -> None:
         """End the workers."""
-        self._pieces, self._next = iter(()), -1
+        self._made, self._next = iter(()), -1
 
 
 class ImageData(lightning.LightningDataModule):
@@ -189,7 +167,7 @@ class ImageData(lightning.LightningDataModule):
         self.records: Records | None = None
         self.identity: dict[str, Any] = {}
         self.streams: list[WorkerStream] = []
-        self.limit: int | float = 1.0  # of `Stream`, as is `repeat`
+        self.limit: int | float = 1.0  # of `Order`, as is `repeat`
         self.repeat = False
 
     def setup(self, stage: str) -> None:
@@ -197,11 +175,15 @@ class ImageData(lightning.LightningDataModule):
         if self.images is None and self.records is None:
             for notice in self._open():
                 rank_zero_info(notice)
-        count = len(self.images) if self.images is not None else len(self.records.table)  # type: ignore[union-attr]
-        if self.batch_size > count:
-            raise UsageError(f"data.batch_size is {self.batch_size}, but {self.source} holds {count} images; lower it")
-        if whole_batches(self.limit, count // self.batch_size) == 0:
+        if self.batch_size > self.count:
+            raise UsageError(f"data.batch_size is {self.batch_size}, but {self.source} holds {self.count} images; lower it")
+        if whole_batches(self.limit, self.count // self.batch_size) == 0:
             raise UsageError(f"trainer.limit_train_batches or overfit_batches {self.limit} is less than one batch; raise it")
+
+    @property
+    def count(self) -> int:
+        """Images of the split, once `setup` has opened it."""
+        return len(self.images) if self.images is not None else len(self.records.table)  # type: ignore[union-attr]
 
     def _open(self) -> tuple[str, ...]:
         """Rank 0 decides which side decodes, and the recipe says so if it is the workers."""
@@ -236,13 +218,14 @@ class ImageData(lightning.LightningDataModule):
         assert self.trainer is not None
         trainer: Any = self.trainer  # here its step is already that of the checkpoint
         ranks, parts = (trainer.global_rank, trainer.world_size), trainer.accumulate_grad_batches
+        order = Order(self.count, self.batch_size, self.seed, *ranks, parts, self.limit, self.repeat)
         if self.records is None:
             assert self.images is not None
-            return Stream(self.images, self.batch_size, self.seed, *ranks, parts, trainer.global_step, self.limit, self.repeat)
-        order = Order(len(self.records.table), self.batch_size, self.seed, *ranks, parts, self.limit, self.repeat)
+            return Stream(self.images, order, trainer.global_step)
         dataset = CropDataset(self.records, order, trainer.lightning_module.crop_plan)
         # a Slurm task is bound to the cores of its own device; other launchers share those of the machine
-        sharing = 1 if isinstance(trainer.strategy.cluster_environment, SLURMEnvironment) else trainer.num_devices
+        environment = getattr(trainer.strategy, "cluster_environment", None)  # a single device has none
+        sharing = 1 if isinstance(environment, SLURMEnvironment) else trainer.num_devices
         workers = min(8, available_cores() // sharing) if self.workers is None else self.workers
         pin = trainer.strategy.root_device.type == "cuda"
         self.streams.append(WorkerStream(dataset, workers, pin, trainer.global_step))

@@ -34,7 +34,7 @@ Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)], docstring=
 FLIP, JITTER, FACTORS, GREY, BLUR, SIGMA, SOLARISE = CROP_DRAWS, CROP_DRAWS + 1, CROP_DRAWS + 2, *range(CROP_DRAWS + 6, CROP_DRAWS + 10)
 DRAWS = SOLARISE + 1
 
-Made = tuple[UInt8[Tensor, "_ b 3 _ _"], ...]
+CropTensors = tuple[UInt8[Tensor, "_ b 3 _ _"], ...]
 """Crops [v b 3 s s] made by a worker, for each entry of a plan; empty where the device cuts them out of the images."""
 
 
@@ -141,7 +141,7 @@ def _draw(seed: int, positions: Int64[Tensor, "b"], views: range, count: int) ->
 
 
 def _crop(
-    images: UInt8[Tensor, "b 3 h w"], sizes: Int64[Tensor, "b 2"], positions: Int64[Tensor, "b"], seed: int, crops: Crops, made: Made
+    images: UInt8[Tensor, "b 3 h w"], sizes: Int64[Tensor, "b 2"], positions: Int64[Tensor, "b"], seed: int, crops: Crops, made: CropTensors
 ) -> Float32[Tensor, "v b 3 s s"]:
     """The crops that a worker made of these images, else cut here."""
     if made:
@@ -163,7 +163,7 @@ def multi_crop(
     step: int,
     seed: int,
     config: MultiCrop,
-    made: Made = (),
+    made: CropTensors = (),
 ) -> tuple[Float32[Tensor, "2 b 3 S S"], Float32[Tensor, "v b 3 s s"]]:
     """DINO's global and local views in [0, 1], not normalised; float32 whatever the autocast.
 
@@ -192,7 +192,7 @@ def single_crop(
     positions: Int64[Tensor, "b"],
     seed: int,
     config: SingleCrop,
-    made: Made = (),
+    made: CropTensors = (),
 ) -> Float32[Tensor, "b 3 s s"]:
     """MAE's one view in [0, 1], not normalised; float32 whatever the autocast. `sizes` and `made` as for `multi_crop`."""
     with torch.autocast(images.device.type, enabled=False):

@@ -45,7 +45,7 @@ def test_memory_replaces_the_images_that_the_stream_replaces() -> None:
         broken(row)
     Path("jpegs/59.jpg").unlink()
     Path("jpegs/59.jpg").symlink_to("gone.jpg")
-    stream, memory = WorkerStream(dataset(), 0), Stream(load_split("./jpegs", "train", progress=False).images, 20, 5)
+    stream, memory = WorkerStream(dataset(), 0), Stream(load_split("./jpegs", "train", progress=False).images, order)
     pairs = list(zip(take(stream, 6), memory, strict=False))
     assert all(torch.equal(a.sizes, b.sizes) and torch.equal(a.positions, b.positions) for a, b in pairs)
     assert memory.replaced == stream.replaced >= 6
@@ -89,7 +89,7 @@ def test_the_micro_batches_of_a_step_are_its_batch(workers: int) -> None:
     halves = CropDataset(records, Order(60, 20, 5, accumulate=2), CROPS.plan)
     whole, parts = take(WorkerStream(dataset(), 0), 4), take(WorkerStream(halves, workers), 8)
     images = load_split("./jpegs", "train", progress=False).images
-    stored = zip(Stream(images, 20, 5), *[iter(Stream(images, 20, 5, accumulate=2))] * 2, range(4), strict=False)
+    stored = zip(Stream(images, Order(60, 20, 5)), *[iter(Stream(images, halves.order))] * 2, range(4), strict=False)
     for one, first, second, (a, b, c, _) in zip(whole, parts[::2], parts[1::2], stored, strict=True):
         assert one.step == first.step == second.step == a.step == b.step == c.step
         for batch, halved in ((one, (first, second)), (a, (b, c))):
