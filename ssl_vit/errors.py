@@ -21,8 +21,8 @@ def one_of(name: str, options: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first sentence of what an error says, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
 
 
 def require(holds: bool, field: str, value: object, allowed: str) -> None:

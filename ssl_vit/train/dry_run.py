@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ssl_vit.data.folders import local_path
 from ssl_vit.data.loader import whole_batches
 from ssl_vit.data.sources import builtin, open_records
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import UsageError, require
 from ssl_vit.methods import Method
 from ssl_vit.train.cost import step_bytes, training_flops
 from ssl_vit.train.pretrain import build_method, check_options, check_share, parse_recipe
@@ -74,11 +74,13 @@ def measure(module: Method, config: Namespace, micro: int, devices: int) -> tupl
 def count_devices(config: Namespace) -> tuple[int, str]:
     """Processes of the run, and how that is known: as named, else those that this machine has."""
     named, nodes = config.trainer.devices, int(config.trainer.num_nodes)
-    if isinstance(named, list):
-        return len(named) * nodes, "as named"
-    if str(named).isdigit():
-        return int(named) * nodes, "as named"
-    return max(1, torch.cuda.device_count()) * nodes, "of this machine; --trainer.devices names others"
+    if str(named) in ("auto", "-1"):
+        return max(1, torch.cuda.device_count()) * nodes, "of this machine; --trainer.devices names others"
+    indices = named if isinstance(named, list) else str(named).rstrip(",").split(",")
+    known = all(str(index).isdigit() for index in indices) and named != "0"
+    require(known, "trainer.devices", named, "a number above 0, indices such as 0,1 or auto")
+    alone = isinstance(named, int) or str(named).isdigit()
+    return (int(named) if alone else len(indices)) * nodes, "as named"
 
 
 def total_steps(config: Namespace, fetch: bool = True) -> int:

@@ -184,9 +184,9 @@ def check_options(values: Namespace) -> None:
             raise UsageError(f"trainer.{key} is {options[key]}, which cannot be honoured; {advice}")
     if options.max_epochs in (None, -1) and options.max_steps == -1:
         raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
-    for key in ("max_epochs", "max_steps", "limit_train_batches", "devices"):
+    for key in ("max_epochs", "max_steps", "limit_train_batches", "devices", "num_nodes"):
         value = options[key]
-        if isinstance(value, int | float) and value <= 0 and value != -1:
+        if isinstance(value, int | float) and value <= 0 and (value != -1 or key == "num_nodes"):
             raise UsageError(f"trainer.{key} is {value}; it must be above 0")
     for key in ("limit_train_batches", "overfit_batches"):
         value = options[key]

@@ -24,7 +24,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import UsageError, reason
 from ssl_vit.files import write_atomically
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class TrackedRun:
             run.finish(exit_code=int(failed))
             self._write(sent=sent)
         except Exception as error:  # TimeoutError where the server is gone, and whatever else W&B comes up with
-            say(f"not all of {self.folder} has arrived ({_line(error)}); the same command, with --resume for pretrain, sends the rest")
+            say(f"not all of {self.folder} has arrived ({reason(error)}); the same command, with --resume for pretrain, sends the rest")
 
     def _init(self, name: str, config: dict[str, Any], offline: bool) -> "wandb.Run | None":
         import wandb
@@ -174,7 +174,7 @@ class TrackedRun:
         except wandb.errors.CommError as error:
             wandb.teardown()  # it holds on to the run's id
             wandb.setup(settings=wandb.Settings(silent=True))
-            why = _line(error)
+            why = reason(error)
             run = wandb.init(mode="offline", **arguments)
         if run.disabled:
             run.finish()
@@ -197,7 +197,7 @@ class TrackedRun:
             yield
         except Exception as error:  # of any kind: the numbers are in the folder, and W&B is a mirror of them
             self.run = None
-            say(f"{doing} {self.folder} failed, and goes on without W&B: {_line(error)}")
+            say(f"{doing} {self.folder} failed, and goes on without W&B: {reason(error)}")
 
 
 def last_step(folder: Path) -> int:
@@ -209,7 +209,3 @@ def last_step(folder: Path) -> int:
 
 def say(line: str) -> None:
     print(f"W&B: {line}", file=sys.stderr, flush=True)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

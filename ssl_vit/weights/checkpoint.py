@@ -4,24 +4,22 @@ import argparse
 import difflib
 import inspect
 import json
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
-from urllib.parse import urlparse
 
 import numpy as np
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import is_model
 from torch.nn import functional as F
 
-from ssl_vit.errors import Failure, UsageError, one_of, require
+from ssl_vit.errors import Failure, UsageError, one_of, reason, require
 from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
 from ssl_vit.model.positions import bicubic
 from ssl_vit.model.readout import Readout, ReadoutSpec
@@ -87,7 +85,7 @@ def _read_file(path: str | Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes the unpickler raise almost anything
-        raise Failure(f"{path} is not a readable checkpoint ({_reason(error)}); give {UNDERSTOOD}") from error
+        raise Failure(f"{path} is not a readable checkpoint ({reason(error)}); give {UNDERSTOOD}") from error
 
 
 def _read_exported(path: str | Path) -> dict[str, Any]:
@@ -103,12 +101,8 @@ def _read_exported(path: str | Path) -> dict[str, Any]:
         if (folder / "readout.safetensors").exists():
             state |= {f"{at}readout.{key}": value for key, value in load_file(folder / "readout.safetensors").items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise Failure(f"{folder} is not a readable export ({_reason(error)}); export the checkpoint again") from error
+        raise Failure(f"{folder} is not a readable export ({reason(error)}); export the checkpoint again") from error
     return {"ssl_vit": ours, "state_dict": state}
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:120]
 
 
 def load_backbone(
@@ -246,12 +240,12 @@ def _side(vit: Any) -> int:
 
 @contextmanager
 def _quick_offline_error(what: str, online: bool) -> Iterator[None]:
-    """Say within seconds that the hub is out of reach, instead of retrying for a minute; weights in the cache still load."""
+    """Say within seconds that the hub is out of reach, which retries for a minute itself; weights in the cache still load."""
     offline = constants.HF_HUB_OFFLINE
     if online and not offline:
         try:
-            socket.create_connection((urlparse(constants.ENDPOINT).hostname or "", 443), timeout=3).close()
-        except OSError:
+            get_session().head(constants.ENDPOINT, timeout=3)
+        except Exception:  # whatever the HTTP library of this version of the hub's package raises
             constants.HF_HUB_OFFLINE = True
     try:
         yield

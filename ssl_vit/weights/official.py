@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.positions import bicubic
 
 UNDERSTOOD = (
     'a *.ckpt of ssl-vit, or DINO (plain or {"student", "teacher"}), MAE ({"model"}) or DINOv2 weights as their authors publish them'
@@ -111,13 +112,10 @@ def _resized(table: Float[Tensor, "1 n d"], old: int, new: int, family: str, reg
     """Positions [1 old² d] for a grid of new x new, interpolated as each family's authors do when they evaluate."""
     if new == old:
         return table
+    if family != "mae" and not registers:
+        return bicubic((old, old), (new, new), table) @ table
     image = table.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    if family == "mae":
-        image = F.interpolate(image, size=(new, new), mode="bicubic")
-    elif registers:
-        image = F.interpolate(image, size=(new, new), mode="bicubic", antialias=True)
-    else:  # DINO and DINOv2 add 0.1 to the new side, which moves the sampled points
-        image = F.interpolate(image, scale_factor=((new + 0.1) / old,) * 2, mode="bicubic")
+    image = F.interpolate(image, size=(new, new), mode="bicubic", antialias=registers)
     return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 

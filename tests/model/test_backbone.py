@@ -1,10 +1,12 @@
 """The backbone: named tokens, the masked forward against the full one, other image sizes, token layouts of timm's families."""
 
+import time
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone, patchify
@@ -145,6 +147,11 @@ def test_unknown_timm_model_and_one_without_tokens() -> None:
         load_backbone("timm:resnet18", pretrained=False)
 
 
-def test_weights_that_cannot_be_fetched_fail_clearly() -> None:
+@pytest.mark.parametrize("offline", [True, False])
+def test_weights_that_cannot_be_fetched_fail_fast_and_clearly(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
     with pytest.raises(Failure, match="cannot fetch the weights of timm:vit_tiny_patch16_224: no network"):
         load_backbone("timm:vit_tiny_patch16_224")
+    assert time.monotonic() - start < 5

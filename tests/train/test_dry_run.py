@@ -54,6 +54,21 @@ def test_what_is_not_there_is_not_opened(capsys: pytest.CaptureFixture[str]) -> 
     assert "15 steps, 120 images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("devices", "nodes", "told"),
+    [("2", "2", "4 devices"), ("0,1", "1", "2 devices"), ("[2,3]", "1", "2 devices"), ("3,", "1", "1 devices"), ("-1", "2", "2 devices")],
+)
+def test_devices_are_counted(devices: str, nodes: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "mae.yaml", f"--trainer.devices={devices}", "--trainer.num_nodes", nodes, "--dry-run"]) == 0
+    assert f"8 = {told} x 1 micro-batches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("devices", ["0", "x", "0,x", "[-1]", "1.5", "-2"])
+def test_what_names_no_devices_is_refused(devices: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "mae.yaml", f"--trainer.devices={devices}", "--dry-run"]) == 2
+    assert "it must be a number above 0, indices such as 0,1 or auto" in capsys.readouterr().err
+
+
 def test_what_the_run_would_refuse_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pretrain", "mae.yaml", "--trainer.devices", "3", "--dry-run"]) == 2
     assert "data.batch_size 8 is not divisible by 3 devices" in capsys.readouterr().err
