@@ -5,9 +5,9 @@ import os
 import sys
 import warnings
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from ssl_vit.errors import Failure, UsageError, one_of
+from ssl_vit.errors import Failure, Interrupted, UsageError, one_of
 
 USAGE = """\
 usage: ssl-vit COMMAND ...
@@ -21,14 +21,13 @@ usage: ssl-vit COMMAND ...
 
 `ssl-vit COMMAND --help` tells more. Exit codes: 0, 2 for wrong usage, 1 for failures; --debug shows the traceback.
 """
-COMMANDS = ("quickstart", "pretrain", "eval", "compare", "study", "export")
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that refuses abbreviations and answers a wrong option with the nearest one, in one line."""
 
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(prog=f"ssl-vit {command}", description=description, allow_abbrev=False)
+    def __init__(self, command: str, description: str, **options: Any) -> None:
+        super().__init__(prog=f"ssl-vit {command}", description=description, allow_abbrev=False, **options)
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
         values, unknown = self.parse_known_args(arguments)
@@ -59,16 +58,13 @@ def run(arguments: list[str], debug: bool = False) -> int:
         raised: BaseException = error
     except KeyboardInterrupt as error:
         code, message, raised = 130, "interrupted", error
+    except Interrupted as error:
+        code, raised = 130, error
+        message = f"{error}; " + ("go on with --resume" if arguments[0] == "pretrain" else "the same command goes on")
     except SystemExit as error:  # argparse's --help, --print_config; Lightning after a second Ctrl-C
         return int(error.code or 0)
     except Exception as error:
-        from ssl_vit.train.callbacks import Interrupted
-
-        interrupted = isinstance(error, Interrupted)
-        code, raised = (130 if interrupted else 1), error
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
-        if interrupted:
-            message = f"{error}; " + ("go on with --resume" if arguments[0] == "pretrain" else "the same command goes on")
+        code, message, raised = 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where", error
     if debug:
         raise raised
     print(f"ssl-vit: {message}", file=sys.stderr)
@@ -83,18 +79,8 @@ def dispatch(arguments: list[str]) -> None:
         import importlib.metadata
 
         print(importlib.metadata.version("ssl-vit"))
-    elif command == "pretrain":
-        pretrain(rest)
-    elif command == "eval":
-        evaluate(rest)
-    elif command == "compare":
-        compare(rest)
-    elif command == "study":
-        study(rest)
-    elif command == "export":
-        export(rest)
-    elif command == "quickstart":
-        quickstart(rest)
+    elif command in COMMANDS:
+        COMMANDS[command](rest)
     else:
         raise UsageError(f"unknown command {command!r}; {one_of(command, COMMANDS)}")
 
@@ -114,30 +100,27 @@ def pretrain(arguments: list[str]) -> None:
         return
     if arguments[0].startswith("-"):
         raise UsageError(f"the recipe comes first, got {arguments[0]!r}; give a YAML file or one of: {names}")
-    monitor = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    monitor.add_argument("--online-knn", metavar="D")
-    monitor.add_argument("--online-knn-every", type=int, default=10)
-    monitor.add_argument("--wandb", metavar="PROJECT")
-    monitor.add_argument("--dry-run", action="store_true")
-    try:
-        online, options = monitor.parse_known_args(arguments[1:])
-    except argparse.ArgumentError as error:
-        raise UsageError(f"{error}; see ssl-vit pretrain --help") from error
-    if online.dry_run:
+    parser = Parser("pretrain", "", add_help=False)  # the rest, --help among it, goes to the recipe's own
+    parser.add_argument("--online-knn", metavar="D")
+    parser.add_argument("--online-knn-every", type=int, default=10)
+    parser.add_argument("--wandb", metavar="PROJECT")
+    parser.add_argument("--dry-run", action="store_true")
+    values, options = parser.parse_known_args(arguments[1:])
+    if values.dry_run:
         from ssl_vit.train.dry_run import dry_run
 
         return dry_run(arguments[0], options)
     callbacks = []
-    if online.online_knn:  # it reads labels, so it belongs to the judging side, and nothing of the run depends on it
+    if values.online_knn:  # it reads labels, so it belongs to the judging side, and nothing of the run depends on it
         from ssl_vit_eval.online import OnlineKNN
 
-        callbacks.append(OnlineKNN(online.online_knn, every=online.online_knn_every))
+        callbacks.append(OnlineKNN(values.online_knn, every=values.online_knn_every))
     elif any(option.startswith("--online-knn-every") for option in arguments):
         raise UsageError("--online-knn-every needs --online-knn DATA")
     from ssl_vit.train.pretrain import pretrain as run_pretrain
     from ssl_vit.train.tracking import Tracking
 
-    run_pretrain(arguments[0], options, callbacks, Tracking.parse(online.wandb) if online.wandb is not None else None)
+    run_pretrain(arguments[0], options, callbacks, Tracking.parse(values.wandb) if values.wandb is not None else None)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -247,6 +230,9 @@ def quickstart(arguments: list[str]) -> None:
     from ssl_vit_eval.study import run_study
 
     run_study("quickstart", values.out)
+
+
+COMMANDS = {"quickstart": quickstart, "pretrain": pretrain, "eval": evaluate, "compare": compare, "study": study, "export": export}
 
 
 def _quiet_the_libraries() -> None:

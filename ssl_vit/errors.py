@@ -1,4 +1,4 @@
-"""The two kinds of error that a user meets. Each message is one line: what came, what is allowed, what to change."""
+"""The kinds of error that a user meets. Each message is one line: what came, what is allowed, what to change."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -11,6 +11,10 @@ class UsageError(ValueError):
 
 class Failure(RuntimeError):
     """Something found is wrong: a corrupt image, a broken checkpoint, no network. The command exits with code 1."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, after the step was finished and saved. The command exits with code 130."""
 
 
 def one_of(name: str, options: Iterable[str]) -> str:

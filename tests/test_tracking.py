@@ -19,8 +19,7 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from ssl_vit import load_backbone
 from ssl_vit.cli import run
-from ssl_vit.errors import UsageError
-from ssl_vit.train.callbacks import Interrupted
+from ssl_vit.errors import Interrupted, UsageError
 from ssl_vit.train.pretrain import pretrain
 from ssl_vit.train.tracking import STEP, Tracking, last_step
 from ssl_vit.weights.checkpoint import read_checkpoint

@@ -15,7 +15,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from ssl_vit.errors import UsageError
+from ssl_vit.data.loader import whole_batches
+from ssl_vit.errors import Interrupted, UsageError
 from ssl_vit.files import write_atomically
 from ssl_vit.methods import Method
 from ssl_vit.provenance import git_revision, recipe_hash
@@ -28,10 +29,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
-
-
-class Interrupted(Exception):
-    """Ctrl-C, after the step was finished and saved."""
 
 
 class RunFolder(Checkpoint):
@@ -74,7 +71,9 @@ class RunFolder(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Whatever stopped the run (a clock between two micro-batches, say), its loops go on behind its last optimiser step."""
-        set_loop_counters(checkpoint, len(trainer.datamodule.train_dataloader()), trainer.accumulate_grad_batches)  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        parts = trainer.accumulate_grad_batches
+        set_loop_counters(checkpoint, whole_batches(data.limit, data.count // data.batch_size) * parts, parts)
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start = self._saved = time.monotonic()

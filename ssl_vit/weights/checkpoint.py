@@ -64,8 +64,8 @@ def read_weights(path: str | Path) -> Any:
     UsageError if it is not there, Failure if it cannot be read or another version of ssl-vit wrote it."""
     content = _read_exported(path) if (Path(path).expanduser() / "config.json").exists() else _read_file(path)
     if is_ours(content) and content["ssl_vit"]["format"] != FORMAT:
-        ours = content["ssl_vit"]
-        raise Failure(f"{path} has checkpoint format {ours['format']}, this version reads {FORMAT}; it was written by {ours['versions']}")
+        entry = content["ssl_vit"]
+        raise Failure(f"{path} has checkpoint format {entry['format']}, this version reads {FORMAT}; it was written by {entry['versions']}")
     return content
 
 
@@ -92,17 +92,17 @@ def _read_exported(path: str | Path) -> dict[str, Any]:
     """An exported folder in the form of a checkpoint that holds one network."""
     folder = Path(path).expanduser()
     try:
-        ours = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("ssl_vit")
-        if ours is None:
+        entry = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("ssl_vit")
+        if entry is None:
             raise Failure(f"{folder} was not written by ssl-vit export: its config.json has no entry ssl_vit; give {UNDERSTOOD}")
-        network = ours.get("network", ours.get("arm"))  # named so by earlier versions
+        network = entry.get("network", entry.get("arm"))  # named so by earlier versions
         at = f"{network}." if network else ""
         state = {f"{at}backbone.vit.{key}": value for key, value in load_file(folder / "model.safetensors").items()}
         if (folder / "readout.safetensors").exists():
             state |= {f"{at}readout.{key}": value for key, value in load_file(folder / "readout.safetensors").items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Failure(f"{folder} is not a readable export ({reason(error)}); export the checkpoint again") from error
-    return {"ssl_vit": ours, "state_dict": state}
+    return {"ssl_vit": entry, "state_dict": state}
 
 
 def load_backbone(
@@ -140,43 +140,38 @@ def start_from(backbone: Backbone, source: str) -> None:
     UsageError unless architecture and input normalisation are the same."""
     path, which = split_network(source)
     other = load_backbone(path, which=which, image_size=backbone.image_size)
-    ours, theirs = backbone.vit.state_dict(), other.vit.state_dict()
-    if theirs.get("pos_embed") is not None and "pos_embed" in ours:
+    drawn, given = backbone.vit.state_dict(), other.vit.state_dict()
+    if given.get("pos_embed") is not None and "pos_embed" in drawn:
         old, new = other.vit.patch_embed.grid_size, backbone.vit.patch_embed.grid_size
-        own, table = theirs["pos_embed"].split([theirs["pos_embed"].shape[1] - old[0] * old[1], old[0] * old[1]], dim=1)
-        if own.shape[1] and "cls_token" in theirs:
-            theirs["cls_token"] = theirs["cls_token"] + own[:, : other.cls_tokens]
+        prefix, table = given["pos_embed"].split([given["pos_embed"].shape[1] - old[0] * old[1], old[0] * old[1]], dim=1)
+        if prefix.shape[1] and "cls_token" in given:
+            given["cls_token"] = given["cls_token"] + prefix[:, : other.cls_tokens]
         table = table if old == new else bicubic(old, new, table) @ table
-        theirs["pos_embed"] = F.pad(table, (0, 0, ours["pos_embed"].shape[1] - table.shape[1], 0))
-    mine, its = (
-        {
-            **{key: tuple(value.shape) for key, value in state.items()},
-            **model.settings(),
-            "mean": tuple(model.mean),
-            "std": tuple(model.std),
-        }
-        for model, state in ((backbone, ours), (other, theirs))
+        given["pos_embed"] = F.pad(table, (0, 0, drawn["pos_embed"].shape[1] - table.shape[1], 0))
+    here, there = (
+        {key: tuple(value.shape) for key, value in state.items()} | {**model.settings(), "mean": tuple(model.mean), "std": tuple(model.std)}
+        for model, state in ((backbone, drawn), (other, given))
     )
-    for key in [*mine, *its]:
-        if mine.get(key) != its.get(key):
+    for key in [*here, *there]:
+        if here.get(key) != there.get(key):
             raise UsageError(
-                f"init {source} does not fit the recipe's backbone: {key} is {its.get(key)} there and {mine.get(key)} here; "
+                f"init {source} does not fit the recipe's backbone: {key} is {there.get(key)} there and {here.get(key)} here; "
                 "change backbone, or name another init"
             )
-    backbone.vit.load_state_dict(theirs)
+    backbone.vit.load_state_dict(given)
 
 
 def backbone_of(
     checkpoint: dict[str, Any], name: str, which: Which | None = None, image_size: int | None = None, pretrained: bool = True
 ) -> Backbone:
     """The backbone in what `read_weights` found to be a checkpoint of ssl-vit (`name` is for messages)."""
-    ours = checkpoint["ssl_vit"]
-    backbone = build_backbone(BackboneConfig.of(ours["recipe"]["backbone"]), drop_path=0.0)
+    entry = checkpoint["ssl_vit"]
+    backbone = build_backbone(BackboneConfig.of(entry["recipe"]["backbone"]), drop_path=0.0)
     check_size(image_size, backbone.patch, name)
     if pretrained:
         network = network_of(checkpoint, name, which)
         at = f"{network}." if network else ""
-        trained = Readout(ReadoutSpec.parse(ours["readout"]), backbone.width)
+        trained = Readout(ReadoutSpec.parse(entry["readout"]), backbone.width)
         for module, prefix in ((backbone, f"{at}backbone."), (trained, f"{at}readout.")):
             state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
             try:
@@ -184,7 +179,7 @@ def backbone_of(
             except RuntimeError as error:
                 raise Failure(f"the weights in {name} do not fit its recipe: {' '.join(str(error).split())[:200]}") from error
         backbone.trained_readout = trained
-    backbone.mean, backbone.std = (ours["mean"][0], ours["mean"][1], ours["mean"][2]), (ours["std"][0], ours["std"][1], ours["std"][2])
+    backbone.mean, backbone.std = tuple(entry["mean"]), tuple(entry["std"])
     return backbone.eval()
 
 

@@ -49,9 +49,9 @@ def export(source: str, out: str | Path) -> Path:
     return folder
 
 
-def _write(folder: Path, ours: dict[str, Any], backbone: Backbone, network: Which | None) -> None:
-    config = timm_config(BackboneConfig.of(ours["recipe"]["backbone"]), backbone, ours["readout"])
-    config["ssl_vit"] = {**ours, "network": network}
+def _write(folder: Path, entry: dict[str, Any], backbone: Backbone, network: Which | None) -> None:
+    config = timm_config(BackboneConfig.of(entry["recipe"]["backbone"]), backbone, entry["readout"])
+    config["ssl_vit"] = {**entry, "network": network}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file({key: value.contiguous() for key, value in backbone.vit.state_dict().items()}, folder / "model.safetensors")
     assert backbone.trained_readout is not None
