@@ -8,7 +8,7 @@ stretched from its own minimum ... maximum.
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Int64, Shaped, UInt8
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_vit.errors import Failure, reason
 
@@ -25,9 +24,6 @@ MAX_PIXELS = 1024**3 // 4 // 3
 # the rest of PIL's formats are no picture sets, and one of them (EPS) starts an interpreter
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".jp2"])
-
-# decoded pictures are gathered in pieces of this many bytes, so that the single pictures' memory is soon used again
-_PIECE = 64 * 2**20
 
 LONGEST = 4  # how many times `max_side` the longer side of a stored image may have
 
@@ -106,32 +102,6 @@ class ImageStore:
         """The store of pictures of one size."""
         return cls(images.reshape(-1), torch.tensor(images.shape[2:]).repeat(len(images), 1))
 
-    @classmethod
-    def decoded(cls, pictures: Iterable[UInt8[Tensor, "3 _ _"]], count: int, title: str, progress: bool) -> "ImageStore":
-        """The store of `count` pictures as they come, with a progress bar `title`; peak memory is the pixels and one piece."""
-        sizes = torch.empty(count, 2, dtype=torch.int64)
-        pieces: list[Tensor] = []
-        waiting: list[Tensor] = []
-        waiting_bytes = 0
-        for i, picture in enumerate(tqdm(pictures, total=count, desc=title, unit="img", disable=not progress)):
-            sizes[i, 0], sizes[i, 1] = picture.shape[1], picture.shape[2]
-            waiting.append(picture.view(-1))
-            waiting_bytes += picture.numel()
-            if waiting_bytes >= _PIECE:
-                pieces.append(torch.cat(waiting))
-                waiting, waiting_bytes = [], 0
-        if waiting:
-            pieces.append(torch.cat(waiting))
-        # the system commits this buffer's pages as they are written, while the pieces are given back one by one
-        pixels = torch.empty(int(3 * sizes.prod(dim=1).sum()), dtype=torch.uint8)
-        start = 0
-        pieces.reverse()
-        while pieces:
-            piece = pieces.pop()
-            pixels[start : start + len(piece)] = piece
-            start += len(piece)
-        return cls(pixels, sizes)
-
     def __len__(self) -> int:
         return len(self.sizes)
 
@@ -153,12 +123,11 @@ class ImageStore:
 
 
 def check_memory(pixel_bytes: int, title: str) -> None:
-    """Raises Failure when `pixel_bytes` of decoded pictures exceed half of the memory that is available (bytes)."""
-    free = available_memory()
+    """Raises Failure for decoded images of so many bytes that they do not fit."""
     if not fits(pixel_bytes):
         raise Failure(
-            f"{title} needs about {pixel_bytes / 2**30:.1f} GiB decoded, {free / 2**30:.1f} GiB of memory are available and half of that "
-            "may be used; set data.decode to stream, or choose a smaller split or a smaller max_side"
+            f"{title} needs about {pixel_bytes / 2**30:.1f} GiB decoded, {available_memory() / 2**30:.1f} GiB of memory are available and "
+            "half of that may be used; set data.decode to stream, or choose a smaller split or a smaller max_side"
         )
 
 
@@ -167,16 +136,25 @@ def fits(pixel_bytes: int) -> bool:
     return pixel_bytes <= available_memory() / 2
 
 
-def available_memory() -> int:
-    """Bytes of memory that this process may still take: the system's, or its control group's if that is less."""
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may still take: the system's, or its control group's if that is less.
+
+    Cached files count as available, in a group as in the system: what was read before must not decide how images are decoded."""
+    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
     if not meminfo.exists():  # not Linux: the physical memory is the best that the standard library knows
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    free = _numbers(meminfo)["MemAvailable:"] * 1024
     limit, used = group / "memory.max", group / "memory.current"
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        statistics = _numbers(group / "memory.stat")
+        cached = statistics["inactive_file"] + statistics["active_file"]
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + cached)
     return free
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The name and the number that each line of a system's file begins with."""
+    return {name: int(number) for name, number, *_ in map(str.split, file.read_text().splitlines())}
 
 
 def open_lazily(picture: bytes | Path | Image.Image, name: str) -> Image.Image:

@@ -5,6 +5,7 @@ any file there may be deleted when no run uses it.
 """
 
 import fcntl
+import io
 import itertools
 import os
 import warnings
@@ -54,7 +55,11 @@ def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: s
     images, count = _Decoded(rows, max_side), len(rows.table)
     corrupt = Corrupt(count, named=progress)
     if needed < SMALL:
-        return ImageStore.decoded((torch.from_numpy(image) for image in _all(images, 0, title, progress, corrupt)), count, title, False)
+        memory = io.BytesIO()
+        _write(memory, _all(images, 0, title, progress, corrupt))
+        store = _store(np.frombuffer(memory.getbuffer(), dtype=np.uint8), count)
+        assert store is not None
+        return store
     file = cache_folder() / f"{key}-{count}-{max_side}-{DECODER}.images"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +108,7 @@ def _all(images: _Decoded, count: int, title: str, progress: bool, corrupt: Corr
             raise
 
 
-def _write(file: BinaryIO, images: Iterator[UInt8[np.ndarray, "3 h w"]]) -> None:
+def _write(file: BinaryIO | io.BytesIO, images: Iterator[UInt8[np.ndarray, "3 h w"]]) -> None:
     sizes = []
     for image in images:
         sizes.append(image.shape[1:])
@@ -115,7 +120,11 @@ def _mapped(file: Path, count: int) -> ImageStore | None:
     """The store on a file's pages, which all processes share; None for one that is not there or not whole."""
     if not file.exists() or file.stat().st_size < 16 * count:
         return None
-    data = np.memmap(file, dtype=np.uint8, mode="r")
+    return _store(np.memmap(file, dtype=np.uint8, mode="r"), count)
+
+
+def _store(data: UInt8[np.ndarray, "bytes"], count: int) -> ImageStore | None:
+    """The store of what `_write` wrote; None for what is not whole."""
     sizes = torch.from_numpy(np.array(data[-16 * count :]).view("<i8").reshape(count, 2))
     if bool((sizes < 0).any()) or int(3 * sizes.prod(dim=1).sum()) != len(data) - 16 * count:
         return None

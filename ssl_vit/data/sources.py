@@ -45,8 +45,7 @@ def load_split(source: str, split: str, *, image_column: str | None = None, max_
         stack = builtin(source, split).images
         images = ImageStore.stacked(stack)
         if max_side is not None and max_side < photos.PATCH:
-            smaller = (to_tensor(limit_side(image, max_side)) for image in pil_images(stack))
-            images = ImageStore.decoded(smaller, len(stack), source, False)
+            images = ImageStore.stacked(torch.stack([to_tensor(limit_side(image, max_side)) for image in pil_images(stack)]))
         return Images(images, stack_identity(stack))
     rows, notices = open_records(source, split, image_column)
     title = f"{display_name(source)}: {rows.split}"

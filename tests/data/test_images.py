@@ -220,13 +220,10 @@ def test_uniform_store_gives_the_pictures_asked_for() -> None:
     assert sizes.tolist() == [[4, 5]] * 3
 
 
-@pytest.mark.parametrize("piece", [1, 200, 2**20])
-def test_ragged_store_pads_at_right_and_bottom(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(images, "_PIECE", piece)
+def test_ragged_store_pads_at_right_and_bottom() -> None:
     arrays = [noise(height, width, seed=height) + (noise(height, width) == 0) for height, width in ((4, 6), (8, 3), (5, 5))]
     tensors = [to_tensor(Image.fromarray(array)) for array in arrays]
-    store = ImageStore.decoded(iter(tensors), 3, "decoding test", False)
-    assert store.sizes.tolist() == [[4, 6], [8, 3], [5, 5]]
+    store = ImageStore(torch.cat([tensor.view(-1) for tensor in tensors]), torch.tensor([tensor.shape[1:] for tensor in tensors]))
     found, sizes = store.batch(torch.tensor([2, 1]))
     assert found.shape == (2, 3, 8, 5)
     assert sizes.tolist() == [[5, 5], [8, 3]]
@@ -237,20 +234,31 @@ def test_ragged_store_pads_at_right_and_bottom(monkeypatch: pytest.MonkeyPatch, 
     assert torch.equal(store[1], tensors[1])
 
 
-def test_progress_bar_names_the_set(capsys: pytest.CaptureFixture[str]) -> None:
-    picture = to_tensor(Image.fromarray(noise(4, 4)))
-    ImageStore.decoded([picture], 1, "decoding pets: train", True)
-    assert "decoding pets: train" in capsys.readouterr().err
-    ImageStore.decoded([picture], 1, "decoding pets: train", False)
-    assert capsys.readouterr().err == ""
-
-
 def test_set_larger_than_half_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2**20 < available_memory() < 2**50
     monkeypatch.setattr(images, "available_memory", lambda: 4 * 2**30)
     check_memory(2 * 2**30, "pets: train")
     with pytest.raises(Failure, match=r"pets: train needs about 3\.0 GiB decoded, 4\.0 GiB .* max_side"):
         check_memory(3 * 2**30, "pets: train")
+
+
+def test_cached_files_count_as_available(tmp_path: Path) -> None:
+    """Of the group as of the system, so that a run decodes in memory or streams whatever was read before it."""
+
+    def plant(file: str, text: str) -> None:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+
+    plant("proc/meminfo", "MemTotal:  4096 kB\nMemAvailable:  2048 kB\nHugePages_Total:  0\n")
+    assert available_memory(tmp_path) == 2048 * 1024
+    plant("sys/fs/cgroup/memory.max", "max\n")
+    plant("sys/fs/cgroup/memory.current", "300000\n")
+    assert available_memory(tmp_path) == 2048 * 1024
+    plant("sys/fs/cgroup/memory.max", "1000000\n")
+    for inactive, active in ((0, 0), (200_000, 50_000)):  # before and after the images were read
+        plant("sys/fs/cgroup/memory.current", f"{300_000 + inactive + active}\n")
+        plant("sys/fs/cgroup/memory.stat", f"anon 300000\nfile {inactive + active}\ninactive_file {inactive}\nactive_file {active}\n")
+        assert available_memory(tmp_path) == 700_000
 
 
 def test_unreadable_exif_counts_as_upright(monkeypatch: pytest.MonkeyPatch) -> None:

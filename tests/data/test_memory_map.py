@@ -50,6 +50,19 @@ def test_the_file_holds_the_pixels_and_is_used_again(tmp_path: Path, monkeypatch
     assert len(left(tmp_path)) == 1
 
 
+def test_small_sets_are_decoded_alike_without_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapped = load_split(str(tmp_path / "set"), "train", progress=False).images
+    (tmp_path / "cache" / left(tmp_path)[0]).unlink()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(memory_map, "SMALL", 2**40)
+    small = load_split(str(tmp_path / "set"), "train").images
+    assert all(torch.equal(small[i], mapped[i]) for i in range(40))
+    assert left(tmp_path) == []
+    assert "decoding set: train: 100%" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: BinaryIO, images: Any) -> None:
         file.write(b"half")
