@@ -154,11 +154,11 @@ class Method(lightning.LightningModule):
         if torch.distributed.is_initialized():
             ranks = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather(ranks, own)
-        failed, *columns = zip(*torch.stack(ranks).tolist(), strict=True)
+        failed, *values = torch.stack(ranks).T.tolist()
         if any(failed):
             first = int(min(step for step in failed if step))
             raise Failure(f"the loss is not finite at step {first}; lower optim.lr or use --trainer.precision bf16-mixed")
-        return [sum(column) / len(column) for column in columns]
+        return [sum(value) / len(value) for value in values]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._failed_at is not None:

@@ -134,10 +134,8 @@ class DINO(Method):
         self.teacher = Network(build_backbone(backbone, drop_path=0.0), self.spec, head)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self.center: Tensor
-        self.register_buffer("center", torch.zeros(head.prototypes))
-        self.batch_center: Tensor  # of the micro-batches so far
-        self.register_buffer("batch_center", torch.zeros(head.prototypes), persistent=False)
+        self.center = nn.Buffer(torch.zeros(head.prototypes))
+        self.batch_center = nn.Buffer(torch.zeros(head.prototypes), persistent=False)  # of the micro-batches so far
         self._collapsed_since: int | None = None  # step
         self._warned = False
 

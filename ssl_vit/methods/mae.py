@@ -54,8 +54,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.position: Tensor
-        self.register_buffer("position", sincos_positions(config.width, grid), persistent=False)
+        self.position = nn.Buffer(sincos_positions(config.width, grid), persistent=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
         block = partial(Block, config.width, config.heads, config.mlp_ratio, qkv_bias=True, norm_layer=norm)
         self.blocks = nn.Sequential(*[block() for _ in range(config.depth)])

@@ -58,7 +58,7 @@ class RunFolder(Checkpoint):
 
     @property
     def replaced(self) -> int:
-        """Images that could not be read and that others stood in for, in all and on all ranks, which ask together."""
+        """Unreadable images that were replaced so far, summed over the ranks: all of them have to ask together."""
         if self._stream is None:
             return self._replaced_before
         own = torch.tensor(getattr(self._stream, "replaced", 0), device=self._trainer.strategy.root_device)
@@ -70,7 +70,7 @@ class RunFolder(Checkpoint):
         return float(self._waited_before + getattr(self._stream, "seconds", 0.0))
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Whatever stopped the run (a clock between two micro-batches, say), its loops go on behind its last optimiser step."""
+        """The run goes on after its last optimiser step, also if it was stopped (by a time limit) between two micro-batches."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         parts = trainer.accumulate_grad_batches
         set_loop_counters(checkpoint, whole_batches(data.limit, data.count // data.batch_size) * parts, parts)
@@ -81,7 +81,7 @@ class RunFolder(Checkpoint):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(module.recipe, sort_keys=False))
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            # ranks of a group may stand at different steps; they end as Lightning ends them
+            # several ranks may be at different steps, so there Ctrl-C is left to Lightning
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -92,7 +92,7 @@ class RunFolder(Checkpoint):
             raise UsageError(f"not all nodes found a run to go on with in {self.folder}; they must share it: name another one with --out")
         self._per_epoch = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
         metrics = self.folder / "metrics.jsonl"
-        if trainer.is_global_zero and metrics.exists():  # a resumed run writes the steps behind its checkpoint again
+        if trainer.is_global_zero and metrics.exists():  # a resumed run writes the steps after its checkpoint again
             write_atomically(metrics, "".join(json.dumps(record) + "\n" for record in self._records() if record["step"] <= self._step))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -113,7 +113,8 @@ class RunFolder(Checkpoint):
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
             self._saved = time.monotonic()
         if self.keep_every_epochs and step % (self._per_epoch * self.keep_every_epochs) == 0:
-            trainer.save_checkpoint(self.folder / f"epoch-{step // self._per_epoch:04}.ckpt", weights_only=False)
+            for path in (self.checkpoint, self.folder / f"epoch-{step // self._per_epoch:04}.ckpt"):
+                trainer.save_checkpoint(path, weights_only=False)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step:
@@ -159,7 +160,7 @@ class RunFolder(Checkpoint):
 def set_loop_counters(checkpoint: dict[str, Any], per_epoch: int, accumulate: int) -> None:
     """Set the counters of Lightning's loops to what they are in `on_train_batch_end` of the checkpoint's last optimiser step.
 
-    per_epoch: micro-batches of an epoch. What they say after other stops makes Lightning count an epoch twice, or not at all."""
+    per_epoch: micro-batches of an epoch. Counters saved at another moment make Lightning count an epoch twice, or not at all."""
     done = checkpoint["global_step"] * accumulate
     epoch = (done - 1) // per_epoch
     loops = checkpoint["loops"]["fit_loop"]

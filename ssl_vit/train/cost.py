@@ -22,8 +22,8 @@ from ssl_vit.model.backbone import Backbone
 def training_flops(module: Method, fake: FakeTensorMode | None = None) -> int:
     """Operations of one image's forward and backward passes, two for each multiply-add: what the model needs, on any machine.
 
-    module: as built from a recipe, outside of a Trainer; its gradients, its schedule and DINO's centre are changed. fake: nothing is
-    computed, of a module made of its tensors; seconds for any size, where a small one is faster computed.
+    module: as built from a recipe, outside of a Trainer; its gradients, its schedule and DINO's centre are changed. fake: the mode
+    that the module's tensors belong to, if they are fake ones: nothing is computed, which takes seconds whatever the size.
     Matrix products, convolutions and attention are counted, element-wise operations and the optimiser's step are not; nor are the
     views, which are made of the data (by products on a device, otherwise by a worker). Attention is its two products and the four of
     their gradients; a fused kernel computes one of them again, and torch's versions disagree on how to count it.

@@ -87,12 +87,10 @@ def total_steps(config: Namespace, fetch: bool = True) -> int:
     """Optimiser steps of a recipe. Where its length is in epochs the images are counted, not decoded; fetch: also those of a hub id.
 
     UsageError if they are not there to be counted."""
+    check_options(config)
     trainer, data = config.trainer, config.data
-    most = None if trainer.max_steps == -1 else int(trainer.max_steps)
     if trainer.max_epochs in (None, -1):
-        if most is None:
-            raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
-        return most
+        return int(trainer.max_steps)
     limit = trainer.overfit_batches or trainer.limit_train_batches
     if data.source.startswith("builtin:"):
         batches = len(builtin(data.source, data.split).images) // data.batch_size
@@ -105,4 +103,4 @@ def total_steps(config: Namespace, fetch: bool = True) -> int:
             f"{trainer.max_epochs} epochs of {data.source}, which is not opened; --data.source DIR or --trainer.max_steps tell"
         )
     steps = int(trainer.max_epochs) * (batches if limit is None else whole_batches(limit, batches))
-    return steps if most is None else min(steps, most)
+    return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))

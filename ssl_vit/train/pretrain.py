@@ -132,7 +132,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     parser, config = parse_recipe(recipe, options)
     folder = Path(config.out or Path("runs") / Path(recipe).stem)
     values = parser.instantiate(config)
-    flops = training_flops(build_method(config, values))  # of a model of its own: the one that is trained is left as it was drawn
+    flops = training_flops(build_method(config, values))  # on a model of its own: counting changes gradients and DINO's centre
     module = build_method(config, values)
     module.accumulate = config.accumulate
     record = RunFolder(folder, flops, config.keep_every_epochs)
@@ -145,7 +145,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
             log.catch_up()
         return record.checkpoint
     values.trainer.callbacks = [*_as_list(values.trainer.callbacks), *callbacks, *([log] if log else [])]
-    trainer = build_trainer(values, record, folder.name)
+    trainer = build_trainer(values, record)
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
@@ -208,7 +208,7 @@ def check_share(batch_size: int, devices: int, accumulate: int) -> None:
         raise UsageError(f"data.batch_size {batch_size} is not divisible by {parts}{advice} --data.batch_size {near}")
 
 
-def build_trainer(values: Namespace, record: RunFolder, name: str) -> Trainer:
+def build_trainer(values: Namespace, record: RunFolder) -> Trainer:
     """Lightning's Trainer with the run folder, the progress bar and whole-file checkpoints; UsageError for options that it refuses."""
     check_options(values)
     arguments, data = dict(values.trainer), values.data
@@ -217,7 +217,7 @@ def build_trainer(values: Namespace, record: RunFolder, name: str) -> Trainer:
     data.limit, data.repeat = overfit or (1.0 if limit is None else limit), bool(overfit)
     callbacks, plugins = _as_list(arguments.pop("callbacks")), _as_list(arguments.pop("plugins"))
     if arguments["enable_progress_bar"] is not False:
-        callbacks.append(Progress(name))
+        callbacks.append(Progress(record.folder.name))
     try:
         arguments |= {"accumulate_grad_batches": values.accumulate, "plugins": [*plugins, AtomicCheckpointIO()]}
         trainer = Trainer(**arguments, callbacks=[*callbacks, record])
@@ -251,23 +251,20 @@ def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume
         raise UsageError(f"cannot resume {folder} with another recipe ({changed}); use the same one, or another --out")
 
 
-def recipe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+def recipe_changes(before: dict[str, Any], after: dict[str, Any]) -> str:
     """`"optim.lr 0.1 -> 0.2, ..."`, empty if the recipes are the same."""
-    old, new = dict(_flatten(before, values=True)), dict(_flatten(now, values=True))
+    old, new = _flatten(before), _flatten(after)
     changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return ", ".join(changed[:4])
 
 
-def _flatten(fields: dict[str, Any], prefix: str = "", values: bool = False) -> list[Any]:
-    """`{a: {b: 1}}` -> `["a.b"]`, or `[("a.b", 1)]` with values. What hangs below `trainer.NAME` belongs to Lightning."""
-    items: list[Any] = []
+def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{a: {b: 1}}` -> `{"a.b": 1}`. What hangs below `trainer.NAME` belongs to Lightning."""
+    flat: dict[str, Any] = {}
     for key, value in fields.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value and not prefix.startswith("trainer."):
-            items += _flatten(value, f"{name}.", values)
-        else:
-            items.append((name, value) if values else name)
-    return items
+        nested = isinstance(value, dict) and value and not prefix.startswith("trainer.")
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def _check_key(key: str, known: list[str], where: str) -> None:

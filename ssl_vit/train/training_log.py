@@ -17,7 +17,7 @@ SUMMARY = ("steps", "images", "flops", "parameters", "seconds", "devices")  # of
 
 
 class TrainingLog(Callback):
-    """What the folder's files say, and nothing else: that is how a resumed run can go on where W&B stands. One process logs."""
+    """Sends nothing but what is in the folder's files, so that a resumed run can go on where W&B stands. Only rank 0 logs."""
 
     def __init__(self, tracking: Tracking, folder: Path) -> None:
         self.folder = folder

@@ -235,7 +235,7 @@ def _side(vit: Any) -> int:
 
 @contextmanager
 def _quick_offline_error(what: str, online: bool) -> Iterator[None]:
-    """Say within seconds that the hub is out of reach, which retries for a minute itself; weights in the cache still load."""
+    """Fail within seconds where the hub is out of reach (its client retries for a minute); weights in the cache still load."""
     offline = constants.HF_HUB_OFFLINE
     if online and not offline:
         try:
