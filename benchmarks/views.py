@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from ssl_vit.data.views import MultiCrop, SingleCrop, multi_crop, single_crop
+from ssl_vit.data.views import Batch, MultiCrop, SingleCrop, multi_crop, single_crop
 
 
 def milliseconds(work: Callable[[], object], seconds: float = 3.0) -> float:
@@ -61,15 +61,16 @@ def main(device: str) -> None:
     for size, batch, local_crops in ((32, 64, ((32, 2), (16, 8))), (224, 16, ((96, 8),))):
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
         sizes, positions = torch.full((batch, 2), size, device=device), torch.arange(batch, device=device)
+        source = Batch(images.to(device), sizes, positions, 0)
 
         single = SingleCrop(size)
         loop = v2.Compose([*torchvision_crop(size, single.scale), v2.ToDtype(torch.float32, scale=True)])
-        one = partial(single_crop, images.to(device), sizes, positions, 0, single)
+        one = partial(single_crop, source, 0, single)
         compare(f"crop and flip, {size} px, batch {batch}", one, [loop], images)
 
         for local_size, n_local in local_crops:
             multi = MultiCrop(global_size=size, local_size=local_size, n_local=n_local)
-            both = partial(multi_crop, images.to(device), sizes, positions, 0, 0, multi)
+            both = partial(multi_crop, source, 0, multi)
             compare(f"DINO, 2 x {size} px + {n_local} x {local_size} px, batch {batch}", both, torchvision_views(multi), images)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ssl_vit.data.images import ImageStore
 from ssl_vit.data.transforms import normalise
-from ssl_vit.data.views import SingleCrop, single_crop
+from ssl_vit.data.views import Batch, SingleCrop, single_crop
 from ssl_vit.errors import UsageError
 from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import Readout, ReadoutSpec
@@ -81,7 +81,7 @@ def test_steps_equal_a_loop(backbone: Backbone, mixing: dict[str, float], monkey
             order = rows[torch.randperm(25, generator=generator)]
         batch = order[step % 3 * 8 : step % 3 * 8 + 8]
         pixels, sizes = images.batch(batch)
-        views = single_crop(pixels, sizes, torch.arange(8 * step, 8 * step + 8), 5, SingleCrop(16, (0.5, 1.0)))
+        views = single_crop(Batch(pixels, sizes, torch.arange(8 * step, 8 * step + 8), step), 5, SingleCrop(16, (0.5, 1.0)))
         x, soft = normalise(views, backbone.mean, backbone.std), F.one_hot(targets[batch], 2) * 0.9 + 0.05
         if mixing:
             x, soft = mix(x, targets[batch])

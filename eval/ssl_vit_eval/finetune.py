@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ssl_vit.data.images import ImageStore
 from ssl_vit.data.transforms import normalise
-from ssl_vit.data.views import SingleCrop, single_crop
+from ssl_vit.data.views import Batch, SingleCrop, single_crop
 from ssl_vit.errors import UsageError, require
 from ssl_vit.methods.schedules import cosine
 from ssl_vit.model.backbone import Backbone
@@ -148,7 +148,7 @@ def fit(
         labels = targets[rows[which]].to(device())
         positions = torch.arange(step * size, (step + 1) * size, device=device())
         crop = SingleCrop(pixels.shape[-1], (float(p["crop_scale"][0]), float(p["crop_scale"][1])))
-        x = normalise(single_crop(pixels, sizes, positions, p["seed"], crop), backbone.mean, backbone.std)
+        x = normalise(single_crop(Batch(pixels, sizes, positions, step), p["seed"], crop), backbone.mean, backbone.std)
         x, soft = mix(x, labels) if mix else (x, mixup_target(labels, classes, smoothing=smoothing))
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * cosine(step, total, lr * size / 256, p["min_lr"], warmup)

@@ -4,15 +4,13 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning
 import torch
-from jaxtyping import Int64, UInt8
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssl_vit.data.identity import describe_change, identity
@@ -20,25 +18,8 @@ from ssl_vit.data.images import ImageStore, fits
 from ssl_vit.data.loader import Corrupt, CropDataset, CroppedBatch, Order, begin_worker, lost_worker, whole_batches
 from ssl_vit.data.records import Records
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
-from ssl_vit.data.views import CropTensors
+from ssl_vit.data.views import Batch
 from ssl_vit.errors import Failure, UsageError, check_numbers, require
-
-
-class Batch(NamedTuple):
-    """One rank's share of a global batch: images as decoded, padded to the largest, with the true sizes; or, where workers crop,
-    `crops` as the method's `crop_plan` lists them, and images of 0 px."""
-
-    images: UInt8[Tensor, "b 3 h w"]
-    sizes: Int64[Tensor, "b 2"]
-    positions: Int64[Tensor, "b"]  # in the stream of samples; what every random number is drawn from
-    step: int  # of the global batch, the same on all ranks
-    crops: CropTensors = ()
-
-    def split(self, k: int) -> "list[Batch]":
-        """k equal parts, one after the other; b is a multiple of k."""
-        crops = zip(*(crop.chunk(k, dim=1) for crop in self.crops), strict=True) if self.crops else [()] * k
-        parts = zip(self.images.chunk(k), self.sizes.chunk(k), self.positions.chunk(k), crops, strict=True)
-        return [Batch(images, sizes, positions, self.step, made) for images, sizes, positions, made in parts]
 
 
 class Stream:

@@ -7,6 +7,7 @@ an index into the dataset, or every epoch would repeat the views of the first.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
@@ -36,6 +37,17 @@ DRAWS = SOLARISE + 1
 
 CropTensors = tuple[UInt8[Tensor, "_ b 3 _ _"], ...]
 """Crops [v b 3 s s] made by a worker, for each entry of a plan; empty where the device cuts them out of the images."""
+
+
+class Batch(NamedTuple):
+    """One rank's share of a global batch: images as decoded, padded at the bottom and on the right to the largest, with their true
+    (height, width); or, where workers crop, `crops` as the method's `crop_plan` lists them, and images of 0 px."""
+
+    images: UInt8[Tensor, "b 3 h w"]
+    sizes: Int64[Tensor, "b 2"]
+    positions: Int64[Tensor, "b"]  # in the stream of samples; what every random number is drawn from
+    step: int  # of the global batch, the same on all ranks
+    crops: CropTensors = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,8 @@ class MultiCrop:
     @property
     def plan(self) -> tuple[Crops, ...]:
         large = Crops(range(2), self.global_scale, self.flip, self.global_size)
-        return large, Crops(range(2, 2 + self.n_local), self.local_scale, self.flip, self.local_size)
+        small = Crops(range(2, 2 + self.n_local), self.local_scale, self.flip, self.local_size)
+        return (large, small) if self.n_local else (large,)
 
 
 def _choose(x: Float[Tensor, "n 3 s s"], chosen: Bool[Tensor, "v b"], changed: Float[Tensor, "n c s s"]) -> None:
@@ -140,13 +153,11 @@ def _draw(seed: int, positions: Int64[Tensor, "b"], views: range, count: int) ->
     return torch.stack([uniform(seed, positions, VIEW_STREAM + view, count) for view in views])
 
 
-def _crop(
-    images: UInt8[Tensor, "b 3 h w"], sizes: Int64[Tensor, "b 2"], positions: Int64[Tensor, "b"], seed: int, crops: Crops, made: CropTensors
-) -> Float32[Tensor, "v b 3 s s"]:
-    """The crops that a worker made of these images, else cut here."""
-    if made:
-        return made[crops.views.start > 0].to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    return crop_resize(images, *crops.boxes(sizes, positions, seed), crops.size)
+def _crop(batch: Batch, seed: int, plan: tuple[Crops, ...], entry: int) -> Float32[Tensor, "v b 3 s s"]:
+    """The crops of an entry of the plan in [0, 1]: those that a worker made, else cut here."""
+    if batch.crops:
+        return batch.crops[entry].to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return crop_resize(batch.images, *plan[entry].boxes(batch.sizes, batch.positions, seed), plan[entry].size)
 
 
 def jitter_orders(seed: int, step: int) -> list[list[int]]:
@@ -156,44 +167,28 @@ def jitter_orders(seed: int, step: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def multi_crop(
-    images: UInt8[Tensor, "b 3 h w"],
-    sizes: Int64[Tensor, "b 2"],
-    positions: Int64[Tensor, "b"],
-    step: int,
-    seed: int,
-    config: MultiCrop,
-    made: CropTensors = (),
-) -> tuple[Float32[Tensor, "2 b 3 S S"], Float32[Tensor, "v b 3 s s"]]:
+def multi_crop(batch: Batch, seed: int, config: MultiCrop) -> tuple[Float32[Tensor, "2 b 3 S S"], Float32[Tensor, "v b 3 s s"]]:
     """DINO's global and local views in [0, 1], not normalised; float32 whatever the autocast.
 
-    Images may be padded at the bottom and on the right; `sizes` are their true (height, width). `made`: crops
-    that a worker made already, in the order of `config.plan`; the images are then not looked at. The order of the four jitters is
-    drawn once a step for the global and once for the local views, from (seed, step), so that it is the same on all ranks.
+    The order of the four jitters is drawn once a step for the global and once for the local views, from (seed, step), so that it is the
+    same on all ranks.
     """
-    orders = jitter_orders(seed, step)
-    b, n = len(images), config.n_local
-    with torch.autocast(images.device.type, enabled=False):
+    orders = jitter_orders(seed, batch.step)
+    positions, n = batch.positions, config.n_local
+    with torch.autocast(positions.device.type, enabled=False):
+        global_views = _crop(batch, seed, config.plan, 0)
         u = _draw(seed, positions, range(2), DRAWS)
-        global_views = _crop(images, sizes, positions, seed, config.plan[0], made)
         _distort(global_views, u, list(config.blur_p[:2]), [0.0, config.solarise_p], orders[0], config)
         if n == 0:
-            return global_views, global_views.new_empty(0, b, 3, config.local_size, config.local_size)
+            return global_views, global_views.new_empty(0, len(positions), 3, config.local_size, config.local_size)
+        local_views = _crop(batch, seed, config.plan, 1)
         u = _draw(seed, positions, range(2, 2 + n), DRAWS)
-        local_views = _crop(images, sizes, positions, seed, config.plan[1], made)
         _distort(local_views, u, [config.blur_p[2]] * n, [0.0] * n, orders[1], config)
     return global_views, local_views
 
 
 @torch.no_grad()
-def single_crop(
-    images: UInt8[Tensor, "b 3 h w"],
-    sizes: Int64[Tensor, "b 2"],
-    positions: Int64[Tensor, "b"],
-    seed: int,
-    config: SingleCrop,
-    made: CropTensors = (),
-) -> Float32[Tensor, "b 3 s s"]:
-    """MAE's one view in [0, 1], not normalised; float32 whatever the autocast. `sizes` and `made` as for `multi_crop`."""
-    with torch.autocast(images.device.type, enabled=False):
-        return _crop(images, sizes, positions, seed, config.plan[0], made)[0]
+def single_crop(batch: Batch, seed: int, config: SingleCrop) -> Float32[Tensor, "b 3 s s"]:
+    """MAE's one view in [0, 1], not normalised; float32 whatever the autocast."""
+    with torch.autocast(batch.positions.device.type, enabled=False):
+        return _crop(batch, seed, config.plan, 0)[0]

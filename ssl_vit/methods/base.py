@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ssl_vit.data.stream import Batch
-from ssl_vit.data.views import Crops
+from ssl_vit.data.views import Batch, Crops
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.methods.optim import OptimConfig, adamw
 from ssl_vit.methods.schedules import cosine

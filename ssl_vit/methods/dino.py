@@ -12,9 +12,8 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.data.stream import Batch
 from ssl_vit.data.transforms import normalise
-from ssl_vit.data.views import Crops, MultiCrop, multi_crop
+from ssl_vit.data.views import Batch, Crops, MultiCrop, multi_crop
 from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.head import Head, HeadConfig
@@ -149,7 +148,7 @@ class DINO(Method):
 
     def views(self, batch: Batch) -> tuple[Float[Tensor, "2 b 3 s s"], Float[Tensor, "v b 3 m m"]]:
         """Two global and v local views of each image (section 3.1, "multi-crop"), normalised."""
-        views = multi_crop(batch.images, batch.sizes, batch.positions, batch.step, self.seed, self.crops, batch.crops)
+        views = multi_crop(batch, self.seed, self.crops)
         mean, std = self.backbone.mean, self.backbone.std
         return normalise(views[0], mean, std), normalise(views[1], mean, std)
 

@@ -10,9 +10,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ssl_vit.data.rng import uniform
-from ssl_vit.data.stream import Batch
 from ssl_vit.data.transforms import normalise
-from ssl_vit.data.views import Crops, SingleCrop, single_crop
+from ssl_vit.data.views import Batch, Crops, SingleCrop, single_crop
 from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
@@ -142,8 +141,7 @@ class MAE(Method):
 
     def views(self, batch: Batch) -> Float[Tensor, "b 3 s s"]:
         """One random resized crop, flipped or not; nothing else (section 4, "data augmentation"); normalised."""
-        view = single_crop(batch.images, batch.sizes, batch.positions, self.seed, self.crop, batch.crops)
-        return normalise(view, self.backbone.mean, self.backbone.std)
+        return normalise(single_crop(batch, self.seed, self.crop), self.backbone.mean, self.backbone.std)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.views(batch)

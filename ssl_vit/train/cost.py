@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit.data.stream import Batch
+from ssl_vit.data.views import Batch
 from ssl_vit.methods.base import Method
 from ssl_vit.model.backbone import Backbone
 

@@ -141,7 +141,8 @@ def test_boxes_and_pixels_are_those_of_the_device_path() -> None:
     for image, picture in zip(images, pictures, strict=True):
         image[:, : picture.shape[1], : picture.shape[2]] = picture
     plain = MultiCrop(global_size=64, local_size=32, n_local=3, jitter_p=0.0, grey_p=0.0, blur_p=(0.0, 0.0, 0.0), solarise_p=0.0)
-    device = multi_crop(images, batch.sizes, batch.positions, 0, 5, plain)
+    decoded = batch._replace(images=images, crops=())
+    device = multi_crop(decoded, 5, plain)
     unreduced = (
         torch.stack([c.boxes(batch.sizes, batch.positions, 5)[0][..., 2:].amin(dim=(0, 2)) / c.size for c in crops.plan]).amin(0) < 2
     )
@@ -151,24 +152,20 @@ def test_boxes_and_pixels_are_those_of_the_device_path() -> None:
         assert difference.max() < 2.5 / 255
         assert difference.mean() < 0.5 / 255
     # colours: the same transforms whoever cropped
-    whole = multi_crop(images, batch.sizes, batch.positions, 0, 5, crops)
-    streamed = multi_crop(batch.images, batch.sizes, batch.positions, 0, 5, crops, batch.crops)
+    whole = multi_crop(decoded, 5, crops)
+    streamed = multi_crop(batch, 5, crops)
     assert all((a - b).abs()[:, unreduced].mean() < 0.02 for a, b in zip(whole, streamed, strict=True))
     single = dataset(SingleCrop(32).plan)
     one = take(WorkerStream(single, 0), 1)[0]
-    made = single_crop(one.images, one.sizes, one.positions, 5, SingleCrop(32), one.crops)
+    made = single_crop(one, 5, SingleCrop(32))
     assert torch.equal(made, one.crops[0][0].float() / 255)
 
 
 @pytest.mark.usefixtures("jpegs")
-def test_split_cuts_a_batch_into_equal_parts() -> None:
-    batch = take(WorkerStream(dataset(), 0), 1)[0]
-    parts = batch.split(4)
-    assert [len(part.images) for part in parts] == [5] * 4
-    assert torch.equal(torch.cat([part.positions for part in parts]), batch.positions)
-    assert torch.equal(torch.cat([part.crops[1] for part in parts], 1), batch.crops[1])
-    images = Batch(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.ones(4, 2, dtype=torch.int64), torch.arange(4), 3)
-    assert [part.step for part in images.split(2)] == [3, 3]
+def test_dino_streams_without_local_views() -> None:
+    crops = MultiCrop(global_size=32, n_local=0)
+    large, small = multi_crop(take(WorkerStream(dataset(crops.plan), 0), 1)[0], 5, crops)
+    assert (large.shape, small.shape) == ((2, 20, 3, 32, 32), (0, 20, 3, 96, 96))
 
 
 def crop(data: bytes, box: list[int], size: int, flip: bool = False) -> torch.Tensor:

@@ -20,7 +20,7 @@ def batch(b=12, h=36, w=40):
     coarse = torch.rand(b, 3, 5, 5, generator=g)
     images = (torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear") * 255).to(torch.uint8)
     sizes = torch.stack([torch.randint(20, h + 1, (b,), generator=g), torch.randint(20, w + 1, (b,), generator=g)], 1)
-    return images, sizes, torch.arange(b) * 7 + 100
+    return V.Batch(images, sizes, torch.arange(b) * 7 + 100, 3)
 
 
 def torchvision_crop(image, size, u, scale, out, flip):
@@ -53,45 +53,48 @@ def torchvision_view(image, size, u, view, order, c):
 
 
 def test_multi_crop_equals_a_loop_over_torchvision():
-    images, sizes, positions = batch()
-    views = [v for group in V.multi_crop(images, sizes, positions, 3, 11, SMALL) for v in group]
+    source = batch()
+    views = [v for group in V.multi_crop(source, 11, SMALL) for v in group]
     orders = uniform(11, torch.tensor([3]), -2, 8)[0].view(2, 4).argsort(1).tolist()
     for view, got in enumerate(views):
-        u = uniform(11, positions, 1000 + view, 32)
-        for i in range(len(images)):
-            expected = torchvision_view(images[i], sizes[i], u[i], view, orders[int(view >= 2)], SMALL)
+        u = uniform(11, source.positions, 1000 + view, 32)
+        for i in range(12):
+            expected = torchvision_view(source.images[i], source.sizes[i], u[i], view, orders[int(view >= 2)], SMALL)
             torch.testing.assert_close(got[i], expected, atol=1e-5, rtol=0)
 
 
 def test_single_crop_equals_torchvision():
-    images, sizes, positions = batch()
-    config = V.SingleCrop(size=24)
-    got = V.single_crop(images, sizes, positions, 5, config)
-    u = uniform(5, positions, 1000, 23)
+    source = batch()
+    got = V.single_crop(source, 5, V.SingleCrop(size=24))
+    u = uniform(5, source.positions, 1000, 23)
     flips = 0
-    for i in range(len(images)):
-        torch.testing.assert_close(got[i], torchvision_crop(images[i], sizes[i], u[i], (0.2, 1.0), 24, 0.5), atol=2e-6, rtol=0)
+    for i in range(12):
+        expected = torchvision_crop(source.images[i], source.sizes[i], u[i], (0.2, 1.0), 24, 0.5)
+        torch.testing.assert_close(got[i], expected, atol=2e-6, rtol=0)
         flips += int(u[i, 22] < 0.5)
-    assert 0 < flips < len(images)
+    assert 0 < flips < 12
+
+
+def some(source, which):
+    return V.Batch(source.images[which], source.sizes[which], source.positions[which], source.step)
 
 
 def test_two_ranks_see_the_views_of_one_process_bit_for_bit():
-    images, sizes, positions = batch()
-    whole = V.multi_crop(images, sizes, positions, 3, 0, SMALL)
-    ranks = [V.multi_crop(images[i::2], sizes[i::2], positions[i::2], 3, 0, SMALL) for i in range(2)]
+    source = batch()
+    whole = V.multi_crop(source, 0, SMALL)
+    ranks = [V.multi_crop(some(source, slice(i, None, 2)), 0, SMALL) for i in range(2)]
     for group in range(2):
         for i in range(2):
             assert torch.equal(whole[group][:, i::2], ranks[i][group])
-    one = V.single_crop(images, sizes, positions, 0, V.SingleCrop(32))
-    assert torch.equal(one[6:], V.single_crop(images[6:], sizes[6:], positions[6:], 0, V.SingleCrop(32)))
+    one = V.single_crop(source, 0, V.SingleCrop(32))
+    assert torch.equal(one[6:], V.single_crop(some(source, slice(6, None)), 0, V.SingleCrop(32)))
 
 
 def test_views_change_with_seed_position_step_and_view():
-    images, sizes, positions = batch()
-    images[:], sizes[:] = images[0].clone(), sizes[0].clone()
+    source = some(batch(), torch.zeros(12, dtype=torch.int64))._replace(positions=torch.arange(12))
     config = V.MultiCrop(global_size=32, n_local=0, jitter_p=1.0, blur_p=(0.0, 0.0, 0.0), solarise_p=0.0, grey_p=0.0)
     (base, _), (seed, _), (step, _), (later, _) = (
-        V.multi_crop(images, sizes, positions + shift, step, seed, config)
+        V.multi_crop(source._replace(positions=source.positions + shift, step=step), seed, config)
         for seed, step, shift in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 9999))
     )
     for a, b in ((base, seed), (base, step), (base, later), (base[0], base[1]), (base[:, 0], base[:, 1])):
@@ -106,27 +109,25 @@ def test_every_jitter_order_comes_up():
 
 
 def test_no_local_views():
-    images, sizes, positions = batch()
-    global_views, local_views = V.multi_crop(images, sizes, positions, 0, 0, V.MultiCrop(global_size=16, local_size=8, n_local=0))
+    global_views, local_views = V.multi_crop(batch(), 0, V.MultiCrop(global_size=16, local_size=8, n_local=0))
     assert global_views.shape == (2, 12, 3, 16, 16)
     assert local_views.shape == (0, 12, 3, 8, 8)
 
 
 def test_autocast_changes_nothing():
-    images, sizes, positions = batch()
-    plain = V.multi_crop(images, sizes, positions, 0, 0, SMALL)
+    plain = V.multi_crop(batch(), 0, SMALL)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = V.multi_crop(images, sizes, positions, 0, 0, SMALL)
+        cast = V.multi_crop(batch(), 0, SMALL)
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
 def test_padding_is_never_seen():
-    images, sizes, positions = batch()
-    black, white = images.clone(), images.clone()
-    for i, (h, w) in enumerate(sizes.tolist()):
+    source = batch()
+    black, white = source.images.clone(), source.images.clone()
+    for i, (h, w) in enumerate(source.sizes.tolist()):
         for padded, value in ((black, 0), (white, 255)):
             padded[i, :, h:] = padded[i, :, :, w:] = value
-    a, b = (V.multi_crop(x, sizes, positions, 0, 0, SMALL) for x in (black, white))
+    a, b = (V.multi_crop(source._replace(images=images), 0, SMALL) for images in (black, white))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -154,8 +155,10 @@ def test_impossible_settings_are_refused_in_one_line(config, fields, message):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_equals_cpu():
-    images, sizes, positions = batch()
-    cpu = V.multi_crop(images, sizes, positions, 0, 0, SMALL)
-    cuda = V.multi_crop(images.cuda(), sizes.cuda(), positions.cuda(), 0, 0, SMALL)
+    source = batch()
+    cpu = V.multi_crop(source, 0, SMALL)
+    cuda = V.multi_crop(
+        source._replace(images=source.images.cuda(), sizes=source.sizes.cuda(), positions=source.positions.cuda()), 0, SMALL
+    )
     for a, b in zip(cpu, cuda, strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=1e-4, rtol=0)

@@ -81,12 +81,6 @@ def test_views_are_those_of_the_cpu() -> None:
     """Boxes and random numbers are the same; the products sum in another order."""
     on_gpu = cuda_batch(side=40)
     on_cpu = Batch(on_gpu.images.cpu(), on_gpu.sizes.cpu(), on_gpu.positions.cpu(), 0)
-    views = [
-        (
-            *multi_crop(batch.images, batch.sizes, batch.positions, batch.step, 3, CROPS),
-            single_crop(batch.images, batch.sizes, batch.positions, 3, SingleCrop(size=16)),
-        )
-        for batch in (on_cpu, on_gpu)
-    ]
+    views = [(*multi_crop(batch, 3, CROPS), single_crop(batch, 3, SingleCrop(size=16))) for batch in (on_cpu, on_gpu)]
     for expected, found in zip(*views, strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-4)
