@@ -168,7 +168,8 @@ def _encoded(found: Records | Labelled, transform: EvalTransform, progress: bool
     def content() -> str:
         digest = hashlib.blake2b(digest_size=8)
         title = f"reading {dataset}: {rows.split}"
-        for _, data in tqdm(rows.encoded(), title, len(rows.table), leave=False, unit="img", disable=None if progress else True):
+        encoded = (image for some in rows.ranges() for image in rows.encoded_rows(some))
+        for _, data in tqdm(encoded, title, len(rows.table), leave=False, unit="img", disable=None if progress else True):
             digest.update(len(data).to_bytes(8, "little") + data)
         return _fingerprint(digest, labels, classes)
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from jaxtyping import UInt8
 from torch import Tensor
 
-from ssl_vit.data.records import AT_ONCE, Records
+from ssl_vit.data.records import Records
 from ssl_vit.errors import Failure
 
 # encoded bytes up to which every image is read before each run
@@ -27,8 +27,7 @@ def identity(rows: Records) -> tuple[dict[str, Any], str]:
     """
     sizes, newest = _stored(rows)
     if sum(size for _, size in sizes) <= HASHED_BYTES and (not newest or len(sizes) <= HASHED_FILES):
-        ranges = (range(start, min(start + AT_ONCE, len(sizes))) for start in range(0, len(sizes), AT_ONCE))
-        read = (image for some in ranges for image in rows.readable_rows(some))
+        read = (image for some in rows.ranges() for image in rows.readable_rows(some))
         # one that cannot be read counts as empty: whether it may be replaced is decided where images are decoded
         images = (("", b"") if isinstance(image, Failure) else image for image in read)
         found = _hashed("content", len(sizes), images, [name for name, _ in sizes])
@@ -79,18 +78,18 @@ def _hashed(by: str, count: int, images: Iterator[tuple[str, bytes]], names: lis
 def _stored(rows: Records) -> tuple[list[tuple[str, int]], int]:
     """(name, encoded bytes) of every image, and the newest change of a file in ns."""
     found, newest = [], 0
-    for start in range(0, len(rows.table), _ROWS):
-        cells = rows.cells(range(start, min(start + _ROWS, len(rows.table))))
+    for some in rows.ranges(_ROWS):
+        cells = rows.cells(some)
         cells = cells.combine_chunks() if hasattr(cells, "combine_chunks") else cells
         struct = str(cells.type).startswith("struct")
         data = pc.struct_field(cells, "bytes") if struct else cells
-        lengths: list[int | None] = [0] * len(cells)
+        lengths: list[int | None] = [None] * len(cells)
         paths = pc.struct_field(cells, "path").to_pylist() if struct else [None] * len(cells)
         if str(data.type) == "string":
-            paths, lengths = data.to_pylist(), [None for _ in lengths]
+            paths = data.to_pylist()
         elif "binary" in str(data.type):
             lengths = pc.binary_length(data).to_pylist()
-        for row, (path, length) in enumerate(zip(paths, lengths, strict=True), start):
+        for row, (path, length) in enumerate(zip(paths, lengths, strict=True), some.start):
             if length is None and path is not None:
                 with suppress(OSError):
                     status = os.stat(rows.root / path)

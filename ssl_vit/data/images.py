@@ -28,20 +28,19 @@ EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff
 LONGEST = 4  # how many times `max_side` the longer side of a stored image may have
 
 
-def decode(picture: bytes | Path | Image.Image, name: str = "picture", reduction: Callable[[int, int], int] | None = None) -> Image.Image:
-    """Encoded bytes, a file or a PIL image of any mode -> an upright PIL image of mode RGB.
+def decode(image: bytes | Image.Image, name: str = "image", reduction: Callable[[int, int], int] | None = None) -> Image.Image:
+    """Encoded bytes or a PIL image of any mode -> an upright PIL image of mode RGB.
 
     reduction: by how much (1, 2, 4, 8) a JPEG of some upright (height, width) may be decoded smaller, sides rounded up; other formats
-    stay whole. `name` says in errors which picture it is. Raises Failure for an empty, truncated or corrupt picture, for what is no
-    picture, and, from its header alone, for one of more than `MAX_PIXELS` pixels.
+    stay whole. `name` says in errors which image it is. Raises Failure for an empty, truncated or corrupt image, for what is no
+    image, and, from its header alone, for one of more than `MAX_PIXELS` pixels.
     """
-    with warnings.catch_warnings():
-        # PIL's, about large pictures (refused here) and unreadable EXIF blocks (such a picture counts as upright)
-        warnings.simplefilter("ignore")
-        opened = open_lazily(picture, name)
+    # PIL's warnings are about large images (refused here) and unreadable EXIF blocks (such an image counts as upright)
+    with warnings.catch_warnings(action="ignore"):
+        opened = _opened(image, name)
         try:
             if reduction is not None:
-                factor = reduction(*upright_size(opened))
+                factor = reduction(*header_size(opened))
                 opened.draft(None, (max(opened.width // factor, 1), max(opened.height // factor, 1)))
             opened.load()
             return _rgb(_upright(opened))
@@ -50,21 +49,16 @@ def decode(picture: bytes | Path | Image.Image, name: str = "picture", reduction
             raise Failure(f"{name} is corrupt: {reason(error)}; remove or replace it") from error
 
 
-def upright_size(opened: Image.Image) -> tuple[int, int]:
-    """(height, width) after EXIF orientation, of an image that is opened, not decoded."""
-    try:
-        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except Exception:  # an unreadable EXIF block names no orientation
-        turned = False
+def header_size(image: bytes | Image.Image, name: str = "image") -> tuple[int, int]:
+    """(height, width) after EXIF orientation, by the header alone; raises Failure as `decode` does."""
+    with warnings.catch_warnings(action="ignore"):
+        opened = _opened(image, name)
+        try:
+            # of a TIFF, PIL's size is upright already
+            turned = opened.format != "TIFF" and opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        except Exception:  # an unreadable EXIF block names no orientation
+            turned = False
     return (opened.width, opened.height) if turned else (opened.height, opened.width)
-
-
-def header_size(picture: bytes | Path | Image.Image, name: str = "picture") -> tuple[int, int]:
-    """(height, width) by the header, not decoded and before EXIF orientation; raises Failure as `decode` does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        opened = open_lazily(picture, name)
-    return opened.height, opened.width
 
 
 def to_tensor(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
@@ -157,25 +151,21 @@ def _numbers(file: Path) -> dict[str, int]:
     return {name: int(number) for name, number, *_ in map(str.split, file.read_text().splitlines())}
 
 
-def open_lazily(picture: bytes | Path | Image.Image, name: str) -> Image.Image:
+def _opened(image: bytes | Image.Image, name: str) -> Image.Image:
     """The image by its header, its pixels not read yet; raises as `decode`."""
-    try:
-        data = picture.read_bytes() if isinstance(picture, Path) else picture
-    except OSError as error:
-        raise Failure(f"{name} cannot be read: {reason(error)}") from error
-    if data == b"":
+    if image == b"":
         raise Failure(f"{name} is empty (0 bytes); remove or replace it")
     try:
-        opened = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
-    except Image.DecompressionBombError as error:
+        opened = Image.open(io.BytesIO(image), formats=FORMATS) if isinstance(image, bytes) else image
+        if opened.width * opened.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+    except Image.DecompressionBombError as error:  # PIL's own is for twice as many
         raise Failure(f"{name} is refused unread: it has more than the {MAX_PIXELS:,} pixels allowed; make it smaller") from error
     except Exception as error:
-        start = data[:16] if isinstance(data, bytes) else b""
+        start = image[:16] if isinstance(image, bytes) else b""
         raise Failure(
             f"{name} is no readable image (it begins with {start!r}); allowed: {', '.join(FORMATS)}; remove or replace it"
         ) from error
-    if opened.width * opened.height > MAX_PIXELS:
-        raise Failure(f"{name} is refused unread: it has more than the {MAX_PIXELS:,} pixels allowed; make it smaller")
     return opened
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from ssl_vit.data.images import decode, open_lazily, upright_size
+from ssl_vit.data.images import decode, header_size
 from ssl_vit.data.records import Records
 from ssl_vit.data.rng import permutation
 from ssl_vit.data.views import Crops, CropTensors
@@ -100,6 +100,11 @@ class Corrupt:
             raise Failure(f"{len(self.rows)} of {seen} images cannot be read, more than {MAX_CORRUPT:.0%}; the last one: {found[-1][1]}")
 
 
+def available_cores() -> int:
+    """Of this process; all of the machine where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def begin_worker(worker: int) -> None:
     """What a scheduler or Ctrl-C sends to the group is the main process's to answer; workers end with it. Not by torch's own watch alone:
     a worker whose images fill the pipe that nobody reads any more would stay for ever, and keep the lock it has inherited."""
@@ -164,7 +169,7 @@ class CropDataset(Dataset[CroppedBatch | Failure]):
             try:
                 if isinstance(image, Failure):
                     raise image
-                sizes[i] = torch.tensor(upright_size(open_lazily(image[1], image[0])))
+                sizes[i] = torch.tensor(header_size(image[1], image[0]))
             except Failure as error:
                 failed(i, error)
         crops = tuple(torch.empty(len(c.views), b, 3, c.size, c.size, dtype=torch.uint8) for c in self.plan)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ssl_vit.data.images import ImageStore, decode, limit_side, to_tensor
-from ssl_vit.data.loader import Corrupt, begin_worker, lost_worker
+from ssl_vit.data.loader import Corrupt, available_cores, begin_worker, lost_worker
 from ssl_vit.data.records import Records
 from ssl_vit.errors import Failure
 from ssl_vit.files import write_atomically
@@ -87,8 +87,7 @@ def cache_folder() -> Path:
 
 def workers() -> int:
     """Decoding processes: the processors that this process may use, at most 16; 0 decodes in this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_WORKERS, cores) if cores > 1 else 0
+    return min(_WORKERS, cores) if (cores := available_cores()) > 1 else 0
 
 
 def _all(images: _Decoded, count: int, title: str, progress: bool, corrupt: Corrupt) -> Generator[UInt8[np.ndarray, "3 h w"], None, None]:
@@ -128,8 +127,7 @@ def _store(data: UInt8[np.ndarray, "bytes"], count: int) -> ImageStore | None:
     sizes = torch.from_numpy(np.array(data[-16 * count :]).view("<i8").reshape(count, 2))
     if bool((sizes < 0).any()) or int(3 * sizes.prod(dim=1).sum()) != len(data) - 16 * count:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's: nobody may write to it, and nobody does
+    with warnings.catch_warnings(action="ignore"):  # torch's: nobody may write to it, and nobody does
         return ImageStore(torch.from_numpy(data[: -16 * count]), sizes)
 
 

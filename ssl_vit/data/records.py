@@ -25,13 +25,14 @@ class Records:
         """Some of the rows, under the split name `split`."""
         return replace(self, table=self.table.select(rows), split=split)
 
-    def encoded(self) -> Iterator[tuple[str, bytes]]:
-        """(name for errors, encoded bytes) of every image in order; raises as `encoded_rows`."""
-        for start in range(0, len(self.table), AT_ONCE):
-            yield from self.encoded_rows(range(start, min(start + AT_ONCE, len(self.table))))
+    def ranges(self, length: int = AT_ONCE) -> Iterator[range]:
+        """All rows in their order, at most `length` at once."""
+        rows = range(len(self.table))
+        return (rows[start : start + length] for start in rows[::length])
 
     def encoded_rows(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
-        """The same of some of the images, in the order of `rows`; Failure for a row without an image or with one that is not there."""
+        """(name for errors, encoded bytes) of some images, in the order of `rows`; Failure for a row without an image or with one that
+        is not there."""
         return [self._encoded(row, cell) for row, cell in zip(rows, self.cells(rows).to_pylist(), strict=True)]
 
     def readable_rows(self, rows: Sequence[int]) -> list[tuple[str, bytes] | Failure]:

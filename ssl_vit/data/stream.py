@@ -1,7 +1,6 @@
 """The pretraining data: an endless stream of global batches whose order is a function of (seed, step), from memory or from workers."""
 
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ssl_vit.data.identity import describe_change, identity
 from ssl_vit.data.images import ImageStore, fits
-from ssl_vit.data.loader import Corrupt, CropDataset, CroppedBatch, Order, begin_worker, lost_worker, whole_batches
+from ssl_vit.data.loader import Corrupt, CropDataset, CroppedBatch, Order, available_cores, begin_worker, lost_worker, whole_batches
 from ssl_vit.data.records import Records
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
 from ssl_vit.data.views import Batch
@@ -215,8 +214,3 @@ class ImageData(lightning.LightningDataModule):
     def teardown(self, stage: str) -> None:
         for stream in self.streams:
             stream.close()
-
-
-def available_cores() -> int:
-    """Of this process; all of the machine where the system does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

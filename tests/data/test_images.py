@@ -121,15 +121,13 @@ def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
         8: lambda a: a.transpose(1, 0, 2)[::-1],
     }[orientation]
     assert (pixels(data) == upright(np.asarray(raw))).all()
+    assert header_size(data) == pixels(data).shape[:2]
 
 
-def test_paths_and_pil_images_are_taken_too(tmp_path: Path) -> None:
-    picture = Image.fromarray(noise(4, 6))
-    picture.save(tmp_path / "a.png")
-    assert (np.asarray(decode(tmp_path / "a.png")) == np.asarray(decode(picture))).all()
-    assert header_size(tmp_path / "a.png") == (4, 6)
-    with pytest.raises(Failure, match=r"b\.png cannot be read"):
-        decode(tmp_path / "b.png", "b.png")
+def test_pil_images_are_taken_too() -> None:
+    image = Image.fromarray(noise(4, 6))
+    assert (np.asarray(decode(image)) == pixels(encode(image))).all()
+    assert header_size(encode(image)) == header_size(image) == (4, 6)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +146,7 @@ def test_broken_pictures_give_one_line_with_their_name(data: bytes, message: str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("side", [10_000, 30_000])
+@pytest.mark.parametrize("side", [10_000, 30_000])  # beyond our limit, and beyond PIL's own
 def test_bomb_is_refused_from_its_header(side: int) -> None:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
