@@ -81,6 +81,8 @@ class FakeWandb:
         self._home.cleanup()
 
     def up(self) -> None:
+        if self._server is not None:
+            return
         self._server = _Server(("127.0.0.1", self.port), _handler(self))
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()

@@ -46,6 +46,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
             monkeypatch.setenv(name, value)
         wandb.teardown()  # it reads its environment once
         yield fake
+        fake.up()  # or wandb's service asks again for minutes before it ends
         wandb.teardown()
         assert fake.unknown == []
 

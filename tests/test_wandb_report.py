@@ -48,7 +48,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         yield server
-    wandb.teardown()
+        server.up()  # or wandb's service asks again for minutes before it ends
+        wandb.teardown()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from lightning import Trainer, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ssl_vit.assets import find_asset, read_yaml
@@ -49,7 +50,7 @@ CANNOT_HONOUR: dict[str, tuple[tuple[Any, ...], str]] = {
     "barebones": ((False,), "a run logs and keeps checkpoints: leave it out"),
 }
 
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy")
 
 
 def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentParser, Namespace]:
@@ -223,6 +224,10 @@ def build_trainer(values: Namespace, record: RunFolder) -> Trainer:
         trainer = Trainer(**arguments, callbacks=[*callbacks, record])
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UsageError(f"Lightning's Trainer refuses these options: {' '.join(str(error).split())}") from error
+    if isinstance(trainer.strategy, DDPStrategy):
+        # Else torch lays the gradients out anew after the first step, of a resumed run as well: the ranks of that step would be added
+        # in another order, and the run would not be exact.
+        trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
     check_share(data.batch_size, trainer.world_size, values.accumulate)
     return trainer
 

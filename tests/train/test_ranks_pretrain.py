@@ -167,6 +167,20 @@ def test_a_run_whose_processes_are_killed_goes_on_with_other_devices(method: str
     assert_the_same_run("one", "killed", *options)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_four_processes_that_are_resumed_end_in_the_same_bits(method: str) -> None:
+    """In float32, where the order in which four gradients are added shows."""
+    options = (f"{method}.yaml", "--keep_every_epochs", "1")
+    Ranks(4, "whole", *options).wait()
+    for name, of in (("last.ckpt", "epoch-0001.ckpt"), ("recipe.yaml", "recipe.yaml")):
+        Path("resumed").mkdir(exist_ok=True)
+        shutil.copy(Path("whole", of), Path("resumed", name))
+    Ranks(4, "resumed", *options, "--resume").wait()
+    one, other = weights("whole"), weights("resumed")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_torchrun_with_two_nodes() -> None:
     """Two launchers of one process each, as on two machines: one writes, the other does not."""
     launcher = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {free_port()}".split()
