@@ -2,7 +2,8 @@
 
 So crops, jitter and masks do not depend on batch composition, rank, worker, device or on what was drawn before, and a
 run resumed from an integer step draws exactly what the uninterrupted run would have drawn. Every use has a stream
-number of its own; data order takes -1, the jitter order of `views` -2, view v takes 1000 + v, and 0 to 999 are free.
+number of its own; data order takes -1, the jitter order of `views` -2, view v takes 1000 + v and its drop path 100 + v,
+MAE's mask 0.
 """
 
 import torch

@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import lightning
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ssl_vit.data.rng import uniform
 from ssl_vit.data.views import Batch, Crops
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.methods.optim import OptimConfig, adamw
@@ -18,6 +19,8 @@ from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit.provenance import versions
 from ssl_vit.weights.checkpoint import FORMAT
+
+DROP_PATH_STREAM = 100  # of the random numbers; view v takes 100 + v
 
 
 class Method(lightning.LightningModule):
@@ -110,7 +113,7 @@ class Method(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         part = batch_idx % self.accumulate * self.trainer.world_size + self.trainer.global_rank
-        torch.manual_seed(hash((self.seed, self.trainer.global_step, part)))  # drop path, the same after a resume
+        torch.manual_seed(hash((self.seed, self.trainer.global_step, part)))  # what a method draws from torch, the same after a resume
         self.completes_step = (batch_idx + 1) % self.accumulate == 0
         self.scheduled = self.schedule(self.trainer.global_step)
         optimizer = self.optimizers()
@@ -118,6 +121,13 @@ class Method(lightning.LightningModule):
             group["lr"] = self.scheduled["lr"]
             if group["name"] == "decay":
                 group["weight_decay"] = self.scheduled["weight_decay"]
+
+    def drop_path_draws(self, positions: Int64[Tensor, "b"], views: range = range(1)) -> Float[Tensor, "vb depth n"] | None:
+        """For the backbone, of the views of all images, view by view: f(seed, position, view), whatever the devices and micro-batches.
+        None without drop path."""
+        depth, n = self.backbone.depth, self.backbone.draws_of_block
+        drawn = [uniform(self.seed, positions, DROP_PATH_STREAM + view, depth * n) for view in views if n]
+        return torch.cat(drawn).view(-1, depth, n) if drawn else None
 
     @property
     def is_read(self) -> bool:

@@ -78,9 +78,10 @@ class Network(nn.Module):
         if not spec.uses_norm:  # without a gradient DDP would wait for it forever
             backbone.norm.requires_grad_(False)
 
-    def forward(self, images: Float[Tensor, "v b 3 s s"]) -> Float[Tensor, "v b k"]:
-        views = images.flatten(0, 1)
-        logits: Tensor = self.head(self.readout(self.backbone(views, blocks=self.readout.spec.blocks)))
+    def forward(self, images: Float[Tensor, "v b 3 s s"], draws: Float[Tensor, "vb depth n"] | None = None) -> Float[Tensor, "v b k"]:
+        """draws: of drop path, as `Backbone` takes them."""
+        tokens = self.backbone(images.flatten(0, 1), blocks=self.readout.spec.blocks, draws=draws)
+        logits: Tensor = self.head(self.readout(tokens))
         return logits.view(*images.shape[:2], -1)
 
 
@@ -156,9 +157,10 @@ class DINO(Method):
         large, small = self.views(batch)
         with torch.no_grad():
             teacher = at_least_float32(self.teacher(large))
-        student = self.student(large)
+        student = self.student(large, self.drop_path_draws(batch.positions, range(2)))
         if len(small):
-            student = torch.cat([student, self.student(small)])
+            draws = self.drop_path_draws(batch.positions, range(2, 2 + len(small)))
+            student = torch.cat([student, self.student(small, draws)])
         targets = teacher_targets(teacher, self.center, self.scheduled["teacher_temperature"])
         loss = dino_loss(targets, student, self.student_temperature)
         self.update_center(teacher)

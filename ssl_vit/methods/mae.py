@@ -146,13 +146,16 @@ class MAE(Method):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.views(batch)
         keep = random_keep(self.seed, batch.positions, self.n_patches, self.n_keep)
-        loss = mae_loss(at_least_float32(self.predict_pixels(images, keep)), self.targets(images), masked(keep, self.n_patches))
+        prediction = self.predict_pixels(images, keep, self.drop_path_draws(batch.positions))
+        loss = mae_loss(at_least_float32(prediction), self.targets(images), masked(keep, self.n_patches))
         self.report(loss)
         return loss
 
-    def predict_pixels(self, images: Float[Tensor, "b 3 s s"], keep: Int64[Tensor, "b k"]) -> Float[Tensor, "b n p"]:
-        """Encode the kept patches, decode all (section 3)."""
-        tokens: Tokens = self.backbone(images, keep=keep)
+    def predict_pixels(
+        self, images: Float[Tensor, "b 3 s s"], keep: Int64[Tensor, "b k"], draws: Float[Tensor, "b depth m"] | None = None
+    ) -> Float[Tensor, "b n p"]:
+        """Encode the kept patches, decode all (section 3). draws: of drop path, as `Backbone` takes them."""
+        tokens: Tokens = self.backbone(images, keep=keep, draws=draws)
         prediction: Tensor = self.decoder(self.readout(tokens), tokens.normed.patches, keep)
         return prediction
 

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import warnings
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, cast
 
 import timm
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.errors import UsageError, check_numbers, require
+from ssl_vit.model.drop_path import DropPath, replace_drop_path
 from ssl_vit.model.positions import bicubic
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.model.tokens import Tokens
@@ -132,6 +134,7 @@ class Backbone(nn.Module):
         self.checkpointing = False
         self.uncompiled = False  # blocks are to be compiled, and are not yet
         self._notified: set[tuple[int, int]] = set()
+        self._drop_paths = [[module for module in block.modules() if isinstance(module, DropPath)] for block in self.vit.blocks]
 
     @property
     def norm(self) -> nn.Module:
@@ -167,12 +170,17 @@ class Backbone(nn.Module):
         spec.check(self.cls_tokens, self.registers, self.depth, change=name)
 
     def forward(
-        self, images: Float[Tensor, "b 3 h w"], blocks: tuple[int, ...] = (-1,), keep: Int64[Tensor, "b k"] | None = None
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        blocks: tuple[int, ...] = (-1,),
+        keep: Int64[Tensor, "b k"] | None = None,
+        draws: Float[Tensor, "b depth n"] | None = None,
     ) -> Tokens:
         """Tokens before the final norm.
 
         images: normalised by mean and std. blocks: which blocks to keep, negative from the last.
         keep: indices of the patches to encode, row-major, one row an image; all of them if None.
+        draws: numbers in [0, 1) for the `draws_of_block` drop paths of each block; from torch if None.
         """
         self._notice_other_size(images)
         images = images.to(self.vit.patch_embed.proj.weight.dtype)
@@ -181,7 +189,7 @@ class Backbone(nn.Module):
         except IndexError as error:
             raise UsageError(f"blocks {blocks} are not all in this model; its {self.depth} count from 0 to {self.depth - 1}") from error
         if type(self.vit) is VisionTransformer:
-            outputs = self._forward_plain(images, wanted, keep)
+            outputs = self._forward_plain(images, wanted, keep, draws)
         elif keep is None:
             outputs = self.vit.forward_intermediates(
                 images, indices=wanted, return_prefix_tokens=True, norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
@@ -201,15 +209,28 @@ class Backbone(nn.Module):
             patches, prefix = output, output[:, :0]
         return Tokens(prefix[:, : self.cls_tokens], prefix[:, self.cls_tokens :], patches, self.norm, block, self.depth)
 
-    def _forward_plain(self, images: Tensor, wanted: list[int], keep: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    @property
+    def draws_of_block(self) -> int:
+        """Numbers that a block's drop paths take at most."""
+        return max(map(len, self._drop_paths))
+
+    def _through(self, number: int, x: Tensor, draws: Tensor | None) -> Tensor:
+        """One block, with its own draws also where it is computed again in the backward pass."""
+        drop_paths = self._drop_paths[number]
+        for module, u in zip(drop_paths, repeat(None) if draws is None else draws[:, number].unbind(1), strict=False):
+            module.u = u
+        out: Tensor = self.vit.blocks[number](x)
+        return out
+
+    def _forward_plain(self, images: Tensor, wanted: list[int], keep: Tensor | None, draws: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         vit = self.vit
         x = vit.norm_pre(vit.pos_drop(self._embed(images, keep)))
         if self.uncompiled:
             self._compile(x)
         outputs = []
-        for number, block in enumerate(vit.blocks[: wanted[-1] + 1]):
+        for number in range(wanted[-1] + 1):
             again = self.checkpointing and self.training and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            x = checkpoint(self._through, number, x, draws, use_reentrant=False) if again else self._through(number, x, draws)
             if number in wanted:
                 outputs.append((x[:, vit.num_prefix_tokens :], x[:, : vit.num_prefix_tokens]))
         return outputs
@@ -287,6 +308,8 @@ def build_backbone(config: BackboneConfig, drop_path: float | None = None) -> Ba
         vit = timm.create_model(config.name, num_classes=0, global_pool="", drop_path_rate=rate, **config.timm_arguments())
     except (AssertionError, TypeError, ValueError) as error:
         raise UsageError(f"timm cannot build {config.name} with {config}: {error}") from error
+    for block in vit.blocks:
+        replace_drop_path(block)
     for token in (vit.cls_token, vit.reg_token):
         if token is not None:  # timm's own start (std 1e-6) would make several registers copies of each other
             trunc_normal_(token, std=0.02)

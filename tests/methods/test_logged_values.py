@@ -14,9 +14,8 @@ from ssl_vit.cli import run
 from ssl_vit.errors import Failure
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.methods.test_dino import attach, tiny
-from tests.train.test_ranks_pretrain import Ranks
+from tests.train.test_ranks_pretrain import OPTIONS, Ranks
 
-OPTIONS = ["--trainer.accelerator", "cpu", "--backbone.drop_path", "0"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 # The loss of one device is not finite in step 4

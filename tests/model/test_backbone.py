@@ -8,7 +8,10 @@ import timm
 import torch
 from huggingface_hub import constants
 
+from ssl_vit.data.stream import Batch
+from ssl_vit.data.views import SingleCrop
 from ssl_vit.errors import Failure, UsageError
+from ssl_vit.methods import MAE
 from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone, patchify
 from ssl_vit.weights.checkpoint import load_backbone
 from tests.conftest import TINY
@@ -155,3 +158,25 @@ def test_weights_that_cannot_be_fetched_fail_fast_and_clearly(monkeypatch: pytes
     with pytest.raises(Failure, match="cannot fetch the weights of timm:vit_tiny_patch16_224: no network"):
         load_backbone("timm:vit_tiny_patch16_224")
     assert time.monotonic() - start < 5
+
+
+def test_drop_path_leaves_out_the_branches_of_the_images_drawn(batch: Batch) -> None:
+    """Against each image alone, its branches left out by hand."""
+    model = build_backbone(replace(TINY, drop_path=0.4)).train()
+    draws = torch.rand(3, 3, 2)
+    images = torch.randn(3, 3, 16, 16)
+    found = model(images, draws=draws)
+    rates = [0.0, 0.2, 0.4]
+    for i in range(3):
+        x = model._embed(images[i : i + 1], None)
+        for block, rate, (first, second) in zip(model.vit.blocks, rates, draws[i].tolist(), strict=True):
+            x = x + block.ls1(block.attn(block.norm1(x))) * (first >= rate) / (1 - rate)
+            x = x + block.ls2(block.mlp(block.norm2(x))) * (second >= rate) / (1 - rate)
+        torch.testing.assert_close(found.patches[i : i + 1], x[:, 3:])
+    assert (draws[:, 1:] < torch.tensor(rates[1:])[:, None]).any()
+    module = MAE(backbone=replace(TINY, drop_path=0.4), crop=SingleCrop(16))
+    first, second = module.drop_path_draws(batch.positions[:4]), module.drop_path_draws(batch.positions[4:])
+    assert torch.equal(torch.cat([first, second]), module.drop_path_draws(batch.positions))
+    assert module.drop_path_draws(batch.positions, range(1, 3)).shape == (16, 3, 2)
+    assert len(torch.cat([first, second]).unique()) > 40  # no image's draws are another's
+    assert MAE(backbone=TINY, crop=SingleCrop(16)).drop_path_draws(batch.positions) is None

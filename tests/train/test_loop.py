@@ -66,7 +66,7 @@ class Seen(Callback):
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_micro_batches_equal_the_whole_batch(method: str) -> None:
     seen, cut = Seen(), Seen()
-    options = ("--backbone.drop_path", "0", *EPOCHS)
+    options = (*EPOCHS, "--backbone.drop_path", "0.2")
     one = train(f"{method}.yaml", "one", *options, callback=seen)
     four = train(f"{method}.yaml", "four", *options, "--accumulate", "4", callback=cut)
     assert_close(method, one, four)
@@ -84,12 +84,12 @@ def test_micro_batches_equal_the_whole_batch(method: str) -> None:
 @pytest.mark.slow  # test_ranks_pretrain.py holds it in float64
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_two_ranks_of_two_micro_batches_equal_one(method: str) -> None:
-    command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", f"{method}.yaml", *CPU, "--backbone.drop_path", "0"]
+    command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", f"{method}.yaml", *CPU]
     cut = ["--out", "cut", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--accumulate", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, *cut], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    one = train(f"{method}.yaml", "one", "--backbone.drop_path", "0")
+    one = train(f"{method}.yaml", "one")
     assert_close(method, one, dict(read_checkpoint("cut/last.ckpt")["state_dict"]))
 
 
