@@ -25,6 +25,8 @@ from ssl_vit.weights.checkpoint import start_from
 
 log = logging.getLogger(__name__)
 
+COLLAPSED, COLLAPSED_STEPS = 1e-3, 50  # the teacher's information, in units of ln k, and how long it may be below
+
 
 def teacher_targets(teacher: Float[Tensor, "t b k"], center: Float[Tensor, " k"], temperature: float) -> Float[Tensor, "t b k"]:
     """Equation 1 with centring and sharpening: softmax((g_t - c) / temperature)."""
@@ -227,9 +229,6 @@ class DINO(Method):
                 steps,
                 read["teacher_entropy"] / math.log(self.head_config.prototypes),
             )
-
-
-COLLAPSED, COLLAPSED_STEPS = 1e-3, 50
 
 
 def information(targets: Float[Tensor, "t b k"]) -> dict[str, Float[Tensor, ""]]:

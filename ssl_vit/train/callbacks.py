@@ -42,32 +42,31 @@ class RunFolder(Checkpoint):
         self.interrupted = False
         self._total: int | None = None
         self._step = -1  # the last one seen; micro-batches of an accumulated step repeat it
-        self._seconds_before = self._waited_before = 0.0
-        self._replaced_before = 0
+        self._before = {"seconds": 0.0, "data_seconds": 0.0, "replaced": 0}  # by a run that this one goes on with
         self._stream: Any = None
         self._trainer: Any = None
         self._start = time.monotonic()
         self._previous: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._seconds_before + time.monotonic() - self._start, "data_seconds": self.waited, "replaced": self.replaced}
+        seconds = self._before["seconds"] + time.monotonic() - self._start
+        return {"seconds": seconds, "data_seconds": self.waited, "replaced": self.replaced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seconds_before, self._waited_before = state_dict["seconds"], state_dict.get("data_seconds", 0.0)
-        self._replaced_before = state_dict.get("replaced", 0)
+        self._before |= state_dict
 
     @property
     def replaced(self) -> int:
         """Unreadable images that were replaced so far, summed over the ranks: all of them have to ask together."""
         if self._stream is None:
-            return self._replaced_before
-        own = torch.tensor(getattr(self._stream, "replaced", 0), device=self._trainer.strategy.root_device)
-        return self._replaced_before + int(self._trainer.strategy.reduce(own, reduce_op="sum"))
+            return int(self._before["replaced"])
+        own = torch.tensor(self._stream.replaced, device=self._trainer.strategy.root_device)
+        return int(self._before["replaced"] + self._trainer.strategy.reduce(own, reduce_op="sum"))
 
     @property
     def waited(self) -> float:
         """Seconds that this rank has waited for data, in all."""
-        return float(self._waited_before + getattr(self._stream, "seconds", 0.0))
+        return float(self._before["data_seconds"] + getattr(self._stream, "seconds", 0.0))
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The run goes on after its last optimiser step, also if it was stopped (by a time limit) between two micro-batches."""

@@ -46,7 +46,8 @@ def official_backbone(
     Raises Failure for another layout or a key too many or too few, UsageError for a student or a size that cannot be had.
     """
     state, in_model = _unwrap(content, name, which)
-    if any(key not in state or state[key].ndim != n for key, n in _NEEDED.items()):
+    tensors = all(isinstance(value, Tensor) for value in state.values())
+    if not tensors or any(key not in state or state[key].ndim != n for key, n in _NEEDED.items()):
         raise Failure(f"{name} is no weights file that is understood (its keys begin with {_some(state)}); give {UNDERSTOOD}")
     ignored: tuple[str, ...]
     if "blocks.0.ls1.gamma" in state:
@@ -85,8 +86,8 @@ def check_size(image_size: int | None, patch: int, name: str) -> None:
         raise UsageError(f"image size {image_size} is not divisible by the patch of {name}, {patch} px; choose {near}")
 
 
-def _unwrap(content: object, name: str, which: str | None) -> tuple[dict[str, Tensor], bool]:
-    """The encoder's weights, as `blocks.N.…`, and whether they lay under "model"."""
+def _unwrap(content: object, name: str, which: str | None) -> tuple[dict[str, Any], bool]:
+    """What is said to be the encoder's weights, as `blocks.N.…`, and whether they lay under "model"."""
     inner: Any = content if isinstance(content, Mapping) else {}
     full = isinstance(inner.get("teacher"), Mapping)
     if which == "student" and not full:
@@ -98,8 +99,6 @@ def _unwrap(content: object, name: str, which: str | None) -> tuple[dict[str, Te
     state = {_without_wrappers(str(key)): value for key, value in inner.items()}
     if full:  # the projection heads lie beside the backbone
         state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise Failure(f"{name} is no weights file that is understood (its keys begin with {_some(state)}); give {UNDERSTOOD}")
     return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key): value for key, value in state.items()}, in_model
 
 
