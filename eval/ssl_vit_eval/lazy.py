@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, resize
 
-from ssl_vit.data.images import ImageStore, available_memory, decode, resize_shorter, to_tensor
+from ssl_vit.data.images import ImageStore, available_memory, decode, to_tensor
 from ssl_vit.errors import require
 
 Crop = float | Literal["squash"]
@@ -61,7 +62,7 @@ class EvalTransform:
             return picture
         if self.crop == "squash":
             return picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        picture = resize_shorter(picture, round(self.size / self.crop))
+        picture = resize(picture, round(self.size / self.crop), InterpolationMode.BICUBIC)
         left, top = round((picture.width - self.size) / 2), round((picture.height - self.size) / 2)
         return picture.crop((left, top, left + self.size, top + self.size))
 

@@ -1,4 +1,4 @@
-"""Local folders as tables: class folders of pictures, Parquet and Arrow files, and what `Dataset.save_to_disk` wrote.
+"""Local folders as tables: class folders of images, Parquet and Arrow files, and what `Dataset.save_to_disk` wrote.
 
 Nothing outside the folder is read: a link or a file name in a metadata file that leads out of it is refused.
 """
@@ -25,11 +25,9 @@ Tables = dict[str, Callable[[], Any]]
 
 
 def hf_datasets() -> Any:
-    """The package `datasets`, without progress bars of its own; raises Failure where it is not installed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise Failure("reading this source needs the package datasets; install it, or use builtin:photos") from error
+    """The package `datasets`, imported when it is needed, without progress bars of its own."""
+    import datasets
+
     datasets.disable_progress_bars()
     return datasets
 
@@ -59,8 +57,8 @@ def local_tables(path: Path) -> Tables:
     for kind in ("parquet", "arrow"):
         if tables := [Path(file) for file in files if file.endswith(f".{kind}")]:
             return {split: partial(_open_files, kind, split, parts) for split, parts in _grouped(tables, root).items()}
-    pictures = [file for file in files if _suffix(file).lower() in EXTENSIONS]
-    if not pictures:
+    images = [file for file in files if _suffix(file).lower() in EXTENSIONS]
+    if not images:
         found = ", ".join(f"{count} {suffix or 'without extension'}" for suffix, count in Counter(map(_suffix, files)).most_common(5))
         raise UsageError(
             f"{path} holds no images (found: {found or 'nothing, it is empty'}); allowed: class folders of images "
@@ -68,9 +66,9 @@ def local_tables(path: Path) -> Tables:
         )
     folders = [folder.name for folder in subfolders(root)]
     if not any(name in _SPLITS for name in folders):
-        return {"train": partial(_open_pictures, root, root, pictures)}
-    by_split = {name: [file for file in pictures if file.startswith(f"{root / name}{os.sep}")] for name in folders}
-    return {name: partial(_open_pictures, root, root / name, found) for name, found in by_split.items() if found}
+        return {"train": partial(_open_images, root, root, images)}
+    by_split = {name: [file for file in images if file.startswith(f"{root / name}{os.sep}")] for name in folders}
+    return {name: partial(_open_images, root, root / name, found) for name, found in by_split.items() if found}
 
 
 def _walk(folder: str, root: str) -> Iterator[str]:
@@ -130,24 +128,17 @@ def _open_files(kind: str, split: str, files: list[Path]) -> Any:
 def _saved_tables(root: Path) -> Tables:
     try:
         saved = hf_datasets().load_from_disk(str(root))
-    except Failure:
-        raise
     except Exception as error:
         raise Failure(f"{root} cannot be read as a folder of Dataset.save_to_disk: {reason(error)}") from error
     tables = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-    return {split: partial(itself, table) for split, table in tables.items()}
+    return {split: partial(tables.__getitem__, split) for split in tables}
 
 
-def itself(table: Any) -> Any:
-    """Of a split that is open already; a function that can be pickled."""
-    return table
-
-
-def _open_pictures(root: Path, base: Path, pictures: list[str]) -> Any:
+def _open_images(root: Path, base: Path, images: list[str]) -> Any:
     """The table of the images in a folder `base`: its metadata file if there is one, else paths that start at `root`."""
     if metadata := next((base / name for name in _METADATA if (base / name).exists()), None):
         return _open_metadata(root, metadata)
-    return image_table([picture[len(str(root)) + 1 :] for picture in pictures])
+    return image_table([image[len(str(root)) + 1 :] for image in images])
 
 
 def image_table(paths: list[str]) -> Any:
@@ -162,7 +153,7 @@ def image_table(paths: list[str]) -> Any:
 
 
 def _open_metadata(root: Path, file: Path) -> Any:
-    """metadata.csv or metadata.jsonl beside the pictures: `file_name`, relative to it, and further columns."""
+    """metadata.csv or metadata.jsonl beside the images: `file_name`, relative to it, and further columns."""
     datasets = hf_datasets()
     try:
         with file.open(newline="", encoding="utf-8") as lines:

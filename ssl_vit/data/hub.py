@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from ssl_vit.data.folders import Tables, hf_datasets, itself
+from ssl_vit.data.folders import Tables, hf_datasets
 from ssl_vit.errors import Failure, reason
 
 
@@ -27,4 +27,4 @@ def hub_tables(source: str) -> Tables:
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         raise Failure(f"the dataset {name!r} cannot be fetched{offline}: {reason(error)}; {advice}") from error
-    return {str(split): partial(itself, table) for split, table in loaded.items()}
+    return {str(split): partial(loaded.__getitem__, split) for split in loaded}

@@ -26,37 +26,36 @@ def identity(rows: Records) -> tuple[dict[str, Any], str]:
     images, `parts` over each of at most 64 equal ranges of rows, the first image of which is in `names`.
     """
     sizes, newest = _stored(rows)
+    names = [name for name, _ in sizes]
     if sum(size for _, size in sizes) <= HASHED_BYTES and (not newest or len(sizes) <= HASHED_FILES):
         read = (image for some in rows.ranges() for image in rows.readable_rows(some))
         # one that cannot be read counts as empty: whether it may be replaced is decided where images are decoded
-        images = (("", b"") if isinstance(image, Failure) else image for image in read)
-        found = _hashed("content", len(sizes), images, [name for name, _ in sizes])
+        found = _hashed("content", (b"" if isinstance(image, Failure) else image[1] for image in read), names)
         return found, found["hash"]
-    found = _hashed("names and sizes", len(sizes), ((name, f"{name} {size}".encode()) for name, size in sizes), [name for name, _ in sizes])
+    found = _hashed("names and sizes", (f"{name} {size}".encode() for name, size in sizes), names)
     return found, f"{found['hash']}-{newest:x}"
 
 
 def stack_identity(stack: UInt8[Tensor, "n 3 h w"]) -> dict[str, Any]:
     """The same of embedded images."""
-    rows = ((f"row {row}", image.numpy().tobytes()) for row, image in enumerate(stack))
-    return _hashed("content", len(stack), rows, [f"row {row}" for row in range(len(stack))])
+    return _hashed("content", (image.numpy().tobytes() for image in stack), [f"row {row}" for row in range(len(stack))])
 
 
-def describe_change(before: dict[str, Any], now: dict[str, Any]) -> str:
+def describe_change(before: dict[str, Any], after: dict[str, Any]) -> str:
     """What differs between two identities, as one clause; empty if nothing does."""
-    if before == now:
+    if before == after:
         return ""
-    if before["by"] != now["by"]:
-        return f"{before['count']} images known by {before['by']} -> {now['count']} known by {now['by']}"
-    counts = f"{before['count']} images -> {now['count']}" if before["count"] != now["count"] else f"{now['count']} images as before"
+    if before["by"] != after["by"]:
+        return f"{before['count']} images known by {before['by']} -> {after['count']} known by {after['by']}"
+    counts = f"{before['count']} images -> {after['count']}" if before["count"] != after["count"] else f"{after['count']} images as before"
     step = _step(before["count"])
-    if step != _step(now["count"]):
+    if step != _step(after["count"]):
         return counts
-    pairs = zip(before["parts"], now["parts"], strict=False)
-    part = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(before["parts"]), len(now["parts"])))
-    if part >= len(now["names"]):
+    pairs = zip(before["parts"], after["parts"], strict=False)
+    part = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(before["parts"]), len(after["parts"])))
+    if part >= len(after["names"]):
         return f"{counts}, those from {before['names'][part]} on are gone"
-    return f"{counts}, the first that differs is " + (now["names"][part] if step == 1 else f"among {step} from {now['names'][part]} on")
+    return f"{counts}, the first that differs is " + (after["names"][part] if step == 1 else f"among {step} from {after['names'][part]} on")
 
 
 def _step(count: int) -> int:
@@ -64,12 +63,13 @@ def _step(count: int) -> int:
     return 1 << max(0, (count - 1).bit_length() - _PARTS.bit_length() + 1)
 
 
-def _hashed(by: str, count: int, images: Iterator[tuple[str, bytes]], names: list[str]) -> dict[str, Any]:
-    whole, part, parts, step = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8), [], _step(count)
-    for row, (_, data) in enumerate(images):
+def _hashed(by: str, images: Iterator[bytes], names: list[str]) -> dict[str, Any]:
+    count, step = len(names), _step(len(names))
+    whole, part, parts = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8), []
+    for row, data in enumerate(images, start=1):
         for digest in (whole, part):
             digest.update(len(data).to_bytes(8, "little") + data)
-        if (row + 1) % step == 0 or row + 1 == count:
+        if row % step == 0 or row == count:
             parts.append(part.hexdigest())
             part = hashlib.blake2b(digest_size=8)
     return {"count": count, "hash": whole.hexdigest(), "by": by, "parts": parts, "names": names[::step]}

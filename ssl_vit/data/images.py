@@ -1,4 +1,4 @@
-"""Pictures of every kind become correct RGB uint8, and the pictures of a split are held decoded in memory.
+"""Images of every kind become correct RGB uint8, and those of a split are held decoded in memory.
 
 Rules: EXIF orientation is applied; transparency is composited on white; of an animation the first frame is taken; grey of 16 bits is
 scaled to 8; floating-point grey is scaled by 255 when within 0 ... 1 and kept when within 0 ... 255; grey beyond these ranges is
@@ -8,7 +8,6 @@ stretched from its own minimum ... maximum.
 import io
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,32 +15,32 @@ import torch
 from jaxtyping import Int64, Shaped, UInt8
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, resize
 
 from ssl_vit.errors import Failure, reason
 
 # PIL's own warning level; above it a file of a few kilobytes may decode to gigabytes
 MAX_PIXELS = 1024**3 // 4 // 3
-# the rest of PIL's formats are no picture sets, and one of them (EPS) starts an interpreter
+# the rest of PIL's formats are no sets of images, and one of them (EPS) starts an interpreter
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
 EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".jp2"])
 
 LONGEST = 4  # how many times `max_side` the longer side of a stored image may have
 
 
-def decode(image: bytes | Image.Image, name: str = "image", reduction: Callable[[int, int], int] | None = None) -> Image.Image:
+def decode(image: bytes | Image.Image, name: str = "image", reduction: int = 1) -> Image.Image:
     """Encoded bytes or a PIL image of any mode -> an upright PIL image of mode RGB.
 
-    reduction: by how much (1, 2, 4, 8) a JPEG of some upright (height, width) may be decoded smaller, sides rounded up; other formats
-    stay whole. `name` says in errors which image it is. Raises Failure for an empty, truncated or corrupt image, for what is no
-    image, and, from its header alone, for one of more than `MAX_PIXELS` pixels.
+    reduction: by how much (1, 2, 4, 8) a JPEG is decoded smaller, sides rounded up; other formats stay whole. `name` says in errors
+    which image it is. Raises Failure for an empty, truncated or corrupt image, for what is no image, and, from its header alone, for
+    one of more than `MAX_PIXELS` pixels.
     """
     # PIL's warnings are about large images (refused here) and unreadable EXIF blocks (such an image counts as upright)
     with warnings.catch_warnings(action="ignore"):
         opened = _opened(image, name)
         try:
-            if reduction is not None:
-                factor = reduction(*header_size(opened))
-                opened.draft(None, (max(opened.width // factor, 1), max(opened.height // factor, 1)))
+            if reduction > 1:
+                opened.draft(None, (max(opened.width // reduction, 1), max(opened.height // reduction, 1)))
             opened.load()
             return _rgb(_upright(opened))
         # a damaged file makes PIL raise OSError, SyntaxError, ValueError, struct.error, ..., each format its own
@@ -61,15 +60,15 @@ def header_size(image: bytes | Image.Image, name: str = "image") -> tuple[int, i
     return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
 
-def to_tensor(picture: Image.Image) -> UInt8[Tensor, "3 h w"]:
+def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
     """An RGB PIL image as a contiguous tensor."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def limit_side(image: Image.Image, max_side: int) -> Image.Image:
     """An image whose shorter side is at most `max_side` px: reduced (bicubic, antialiased) if it was longer, else unchanged. Of a longer
     side the middle `LONGEST * max_side` px stay: a batch is padded to its largest image, and one panorama would fill the memory."""
-    image = resize_shorter(image, max_side) if min(image.size) > max_side else image
+    image = resize(image, max_side, InterpolationMode.BICUBIC) if min(image.size) > max_side else image
     width, height = (min(side, LONGEST * max_side) for side in image.size)
     if (width, height) == image.size:
         return image
@@ -78,9 +77,9 @@ def limit_side(image: Image.Image, max_side: int) -> Image.Image:
 
 
 class ImageStore:
-    """The decoded pictures of a split: one flat buffer of [3 h w] pictures one after the other, and their sizes.
+    """The decoded images of a split: one flat buffer of [3 h w] one after the other, and their sizes.
 
-    Pictures of one size are a view of that buffer as [n 3 h w].
+    Images of one size are a view of that buffer as [n 3 h w].
     """
 
     def __init__(self, pixels: UInt8[Tensor, "bytes"], sizes: Int64[Tensor, "n 2"]) -> None:
@@ -93,7 +92,7 @@ class ImageStore:
 
     @classmethod
     def stacked(cls, images: UInt8[Tensor, "n 3 h w"]) -> "ImageStore":
-        """The store of pictures of one size."""
+        """The store of images of one size."""
         return cls(images.reshape(-1), torch.tensor(images.shape[2:]).repeat(len(images), 1))
 
     def __len__(self) -> int:
@@ -105,7 +104,7 @@ class ImageStore:
         return self._pixels[end - 3 * height * width : end].view(3, height, width)
 
     def batch(self, indices: Int64[Tensor, "b"]) -> tuple[UInt8[Tensor, "b 3 h w"], Int64[Tensor, "b 2"]]:
-        """The pictures `indices`, zero-padded at the right and bottom to the largest of the batch, and their true (height, width)."""
+        """The images `indices`, zero-padded at the right and bottom to the largest of the batch, and their true (height, width)."""
         sizes = self.sizes[indices]
         if self._stack is not None:
             return self._stack.index_select(0, indices), sizes
@@ -169,20 +168,20 @@ def _opened(image: bytes | Image.Image, name: str) -> Image.Image:
     return opened
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(picture)
+        return ImageOps.exif_transpose(image)
     except Exception:  # an unreadable EXIF block names no orientation
-        return picture
+        return image
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":
-        picture = Image.fromarray(_to_8_bits(np.asarray(picture)))
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 def _to_8_bits(grey: Shaped[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
@@ -196,12 +195,3 @@ def _to_8_bits(grey: Shaped[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
         low, high = 0.0, next(top for top in ranges if high <= top)
     levels: np.ndarray = np.rint((values - low) * 255 / max(high - low, np.finfo(np.float64).tiny)).astype(np.uint8)
     return levels
-
-
-def resize_shorter(picture: Image.Image, side: int) -> Image.Image:
-    """The shorter side becomes `side` px and the longer one keeps the ratio, rounded down as torchvision does."""
-    short = min(picture.size)
-    if short == side:
-        return picture
-    width, height = (side if length == short else int(side * length / short) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC)

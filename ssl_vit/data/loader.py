@@ -178,7 +178,8 @@ class CropDataset(Dataset[CroppedBatch | Failure]):
             if i in replaced or isinstance(image, Failure):
                 continue
             try:
-                crop_image(image[1], image[0], [(box[:, i], flip[:, i], out[:, i]) for (box, flip), out in zip(boxes, crops, strict=True)])
+                wanted = [(box[:, i], flip[:, i], out[:, i]) for (box, flip), out in zip(boxes, crops, strict=True)]
+                crop_image(image[1], image[0], sizes[i], wanted)
             except Failure as error:
                 failed(i, error)
         for i in sorted(replaced):
@@ -192,30 +193,28 @@ class CropDataset(Dataset[CroppedBatch | Failure]):
         return CroppedBatch(crops, sizes, corrupt)
 
 
-def crop_image(data: bytes, name: str, wanted: list[tuple[Int64[Tensor, "_ 4"], Bool[Tensor, "_"], UInt8[Tensor, "_ 3 _ _"]]]) -> None:
-    """Decode an image once, and write its crops: (boxes, whether flipped, where to). Raises Failure as `decode`.
+def crop_image(
+    data: bytes,
+    name: str,
+    size: Int64[Tensor, "2"],
+    wanted: list[tuple[Int64[Tensor, "_ 4"], Bool[Tensor, "_"], UInt8[Tensor, "_ 3 _ _"]]],
+) -> None:
+    """Decode an image of upright `size` once, and write its crops: (boxes, whether flipped, where to). Raises Failure as `decode`.
 
     Antialiased bicubic, as on the device but for the rounding to 8 bits between the two directions. A JPEG is decoded at 1/2, 1/4 or
     1/8 where even the most magnified crop still has at least as many pixels as its view.
     """
-    true: tuple[int, int] = (0, 0)
-    room = min((int(boxes[:, 2:].min()) / out.shape[-1] for boxes, _, out in wanted if len(boxes)), default=1.0)
-
-    def reduction(height: int, width: int) -> int:
-        nonlocal true
-        true = height, width
-        return next((factor for factor in (8, 4, 2) if room >= factor), 1)
-
-    image = decode(data, name, reduction)
-    factor = max(round(true[0] / image.height), round(true[1] / image.width))
+    room = min(int(boxes[:, 2:].min()) / out.shape[-1] for boxes, _, out in wanted)
+    image = decode(data, name, next((factor for factor in (8, 4, 2) if room >= factor), 1))
+    factor = max(round(int(size[0]) / image.height), round(int(size[1]) / image.width))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     for boxes, flips, out in wanted:
         for (top, left, height, width), flip, target in zip(boxes.tolist(), flips.tolist(), out, strict=True):
-            size = target.shape[-1]
+            side = target.shape[-1]
             if factor == 1:
                 region = pixels[:, :, top : top + height, left : left + width]
-                crop = interpolate(region, (size, size), mode="bicubic", antialias=True)[0]
+                crop = interpolate(region, (side, side), mode="bicubic", antialias=True)[0]
             else:  # a box between the pixels, which torch's function does not take
-                box = tuple(side / factor for side in (left, top, left + width, top + height))
-                crop = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC, box))).permute(2, 0, 1)
+                box = tuple(edge / factor for edge in (left, top, left + width, top + height))
+                crop = torch.from_numpy(np.array(image.resize((side, side), Image.Resampling.BICUBIC, box))).permute(2, 0, 1)
             target.copy_(crop.flip(-1) if flip else crop)

@@ -83,9 +83,9 @@ def photos(name: str) -> Photos:
         raise UsageError(f"no embedded set {name!r}; {one_of(name, NAMES)}")
     classes = tuple(file.partition(".")[0] for file in _SETS[name])
     rows = sorted(row for label, photo in enumerate(classes) for row in _rows(name, photo, label))
-    pictures = [photograph(name, photo) for photo in classes]
+    photographs = [photograph(name, photo) for photo in classes]
     train, test = ([row for row in rows if (row[1] == "test") == is_test] for is_test in (False, True))
-    return Photos(_patches(train, pictures), _patches(test, pictures), classes)
+    return Photos(_patches(train, photographs), _patches(test, photographs), classes)
 
 
 def photograph(name: str, photo: str) -> UInt8[Tensor, "h w 3"]:
@@ -99,14 +99,14 @@ def photograph(name: str, photo: str) -> UInt8[Tensor, "h w 3"]:
     spec = find_spec(package)
     path = Path(spec.origin if spec and spec.origin else package).parent / folder / file
     try:
-        picture = Image.open(path).convert("RGB")
+        image = Image.open(path).convert("RGB")
     except OSError as error:
         raise Failure(
             f"builtin:{name} needs the photograph {file} that the package {package} installs: {error}; reinstall {package}"
         ) from error
-    if max(picture.size) > 1024:
-        picture = picture.reduce(2)
-    return torch.from_numpy(np.array(picture))
+    if max(image.size) > 1024:
+        image = image.reduce(2)
+    return torch.from_numpy(np.array(image))
 
 
 # (order, role, label, top, left); the order is a hash, so sorting shuffles
@@ -120,15 +120,15 @@ def _order(*key: object) -> bytes:
 
 def _rows(name: str, photo: str, label: int) -> Iterator[_Row]:
     """The patches of one photograph that are kept: textured, no near-duplicates, at most `_CAPS` of each role."""
-    picture = photograph(name, photo)
-    height, width = picture.shape[0], picture.shape[1]
+    pixels = photograph(name, photo)
+    height, width = pixels.shape[0], pixels.shape[1]
     # test first, so that a near-duplicate across roles is dropped from train and the test set stays as it is
     candidates = sorted(
         ((role, _order(photo, top, left), top, left) for role, top, left in _candidates(photo, height, width)),
         key=lambda row: (["test", "selection", "train"].index(row[0]), row[1]),
     )
     # sums of the three channels: whole numbers, so that no machine's rounding can change a decision
-    sums = picture.sum(dim=2)
+    sums = pixels.sum(dim=2)
     patches = torch.stack([sums[top : top + PATCH, left : left + PATCH] for _, _, top, left in candidates])
     values = patches.flatten(1)
     variance = values.square().sum(dim=1) * PATCH**2 - values.sum(dim=1).square()
@@ -168,8 +168,8 @@ def _distinct(patches: Int64[Tensor, "n 32 32"]) -> Bool[Tensor, "n"]:
     return torch.from_numpy(kept)
 
 
-def _patches(rows: list[_Row], pictures: list[UInt8[Tensor, "_ _ 3"]]) -> Patches:
-    images = torch.stack([pictures[label][top : top + PATCH, left : left + PATCH] for _, _, label, top, left in rows])
+def _patches(rows: list[_Row], photographs: list[UInt8[Tensor, "_ _ 3"]]) -> Patches:
+    images = torch.stack([photographs[label][top : top + PATCH, left : left + PATCH] for _, _, label, top, left in rows])
     return Patches(
         images.permute(0, 3, 1, 2).contiguous(),
         torch.tensor([row[2] for row in rows]),

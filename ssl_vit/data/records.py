@@ -87,13 +87,13 @@ def read_records(source: str, split: str, tables: Tables, image_column: str | No
     return Records(source, split, table, find_column(source, table, image_column, "image", "Image", ("image", "img")))
 
 
-def find_column(source: str, table: Any, given: str | None, what: str, feature: str, usual: tuple[str, ...]) -> str:
-    """The column `given`, else the only one whose type is `feature`, else one of the `usual` names; UsageError if there is none."""
+def find_column(source: str, table: Any, column: str | None, what: str, feature: str, usual: tuple[str, ...]) -> str:
+    """The `column` asked for, else the only one whose type is `feature`, else one of the `usual` names; UsageError if there is none."""
     columns = table.column_names
-    if given is not None:
-        if given not in columns:
-            raise UsageError(f"{source} has no column {given!r}; {one_of(given, columns)}")
-        return given
+    if column is not None:
+        if column not in columns:
+            raise UsageError(f"{source} has no column {column!r}; {one_of(column, columns)}")
+        return column
     typed = [name for name in columns if type(table.features[name]).__name__ == feature]
     # a usual name decides among several of the type, and stands in where no column has it
     named = [name for name in usual if name in (typed or columns)]

@@ -63,7 +63,7 @@ def open_records(source: str, split: str, image_column: str | None = None) -> tu
 
 def check_source(source: str) -> None:
     """UsageError or Failure, as `load_split`, for a name that cannot be one: an unknown builtin, a folder that is not there or holds
-    no pictures. A hub id is asked for when it is loaded."""
+    no images. A hub id is asked for when it is loaded."""
     if source.startswith("builtin:"):
         check_builtin(source)
     elif local_path(source).exists() or not _HUB_ID.fullmatch(source):

@@ -75,11 +75,11 @@ def crop_resize(
     """
     (b, _, h, w), v = images.shape, len(boxes)
     top, left, height, width = boxes.permute(2, 1, 0).contiguous()
-    rows = _bicubic_weights(top, height, None, h, out).mul_(1 / 255)
-    columns = _bicubic_weights(left, width, flip.T.contiguous(), w, out)
+    vertical = _bicubic_weights(top, height, None, h, out).mul_(1 / 255)
+    horizontal = _bicubic_weights(left, width, flip.T.contiguous(), w, out)
     source = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    x = torch.bmm(rows.view(b, v * out, h), source.view(b, h, 3 * w))
-    x = torch.bmm(x.view(b * v, out * 3, w), columns.view(b * v, out, w).transpose(1, 2))
+    x = torch.bmm(vertical.view(b, v * out, h), source.view(b, h, 3 * w))
+    x = torch.bmm(x.view(b * v, out * 3, w), horizontal.view(b * v, out, w).transpose(1, 2))
     return x.view(b, v, out, 3, out).permute(1, 0, 3, 2, 4).contiguous().clamp_(0, 1)
 
 

@@ -22,7 +22,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 import tests.conftest as shared
 from ssl_vit.cli import run
-from ssl_vit.data.images import decode, to_tensor
+from ssl_vit.data.images import decode, header_size, to_tensor
 from ssl_vit.data.loader import Corrupt, CropDataset, CroppedBatch, Order, crop_image
 from ssl_vit.data.sources import open_records
 from ssl_vit.data.stream import Batch, ImageData, WorkerStream
@@ -170,7 +170,7 @@ def test_dino_streams_without_local_views() -> None:
 
 def crop(data: bytes, box: list[int], size: int, flip: bool = False) -> torch.Tensor:
     out = torch.empty(1, 3, size, size, dtype=torch.uint8)
-    crop_image(data, "test", [(torch.tensor([box]), torch.tensor([flip]), out)])
+    crop_image(data, "test", torch.tensor(header_size(data)), [(torch.tensor([box]), torch.tensor([flip]), out)])
     return out[0]
 
 
@@ -228,7 +228,7 @@ def test_a_damaged_image_is_replaced_by_the_next_in_order(caplog: pytest.LogCapt
     for plan, made in zip(CROPS.plan, found[0].crops, strict=True):  # the neighbour's pixels with the position's own boxes
         boxes, flips = plan.boxes(sizes, torch.tensor([8]), 5)
         out = torch.empty_like(made[:, 0])
-        crop_image(data, name, [(boxes[:, 0], flips[:, 0], out)])
+        crop_image(data, name, sizes[0], [(boxes[:, 0], flips[:, 0], out)])
         assert (out.float() - made[:, 8].float()).abs().mean() < 3
     named = [record.getMessage() for record in caplog.records]
     assert len(named) == 4  # each of the two once, in each of the two streams
