@@ -79,13 +79,12 @@ def _stored(rows: Records) -> tuple[list[tuple[str, int]], int]:
     """(name, encoded bytes) of every image, and the newest change of a file in ns."""
     found, newest = [], 0
     for some in rows.ranges(_ROWS):
-        cells = rows.cells(some)
-        cells = cells.combine_chunks() if hasattr(cells, "combine_chunks") else cells
+        cells = rows.cells(some).combine_chunks()
         struct = str(cells.type).startswith("struct")
         data = pc.struct_field(cells, "bytes") if struct else cells
         lengths: list[int | None] = [None] * len(cells)
         paths = pc.struct_field(cells, "path").to_pylist() if struct else [None] * len(cells)
-        if str(data.type) == "string":
+        if "string" in str(data.type):  # also large_string
             paths = data.to_pylist()
         elif "binary" in str(data.type):
             lengths = pc.binary_length(data).to_pylist()

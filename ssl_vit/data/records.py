@@ -46,7 +46,7 @@ class Records:
         return found
 
     def cells(self, rows: Sequence[int]) -> Any:
-        """The arrow array of some rows of the image column: bytes, or structs of bytes and path."""
+        """The chunked arrow array of some rows of the image column: bytes, or structs of bytes and path."""
         return self._cells[rows if isinstance(rows, range) else list(rows)][self.image_column]
 
     @cached_property

@@ -42,11 +42,10 @@ def load_split(source: str, split: str, *, image_column: str | None = None, max_
     Failure for too many corrupt images, sets too large for the memory, and hub ids that cannot be fetched.
     """
     if source.startswith("builtin:"):
-        stack = builtin(source, split).images
-        images = ImageStore.stacked(stack)
+        stack = reduced = builtin(source, split).images
         if max_side is not None and max_side < photos.PATCH:
-            images = ImageStore.stacked(torch.stack([to_tensor(limit_side(image, max_side)) for image in pil_images(stack)]))
-        return Images(images, stack_identity(stack))
+            reduced = torch.stack([to_tensor(limit_side(image, max_side)) for image in pil_images(stack)])
+        return Images(ImageStore.stacked(reduced), stack_identity(stack))
     rows, notices = open_records(source, split, image_column)
     title = f"{display_name(source)}: {rows.split}"
     check_memory(len(rows.table) * (needed := mean_bytes(rows, max_side)), title)

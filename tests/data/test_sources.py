@@ -381,6 +381,16 @@ def test_fingerprint_is_the_hash_of_the_stored_bytes_labels_and_classes(tmp_path
     assert load(tmp_path).identity["hash"] == hashlib.blake2b(stored, digest_size=8).hexdigest()
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_files_named_in_a_column(tmp_path: Path, kind: str) -> None:
+    write(tmp_path, "a.png", "b.png")
+    features = datasets.Features({"image": datasets.Value(kind)})
+    datasets.Dataset.from_dict({"image": ["b.png", "a.png"]}, features).to_parquet(tmp_path / "train.parquet")
+    found = load(tmp_path)
+    assert greys(found) == [1, 0]
+    assert (found.identity["count"], found.identity["names"]) == (2, ["b.png", "a.png"])
+
+
 def test_a_real_set() -> None:
     root = os.environ.get("SSL_VIT_DATA")
     if root is None:
