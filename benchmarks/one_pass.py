@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ssl_vit.data.images import ImageStore
-from ssl_vit.model.backbone import BackboneConfig, build_backbone
+from ssl_vit.model.backbone import build_backbone
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit_eval.features import cached_features
 from ssl_vit_eval.models import Source
 

@@ -44,7 +44,7 @@ from ssl_vit.data.views import MultiCrop, SingleCrop
 from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, HeadConfig
 from ssl_vit.methods.mae import MAE, DecoderConfig
-from ssl_vit.model.backbone import BackboneConfig
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.train.cost import training_flops
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "motorcycle_left")

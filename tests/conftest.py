@@ -14,7 +14,8 @@ import yaml
 from PIL import Image
 
 from ssl_vit.data.stream import Batch
-from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_vit.model.backbone import Backbone, build_backbone
+from ssl_vit.model.config import BackboneConfig
 
 TINY = BackboneConfig(name="vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=3, heads=2, registers=2)
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch.multiprocessing import start_processes
 
-from ssl_vit.model.backbone import BackboneConfig, build_backbone
+from ssl_vit.model.backbone import build_backbone
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.readout import readout
 from ssl_vit_eval import distributed, online
 from ssl_vit_eval.distributed import barrier, gather_objects, merge_parts, parts, process_group, rank, world

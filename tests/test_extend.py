@@ -16,7 +16,7 @@ from ssl_vit.data.stream import Batch
 from ssl_vit.errors import UsageError
 from ssl_vit.methods import DINO, METHODS, Method
 from ssl_vit.model import readout as readouts
-from ssl_vit.model.backbone import BackboneConfig
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.readout import READOUTS, Entry, ReadoutSpec
 from ssl_vit.train.cost import training_flops
 from ssl_vit.train.pretrain import build_method, parse_recipe

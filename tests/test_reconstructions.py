@@ -11,7 +11,7 @@ from ssl_vit.data.views import SingleCrop
 from ssl_vit.errors import UsageError
 from ssl_vit.methods import MAE
 from ssl_vit.methods.mae import DecoderConfig
-from ssl_vit.model.backbone import BackboneConfig
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.weights.checkpoint import FORMAT
 from ssl_vit_eval.pictures import GAP, LABEL, MASK_GREY, TILE, save_reconstructions
 

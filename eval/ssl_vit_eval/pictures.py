@@ -15,7 +15,8 @@ from ssl_vit.data.transforms import normalise
 from ssl_vit.data.views import SingleCrop
 from ssl_vit.errors import UsageError
 from ssl_vit.methods.mae import MAE, DecoderConfig, masked, random_keep
-from ssl_vit.model.backbone import BackboneConfig, patchify
+from ssl_vit.model.backbone import patchify
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.weights.checkpoint import read_checkpoint
 from ssl_vit_eval.plots import Plot, draw, legend, looks, name_of
 from ssl_vit_eval.runs import Run

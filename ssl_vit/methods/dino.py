@@ -19,7 +19,8 @@ from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.head import Head, HeadConfig
 from ssl_vit.methods.optim import OptimConfig, clip_each
 from ssl_vit.methods.schedules import cosine, linear
-from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_vit.model.backbone import Backbone, build_backbone
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.weights.checkpoint import start_from
 

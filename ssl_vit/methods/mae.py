@@ -15,7 +15,8 @@ from ssl_vit.data.views import Batch, Crops, SingleCrop, single_crop
 from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
-from ssl_vit.model.backbone import LATER, BackboneConfig, build_backbone, patchify
+from ssl_vit.model.backbone import build_backbone, patchify
+from ssl_vit.model.config import LATER, BackboneConfig
 from ssl_vit.model.positions import sincos_positions
 from ssl_vit.model.readout import Readout
 from ssl_vit.model.tokens import Tokens

@@ -8,7 +8,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from ssl_vit.errors import check_numbers
-from ssl_vit.model.backbone import BelowOne
+from ssl_vit.model.config import BelowOne
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from timm.models import is_model
 from torch.nn import functional as F
 
 from ssl_vit.errors import Failure, UsageError, one_of, reason, require
-from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone
+from ssl_vit.model.backbone import Backbone, build_backbone
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.positions import bicubic
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.weights.official import UNDERSTOOD, check_size, official_backbone

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit.model.backbone import Backbone, BackboneConfig
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.weights.checkpoint import Which, backbone_of, network_of, read_checkpoint, split_network
 
 # What `model(images)` gives: the readout that was trained, where timm has it, else all tokens after the final norm.

@@ -12,7 +12,8 @@ from ssl_vit.data.stream import Batch
 from ssl_vit.data.views import SingleCrop
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.methods import MAE
-from ssl_vit.model.backbone import Backbone, BackboneConfig, build_backbone, patchify
+from ssl_vit.model.backbone import Backbone, build_backbone, patchify
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.weights.checkpoint import load_backbone
 from tests.conftest import TINY
 

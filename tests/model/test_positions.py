@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ssl_vit.errors import UsageError
 from ssl_vit.methods.base import plain
-from ssl_vit.model.backbone import BackboneConfig, build_backbone
+from ssl_vit.model.backbone import build_backbone
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.positions import bicubic
 from tests.conftest import TINY
 

@@ -16,7 +16,7 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, HeadConfig
 from ssl_vit.methods.mae import MAE, DecoderConfig
-from ssl_vit.model.backbone import BackboneConfig
+from ssl_vit.model.config import BackboneConfig
 from ssl_vit.weights.export import export
 from ssl_vit_eval.models import open_source
 from tests.conftest import BACKBONE

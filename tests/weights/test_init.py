@@ -13,7 +13,7 @@ from ssl_vit.errors import UsageError
 from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, HeadConfig
 from ssl_vit.methods.mae import MAE, DecoderConfig
-from ssl_vit.model.backbone import BackboneConfig
+from ssl_vit.model.config import BackboneConfig
 from tests.conftest import TINY
 from tests.model.test_positions import authors
 

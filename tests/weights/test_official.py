@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ssl_vit import load_backbone
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit.model.backbone import IMAGENET_MEAN, IMAGENET_STD
+from ssl_vit.model.config import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.weights.checkpoint import read_weights
 from ssl_vit.weights.official import official_backbone
 from ssl_vit_eval.models import open_source
