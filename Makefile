@@ -8,7 +8,7 @@ quickstart: .venv/.installed
 	$(BIN)/ssl-vit quickstart
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow
