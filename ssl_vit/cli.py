@@ -61,7 +61,11 @@ def run(arguments: list[str], debug: bool = False) -> int:
     except Interrupted as error:
         code, raised = 130, error
         message = f"{error}; " + ("go on with --resume" if arguments[0] == "pretrain" else "the same command goes on")
-    except SystemExit as error:  # argparse's --help, --print_config; Lightning after a second Ctrl-C
+    except SystemExit as error:
+        if type(error).__name__ == "SIGTERMException":  # Lightning's, which is heavy to import, and has no code
+            print("ssl-vit: ended by SIGTERM; go on with --resume", file=sys.stderr)
+            return 143
+        # argparse's --help, --print_config; Lightning after a second Ctrl-C
         return int(error.code or 0)
     except Exception as error:
         code, message, raised = 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where", error

@@ -57,6 +57,8 @@ pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
         (["dino.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "3"], 2, "batch_size 8 is not divisible by 3 devices;"),
         (["dino.yaml", "--trainer.limit_train_batches", "0.1"], 2, "is less than one batch; raise it"),
         (["dino.yaml", "--trainer.limit_train_batches", "1.5"], 2, "trainer.limit_train_batches is 1.5; it must be a number of batches"),
+        (["dino.yaml", "--trainer.precision", "bf16-true"], 2, "rounds small steps of the weights away; use bf16-mixed"),
+        (["dino.yaml", "--trainer.strategy", "ddp_find_unused_parameters_false"], 2, "would not resume exactly; use ddp"),
         (["dino.yaml", "--trainer.overfit_batches=-1"], 2, "trainer.overfit_batches is -1; it must be a number of batches"),
         (["--readout", "cls"], 2, "the recipe comes first"),
         ([], 2, "which recipe?"),

@@ -10,7 +10,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,13 +121,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def lost_worker(error: BaseException) -> Failure | None:
-    """What to say of a DataLoader worker that the system ended; None for other errors. torch's signal handler raises wherever the main
-    thread is, and where it was taking an image over, the connection breaks."""
-    if isinstance(error, EOFError | ConnectionError) or (not isinstance(error, Failure) and "DataLoader worker" in str(error)):
-        what = " ".join(str(error).split())
-        return Failure(f"a data worker was ended by the system ({what}): out of memory? lower data.workers, and go on with --resume")
-    return None
+@contextmanager
+def told_of_lost_workers() -> Iterator[None]:
+    """One line where the system ended a DataLoader worker; other errors pass. torch's signal handler raises wherever the main thread is,
+    and where it was taking an image over, the connection breaks."""
+    try:
+        yield
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if isinstance(error, Failure) or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+            raise
+        what = f"a data worker was ended by the system ({' '.join(str(error).split())})"
+        raise Failure(f"{what}: out of memory? lower data.workers, and go on with --resume") from error
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ssl_vit.data.images import ImageStore, decode, limit_side, to_tensor
-from ssl_vit.data.loader import Corrupt, available_cores, begin_worker, lost_worker
+from ssl_vit.data.loader import Corrupt, available_cores, begin_worker, told_of_lost_workers
 from ssl_vit.data.records import Records
 from ssl_vit.errors import Failure
 from ssl_vit.files import write_atomically
@@ -93,18 +93,13 @@ def workers() -> int:
 def _all(images: _Decoded, count: int, title: str, progress: bool, corrupt: Corrupt) -> Generator[UInt8[np.ndarray, "3 h w"], None, None]:
     loader: Any = DataLoader(images, batch_size=_CHUNK, num_workers=count, collate_fn=list, worker_init_fn=begin_worker)
     rows, nothing = itertools.count(), np.empty((3, 0, 0), dtype=np.uint8)
-    with tqdm(total=len(images), desc=title, unit="img", disable=not progress) as bar:
-        try:
-            for chunk in loader:
-                for image, row in zip(chunk, rows, strict=False):
-                    if isinstance(image, Failure):
-                        corrupt.note([(row, str(image))], len(images))
-                    yield nothing if isinstance(image, Failure) else image
-                bar.update(len(chunk))
-        except (RuntimeError, EOFError, ConnectionError) as error:
-            if lost := lost_worker(error):
-                raise lost from error
-            raise
+    with tqdm(total=len(images), desc=title, unit="img", disable=not progress) as bar, told_of_lost_workers():
+        for chunk in loader:
+            for image, row in zip(chunk, rows, strict=False):
+                if isinstance(image, Failure):
+                    corrupt.note([(row, str(image))], len(images))
+                yield nothing if isinstance(image, Failure) else image
+            bar.update(len(chunk))
 
 
 def _write(file: BinaryIO | io.BytesIO, images: Iterator[UInt8[np.ndarray, "3 h w"]]) -> None:

@@ -33,7 +33,10 @@ class Records:
     def encoded_rows(self, rows: Sequence[int]) -> list[tuple[str, bytes]]:
         """(name for errors, encoded bytes) of some images, in the order of `rows`; Failure for a row without an image or with one that
         is not there."""
-        return [self._encoded(row, cell) for row, cell in zip(rows, self.cells(rows).to_pylist(), strict=True)]
+        found = self.readable_rows(rows)
+        if failed := next((image for image in found if isinstance(image, Failure)), None):
+            raise failed
+        return found  # type: ignore[return-value]
 
     def readable_rows(self, rows: Sequence[int]) -> list[tuple[str, bytes] | Failure]:
         """The same, with the Failure in place of an image that cannot be read."""

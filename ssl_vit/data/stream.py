@@ -14,7 +14,16 @@ from torch.utils.data import DataLoader
 
 from ssl_vit.data.identity import describe_change, identity
 from ssl_vit.data.images import ImageStore, fits
-from ssl_vit.data.loader import Corrupt, CropDataset, CroppedBatch, Order, available_cores, begin_worker, lost_worker, whole_batches
+from ssl_vit.data.loader import (
+    Corrupt,
+    CropDataset,
+    CroppedBatch,
+    Order,
+    available_cores,
+    begin_worker,
+    told_of_lost_workers,
+    whole_batches,
+)
 from ssl_vit.data.records import Records
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
 from ssl_vit.data.views import Batch
@@ -26,11 +35,11 @@ class Stream:
 
     `Order` says which image meets which random numbers: neither the number of ranks nor a resume changes it.
     step: the first global batch. seconds: how long `next` has taken in all. replaced: images of this rank, consumed ones, that others
-    stood in for. consumed: micro-batches.
+    stood in for. consumed: micro-batches. pin: hand out page-locked memory, from which a GPU copies while it computes.
     """
 
-    def __init__(self, images: ImageStore, order: Order, step: int = 0) -> None:
-        self.images = images
+    def __init__(self, images: ImageStore, order: Order, step: int = 0, pin: bool = False) -> None:
+        self.images, self.pin = images, pin
         self._begin(order, step)
 
     def _begin(self, order: Order, step: int) -> None:
@@ -55,7 +64,9 @@ class Stream:
             skip += 1
             self.replaced += int(corrupt.sum())
             rows = torch.where(corrupt, self.order.rows(positions, skip), rows)
-        return Batch(*self.images.batch(rows), positions, self.order.step(number))
+        tensors = (*self.images.batch(rows), positions)
+        images, sizes, positions = (tensor.pin_memory() for tensor in tensors) if self.pin else tensors
+        return Batch(images, sizes, positions, self.order.step(number))
 
     def state_dict(self) -> dict[str, int]:
         """Nothing: the Trainer's step says where the stream stands. Lightning takes a loader without it for one that cannot go on."""
@@ -79,12 +90,8 @@ class WorkerStream(Stream):
         """UsageError and Failure in one line: of the images, and for a worker that the system ended."""
         if number != self._next:
             self._start(number)
-        try:
+        with told_of_lost_workers():
             made = next(self._made)
-        except (RuntimeError, EOFError, ConnectionError) as error:
-            if lost := lost_worker(error):
-                raise lost from error
-            raise
         if isinstance(made, Failure):
             raise made
         self._next, self._seen = number + 1, self._seen + self.order.share
@@ -199,15 +206,15 @@ class ImageData(lightning.LightningDataModule):
         trainer: Any = self.trainer  # here its step is already that of the checkpoint
         ranks, parts = (trainer.global_rank, trainer.world_size), trainer.accumulate_grad_batches
         order = Order(self.count, self.batch_size, self.seed, *ranks, parts, self.limit, self.repeat)
+        pin = trainer.strategy.root_device.type == "cuda"
         if self.records is None:
             assert self.images is not None
-            return Stream(self.images, order, trainer.global_step)
+            return Stream(self.images, order, trainer.global_step, pin)
         dataset = CropDataset(self.records, order, trainer.lightning_module.crop_plan)
         # a Slurm task is bound to the cores of its own device; other launchers share those of the machine
         environment = getattr(trainer.strategy, "cluster_environment", None)  # a single device has none
         sharing = 1 if isinstance(environment, SLURMEnvironment) else trainer.num_devices
         workers = min(8, available_cores() // sharing) if self.workers is None else self.workers
-        pin = trainer.strategy.root_device.type == "cuda"
         self.streams.append(WorkerStream(dataset, workers, pin, trainer.global_step))
         return self.streams[-1]
 

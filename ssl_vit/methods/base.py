@@ -16,6 +16,7 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit.methods.optim import OptimConfig, adamw
 from ssl_vit.methods.schedules import cosine
 from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.config import IN_RECIPE_UNLESS_DEFAULT, NOT_IN_RECIPE
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit.provenance import versions
 from ssl_vit.weights.checkpoint import FORMAT
@@ -35,9 +36,9 @@ class Method(lightning.LightningModule):
     views: the views of a batch, normalised, [b 3 s s] or [v b 3 s s], or a tuple of such, those of the backbone's image_size first;
         f(self.seed, batch.positions, batch.step) and of no other image, so that devices and resumes do not change them.
     training_step: the scalar loss of `views(batch)`, told to `report`. It also runs without a Trainer, on two images, to be counted
-        (train/cost.py). Every trainable parameter has a gradient, or DDP stops.
+        (train/cost.py). Every trainable parameter takes part in it.
 
-    A class without them is refused when it is made.
+    A class without name, views, training_step or one of the four arguments is refused when it is made.
 
     Attributes: spec, the readout its loss is attached to; recipe, the run as a plain dict (the CLI adds data and trainer);
     ramp_offset, the step by which the warm-up of the learning rate is shorter than `warmup` (see schedules.cosine).
@@ -196,9 +197,10 @@ def plain(value: Any) -> Any:
 
 
 def in_recipe(field: dataclasses.Field[Any], config: Any) -> bool:
-    """By the rules MACHINE and LATER of the backbone's config."""
-    rule = field.metadata.get("recipe")
-    return rule is None or (rule == "unless default" and getattr(config, field.name) != field.default)
+    """By the rules of model/config.py."""
+    if field.metadata == IN_RECIPE_UNLESS_DEFAULT:
+        return bool(getattr(config, field.name) != field.default)
+    return field.metadata != NOT_IN_RECIPE
 
 
 def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

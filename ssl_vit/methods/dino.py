@@ -78,7 +78,7 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = Head(spec.width(backbone.width), head)
         self.readout = Readout(spec, backbone.width)  # drawn last, so that what the arms of a study share starts the same
-        if not spec.uses_norm:  # without a gradient DDP would wait for it forever
+        if not spec.uses_norm:  # nothing reads it, so nothing would train it
             backbone.norm.requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "v b 3 s s"], draws: Float[Tensor, "vb depth n"] | None = None) -> Float[Tensor, "v b k"]:
@@ -139,6 +139,7 @@ class DINO(Method):
         self.teacher.requires_grad_(False)
         self.center = nn.Buffer(torch.zeros(head.prototypes))
         self.batch_center = nn.Buffer(torch.zeros(head.prototypes), persistent=False)  # of the micro-batches so far
+        self._answer: Tensor | None = None  # the teacher's mean output in this step so far, where it is read
         self._collapsed_since: int | None = None  # step
         self._warned = False
 
@@ -167,16 +168,21 @@ class DINO(Method):
         targets = teacher_targets(teacher, self.center, self.scheduled["teacher_temperature"])
         loss = dino_loss(targets, student, self.student_temperature)
         self.update_center(teacher)
-        self.warn_of_collapse(self.report(loss, **(information(targets) if self.is_read else {})))
+        if self.is_read:
+            part = mean_over_ranks(targets.mean(dim=(0, 1))) / self.accumulate
+            self._answer = part if self._answer is None else self._answer + part
+        read = self.report(loss, **({"teacher_entropy": entropy(targets).mean()} if self.is_read else {}))
+        if read and self._answer is not None:
+            read["teacher_information"] = information(self._answer, read["teacher_entropy"])
+            self.log_dict({"teacher_information": read["teacher_information"]})
+            self._answer = None
+        self.warn_of_collapse(read)
         return loss
 
     @torch.no_grad()
     def update_center(self, teacher: Float[Tensor, "2 b k"]) -> None:
         """Equation 4: a moving average of the teacher's output over the global batch, once its last loss has used the old one."""
-        mean = teacher.mean(dim=(0, 1))
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean /= torch.distributed.get_world_size()
+        mean = mean_over_ranks(teacher.mean(dim=(0, 1)))
         self.batch_center.add_(mean.to(self.center.dtype) / self.accumulate)
         if self.completes_step:
             self.center.lerp_(self.batch_center, 1 - self.teacher_config.center_momentum)
@@ -232,11 +238,18 @@ class DINO(Method):
             )
 
 
-def information(targets: Float[Tensor, "t b k"]) -> dict[str, Float[Tensor, ""]]:
-    """The mean entropy of the teacher's output, and H(mean) - mean H in units of ln k: near 0 when all images get the same answer, be it
-    uniform or one prototype."""
-    of_mean, mean = entropy(targets.mean(dim=(0, 1))), entropy(targets).mean()
-    return {"teacher_entropy": mean, "teacher_information": (of_mean - mean) / math.log(targets.shape[-1])}
+def mean_over_ranks(own: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """In place, where there are several."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(own)
+        own /= torch.distributed.get_world_size()
+    return own
+
+
+def information(answer: Float[Tensor, " k"], mean_entropy: float) -> float:
+    """H(mean) - mean H of the teacher's outputs for a global batch, in units of ln k, from their mean and their mean entropy: near 0 when
+    all images get the same answer, be it uniform or one prototype."""
+    return (float(entropy(answer)) - mean_entropy) / math.log(len(answer))
 
 
 def entropy(probabilities: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:

@@ -16,7 +16,7 @@ from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
 from ssl_vit.model.backbone import build_backbone, patchify
-from ssl_vit.model.config import LATER, BackboneConfig
+from ssl_vit.model.config import IN_RECIPE_UNLESS_DEFAULT, BackboneConfig
 from ssl_vit.model.positions import sincos_positions
 from ssl_vit.model.readout import Readout
 from ssl_vit.model.tokens import Tokens
@@ -39,7 +39,7 @@ class DecoderConfig:
     width: int = 512
     depth: int = 8
     heads: int = 16
-    mlp_ratio: float = field(default=4.0, metadata=LATER)
+    mlp_ratio: float = field(default=4.0, metadata=IN_RECIPE_UNLESS_DEFAULT)
 
     def __post_init__(self) -> None:
         check_numbers("decoder.", vars(self), width=PositiveInt, depth=PositiveInt, heads=PositiveInt, mlp_ratio=PositiveFloat)

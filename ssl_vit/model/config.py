@@ -13,7 +13,7 @@ IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 # Which fields a recipe, as it is stored, hashed and compared, leaves out: those that do not change the result, and later ones at
 # their default, so that earlier runs keep their hashes and resume.
-MACHINE, LATER = {"recipe": "never"}, {"recipe": "unless default"}
+NOT_IN_RECIPE, IN_RECIPE_UNLESS_DEFAULT = {"recipe": "never"}, {"recipe": "unless default"}
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class BackboneConfig:
     cls_tokens: int = 1
     registers: int = 0
     drop_path: float = 0.0
-    mlp_ratio: float | None = field(default=None, metadata=LATER)
-    cls_position: bool = field(default=False, metadata=LATER)
-    mean: Channels = field(default=IMAGENET_MEAN, metadata=LATER)
-    std: Channels = field(default=IMAGENET_STD, metadata=LATER)
-    compile: bool = field(default=False, metadata=MACHINE)
-    checkpointing: bool = field(default=False, metadata=MACHINE)
+    mlp_ratio: float | None = field(default=None, metadata=IN_RECIPE_UNLESS_DEFAULT)
+    cls_position: bool = field(default=False, metadata=IN_RECIPE_UNLESS_DEFAULT)
+    mean: Channels = field(default=IMAGENET_MEAN, metadata=IN_RECIPE_UNLESS_DEFAULT)
+    std: Channels = field(default=IMAGENET_STD, metadata=IN_RECIPE_UNLESS_DEFAULT)
+    compile: bool = field(default=False, metadata=NOT_IN_RECIPE)
+    checkpointing: bool = field(default=False, metadata=NOT_IN_RECIPE)
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("image_size", "patch", "width", "depth", "heads"), PositiveInt)

@@ -10,8 +10,8 @@ class DropPath(nn.Module):
     """In training, leave a residual branch out for an image with probability `drop_prob`, else divide it by 1 - drop_prob (Huang et al.
     2016, section 3), as timm's does.
 
-    u: numbers in [0, 1), one an image; drawn from torch where they are not given. Those depend on how a batch is cut into ranks and
-    micro-batches.
+    u: numbers in [0, 1), one an image, which `Backbone` sets before each call of a block. None: drawn from torch, which depends on how a
+    batch is cut into ranks and micro-batches.
     """
 
     def __init__(self, drop_prob: float) -> None:

@@ -18,7 +18,6 @@ from ssl_vit.train.pretrain import build_method, check_options, check_share, par
 GPUS = {"V100": 125, "A100": 312, "H100": 989, "RTX 4090": 165}
 UTILISATIONS = (0.3, 0.45)
 GIB = 2**30
-SIZES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
 
 def dry_run(recipe: str, options: list[str]) -> None:
@@ -26,6 +25,7 @@ def dry_run(recipe: str, options: list[str]) -> None:
     parser, config = parse_recipe(recipe, options)
     values = parser.instantiate(config)
     check_options(values)
+    values.init = None  # whose weights may have to be fetched
     devices, machine = count_devices(config)
     batch, cut = config.data.batch_size, config.accumulate
     check_share(batch, devices, cut)
@@ -58,13 +58,13 @@ def dry_run(recipe: str, options: list[str]) -> None:
 def measure(module: Method, config: Namespace, micro: int, devices: int) -> tuple[dict[str, int], int]:
     """Bytes of a device by what they are for, with micro-batches of `micro` images, and the operations of an image."""
     kind, _, how = str(config.trainer.precision).partition("-")
-    if how == "true" and kind in SIZES:
-        module.to(SIZES[kind])
+    if (kind, how) == ("64", "true"):
+        module.double()
     weights = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     module._apply(fake.from_tensor)  # type: ignore[no-untyped-call]
-    step = step_bytes(module, fake, micro, half=how != "true" and kind in ("bf16", "16"))
+    step = step_bytes(module, fake, micro, half=kind in ("bf16", "16"))
     parts = {"weights": weights, "moments of AdamW": 2 * gradients, f"gradients and a micro-batch of {micro}": step}
     if devices > 1:
         parts["buckets of DDP"] = gradients
@@ -75,7 +75,8 @@ def count_devices(config: Namespace) -> tuple[int, str]:
     """Processes of the run, and how that is known: as named, else those that this machine has."""
     named, nodes = config.trainer.devices, int(config.trainer.num_nodes)
     if str(named) in ("auto", "-1"):
-        return max(1, torch.cuda.device_count()) * nodes, "of this machine; --trainer.devices names others"
+        gpus = 0 if config.trainer.accelerator == "cpu" else torch.cuda.device_count()
+        return max(1, gpus) * nodes, "of this machine; --trainer.devices names others"
     indices = named if isinstance(named, list) else str(named).rstrip(",").split(",")
     known = all(str(index).isdigit() for index in indices) and named != "0"
     require(known, "trainer.devices", named, "a number above 0, indices such as 0,1 or auto")

@@ -10,6 +10,7 @@ import torch
 from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import PositiveInt
 from lightning import Trainer, seed_everything
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
@@ -17,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ssl_vit.assets import find_asset, read_yaml
-from ssl_vit.data.loader import lost_worker
+from ssl_vit.data.loader import told_of_lost_workers
 from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit.methods import METHODS, Method
@@ -39,6 +40,7 @@ TRAINER_IDENTITY = {
     "gradient_clip_algorithm": None,
     "limit_train_batches": None,
     "overfit_batches": 0.0,
+    "sync_batchnorm": False,
 }
 
 # What a Trainer may be asked for and what to use instead of the rest: allowed values, advice
@@ -81,6 +83,8 @@ def check_strategy(strategy: str | Namespace) -> None:
     """UsageError unless it is DDP: each device holds the whole model and is a process of its own. Comes before Lightning's own answer,
     which depends on what is installed."""
     name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    if name == "ddp_find_unused_parameters_false":
+        raise UsageError(f"trainer.strategy is {name}, with which a run would not resume exactly; use ddp")
     spawned = not isinstance(strategy, str) and strategy.init_args.get("start_method", "popen") != "popen"
     if name not in STRATEGIES or spawned:
         raise UsageError(
@@ -150,14 +154,9 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
-    try:
-        with tf32():
-            trainer.strategy.precision_plugin.convert_module(module)  # Lightning's turn is after loading, and would round float64 weights
-            trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
-    except RuntimeError as error:
-        if lost := lost_worker(error):
-            raise lost from error
-        raise
+    with tf32(), told_of_lost_workers():
+        trainer.strategy.precision_plugin.convert_module(module)  # Lightning's turn is after loading, and would round float64 weights
+        trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
     rest = "" if record.finish(trainer, module) else f" of {module.total_steps}; go on with --resume"
     rank_zero_info(f"{record.checkpoint}: {trainer.global_step} steps{rest}, trained with {module.spec}")
     if log:
@@ -189,6 +188,8 @@ def check_options(values: Namespace) -> None:
         value = options[key]
         if isinstance(value, int | float) and value <= 0 and (value != -1 or key == "num_nodes"):
             raise UsageError(f"trainer.{key} is {value}; it must be above 0")
+    if str(options.precision) in ("bf16-true", "16-true"):
+        raise UsageError(f"trainer.precision is {options.precision}, which rounds small steps of the weights away; use bf16-mixed")
     for key in ("limit_train_batches", "overfit_batches"):
         value = options[key]
         require(
@@ -221,6 +222,7 @@ def build_trainer(values: Namespace, record: RunFolder) -> Trainer:
         callbacks.append(Progress(record.folder.name))
     try:
         arguments |= {"accumulate_grad_batches": values.accumulate, "plugins": [*plugins, AtomicCheckpointIO()]}
+        arguments["default_root_dir"] = arguments["default_root_dir"] or record.folder
         trainer = Trainer(**arguments, callbacks=[*callbacks, record])
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UsageError(f"Lightning's Trainer refuses these options: {' '.join(str(error).split())}") from error
@@ -228,6 +230,12 @@ def build_trainer(values: Namespace, record: RunFolder) -> Trainer:
         # Else torch lays the gradients out anew after the first step, of a resumed run as well: the ranks of that step would be added
         # in another order, and the run would not be exact.
         trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        # Lightning's own requeueing leaves hpc_ckpt files, and a later run would start from one of another run; --resume auto goes on
+        environment.auto_requeue = False
+    if trainer.strategy.root_device.type == "mps":
+        raise UsageError("trainer.accelerator is mps, which has no float64, and crops and positions need it; use cpu or cuda")
     check_share(data.batch_size, trainer.world_size, values.accumulate)
     return trainer
 

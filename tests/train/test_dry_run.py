@@ -52,6 +52,7 @@ def test_what_is_not_there_is_not_opened(capsys: pytest.CaptureFixture[str]) -> 
     assert "a million images on 1 devices" in told
     assert run([*options, "--trainer.max_steps", "-1", "--trainer.limit_train_batches", "5"]) == 0
     assert "15 steps, 120 images" in capsys.readouterr().out
+    assert run([*options, "--trainer.max_steps", "2", "--init", "timm:vit_tiny_patch16_224"]) == 0  # nor are weights fetched
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ssl_vit.cli import run
 
 
 @pytest.mark.parametrize("decode", ["memory", "stream"])
-@pytest.mark.parametrize("change", ["added", "removed", "replaced"])
+@pytest.mark.parametrize("change", ["added", "removed", "replaced", "renamed"])
 def test_resume_on_other_images_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, decode: str, change: str
 ) -> None:
@@ -41,9 +41,14 @@ def test_resume_on_other_images_is_refused(
         shutil.copy(images / "03.png", images / "0300.png")
     elif change == "removed":
         (images / "07.png").unlink()
-    else:
+    elif change == "replaced":
         shutil.copy(images / "03.png", images / "07.png")
+    else:  # in the same place: the same images
+        (images / "07.png").rename(images / "070.png")
     capsys.readouterr()
+    if change == "renamed":
+        assert run([*command, "--trainer.limit_train_batches", "3", "--resume"]) == 0
+        return
     assert run([*command, "--trainer.limit_train_batches", "3", "--resume"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "cannot resume on other data" in line

@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -270,21 +272,22 @@ def test_wandb_logger_by_its_name() -> None:
     assert list(Path("logs/wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_ctrl_c_saves_and_resume_goes_on() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_a_scheduler_is_told_of_sigterm(number: signal.Signals) -> None:
     """A real process and a real signal."""
-    import signal
-    import time
-
     command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", "mae.yaml", "--trainer.max_steps", "100000", "--out", "long"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while not Path("long/metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    if number == signal.SIGTERM:
+        assert (process.returncode, errors.rstrip().splitlines()[-1]) == (143, "ssl-vit: ended by SIGTERM; go on with --resume")
+        return
     assert process.returncode == 130
     assert errors.rstrip().splitlines()[-1].startswith("ssl-vit: stopped at step ")
-    assert "Traceback" not in errors
     assert read_checkpoint("long/last.ckpt")["global_step"] > 0
 
 

@@ -212,6 +212,18 @@ def test_slurm() -> None:
     assert_the_same_run("one", "several", "mae.yaml")
 
 
+def test_a_job_starts_from_no_other_run_s_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning loads the hpc_ckpt of any run that it finds in its folder under Slurm."""
+    alone("other", "mae.yaml", "--seed", "1")
+    shutil.copy("other/last.ckpt", "hpc_ckpt_1.ckpt")
+    alone("before", "mae.yaml")
+    for name, value in {**slurm_tasks()[0], "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    alone("job", "mae.yaml")
+    one, other = weights("before"), weights("job")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 @pytest.mark.slow
 def test_a_run_folder_that_nodes_do_not_share_is_refused() -> None:
     alone("shared", "mae.yaml", "--keep_every_epochs", "1")
