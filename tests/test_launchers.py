@@ -154,6 +154,7 @@ def test_a_cell_that_is_taken_is_left_alone(capsys: pytest.CaptureFixture[str]) 
     assert not Path("out/cells/mae-cls-s0").exists()
 
 
+@pytest.mark.slow
 def test_agents_of_a_sweep_take_the_cells(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write()
     launch = ["study", "study.yaml", "--out", "out", "--launcher", "wandb"]

@@ -83,7 +83,7 @@ def at(step: int, action: Callable[[], None]) -> Callback:
 
 @pytest.mark.usefixtures("pictures_and_recipes")
 class TestPretraining:
-    @pytest.mark.parametrize("mode", ["online", "offline"])
+    @pytest.mark.parametrize("mode", ["online", pytest.param("offline", marks=pytest.mark.slow)])
     def test_killed_and_resumed(self, mode: str, server: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ctrl-C at step 10, with its checkpoint; a real process that is killed some steps behind it; and then to the end."""
         # short, so that the kill leaves a part of it on the server or in the file

@@ -186,6 +186,7 @@ def kill(step: int, workers: int, *options: str, worker: bool = False) -> tuple[
     return process.returncode, errors
 
 
+@pytest.mark.slow  # test_ranks_pretrain.py has one on other devices
 def test_a_killed_run_resumes_exactly_with_other_workers() -> None:
     code, _ = kill(10, 1)
     assert code == -signal.SIGKILL
