@@ -177,8 +177,9 @@ class Progress(TQDMProgressBar):
     """Lightning's bar, one over the whole run, in images; loss and seconds waited for data behind it."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(refresh_rate=10 if sys.stderr.isatty() else 500)  # steps: a log wants few lines, and a GPU need not wait each time
+        super().__init__()
         self.name = name
+        self._seconds, self._shown = 0.5 if sys.stderr.isatty() else 20.0, 0.0  # a log wants few lines, and a GPU need not wait each time
 
     def init_train_tqdm(self) -> Tqdm:
         return Tqdm(
@@ -195,7 +196,9 @@ class Progress(TQDMProgressBar):
         """The bar goes on from epoch to epoch."""
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(trainer, module, outputs, batch, trainer.global_step - 1)
+        if time.monotonic() - self._shown > self._seconds or trainer.global_step == trainer.estimated_stepping_batches:
+            self._shown = time.monotonic()
+            super().on_train_batch_end(trainer, module, outputs, batch, trainer.global_step - 1)
 
     def on_train_epoch_end(self, *_: Any) -> None:
         pass
