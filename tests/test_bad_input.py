@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,10 @@ def test_checkpoints_that_are_none() -> None:
 class _Payload:
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, ("touch executed",))
+
+
+def test_the_command_answers_at_once() -> None:
+    """What takes seconds to import comes later, or neither a typo nor Ctrl-C would be answered in that time."""
+    code = "import sys, ssl_vit.cli; print(sorted({'torch', 'timm', 'lightning', 'wandb'} & sys.modules.keys()), ssl_vit.readout.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "[] readout\n", done.stderr
