@@ -85,7 +85,7 @@ def test_counted_bytes_are_those_that_torch_allocates(recipe: str, options: tupl
     module.scheduled = {"teacher_temperature": 1.0}
     views = module.views(batch)
     module.views = lambda batch: views  # type: ignore[method-assign]
-    with torch.profiler.profile(profile_memory=True) as profiler:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
         module.training_step(batch, 0).backward()  # type: ignore[union-attr, no-untyped-call, call-overload]
     now = most = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):  # type: ignore[union-attr]
