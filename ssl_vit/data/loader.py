@@ -122,13 +122,14 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def told_of_lost_workers() -> Iterator[None]:
-    """One line where the system ended a DataLoader worker; other errors pass. torch's signal handler raises wherever the main thread is,
-    and where it was taking an image over, the connection breaks."""
+def told_of_lost_workers(taking: bool = True) -> Iterator[None]:
+    """One line where the system ended a DataLoader worker; other errors pass. torch's signal handler raises wherever the main thread is.
+    taking: images are being taken over from workers, so that a connection that breaks is theirs, and not that of a logger, say."""
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as error:
-        if isinstance(error, Failure) or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+        lost = "DataLoader worker" in str(error) or (taking and not isinstance(error, RuntimeError))
+        if isinstance(error, Failure) or not lost:
             raise
         what = f"a data worker was ended by the system ({' '.join(str(error).split())})"
         raise Failure(f"{what}: out of memory? lower data.workers, and go on with --resume") from error

@@ -154,7 +154,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
-    with tf32(), told_of_lost_workers():
+    with tf32(), told_of_lost_workers(taking=False):
         trainer.strategy.precision_plugin.convert_module(module)  # Lightning's turn is after loading, and would round float64 weights
         trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
     rest = "" if record.finish(trainer, module) else f" of {module.total_steps}; go on with --resume"

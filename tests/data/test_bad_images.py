@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.data import memory_map
-from ssl_vit.data.loader import CropDataset, Order
+from ssl_vit.data.loader import CropDataset, Order, told_of_lost_workers
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
 from ssl_vit.data.stream import Stream, WorkerStream
 from ssl_vit.errors import Failure
@@ -211,3 +211,14 @@ def test_runs_and_workers_are_killed(workers: int, then: int) -> None:
     assert pretrain(*LONG, "--out", "killed", "--resume", "--data.workers", str(then)) == 0
     assert pretrain(*LONG, "--out", "whole") == 0
     assert equal_weights("whole", "killed")
+
+
+def test_only_a_broken_connection_to_a_worker_is_a_worker_s() -> None:
+    for taking, error, kind in (
+        (True, EOFError(), Failure),
+        (False, ConnectionRefusedError("a logger's server"), ConnectionRefusedError),
+        (False, RuntimeError("DataLoader worker (pid 7) is killed by signal"), Failure),
+        (True, RuntimeError("something else"), RuntimeError),
+    ):
+        with pytest.raises(kind), told_of_lost_workers(taking):
+            raise error
