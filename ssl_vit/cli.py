@@ -60,10 +60,10 @@ def run(arguments: list[str], debug: bool = False) -> int:
         code, message, raised = 130, "interrupted", error
     except Interrupted as error:
         code, raised = 130, error
-        message = f"{error}; " + ("go on with --resume" if arguments[0] == "pretrain" else "the same command goes on")
+        message = f"{error}; {_how_to_go_on(arguments)}"
     except SystemExit as error:
         if type(error).__name__ == "SIGTERMException":  # Lightning's, which is heavy to import, and has no code
-            print("ssl-vit: ended by SIGTERM; go on with --resume", file=sys.stderr)
+            print(f"ssl-vit: ended by SIGTERM; {_how_to_go_on(arguments)}", file=sys.stderr)
             return 143
         # argparse's --help, --print_config; Lightning after a second Ctrl-C
         return int(error.code or 0)
@@ -73,6 +73,10 @@ def run(arguments: list[str], debug: bool = False) -> int:
         raise raised
     print(f"ssl-vit: {message}", file=sys.stderr)
     return code
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    return "go on with --resume" if arguments[0] == "pretrain" else "the same command goes on"
 
 
 def dispatch(arguments: list[str]) -> None:
