@@ -22,6 +22,12 @@ usage: ssl-vit COMMAND ...
 `ssl-vit COMMAND --help` tells more. Exit codes: 0, 2 for wrong usage, 1 for failures; --debug shows the traceback.
 """
 
+PRETRAIN = """\
+--dry-run tells parameters, operations, steps, memory and hours, and trains nothing
+--online-knn DATA [--online-knn-every EPOCHS] watches the k-NN accuracy of the trained readout on labelled images
+--wandb [ENTITY/]PROJECT logs the run to W&B; with --resume, also one that is finished
+"""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that refuses abbreviations and answers a wrong option with the nearest one, in one line."""
@@ -100,9 +106,7 @@ def pretrain(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: ssl-vit pretrain RECIPE [options]; RECIPE is a YAML file or one of: {names}")
         print("ssl-vit pretrain RECIPE --help lists the options, --print_config the resolved recipe")
-        print("--dry-run tells parameters, operations, steps, memory and hours, and trains nothing")
-        print("--online-knn DATA [--online-knn-every EPOCHS] watches the k-NN accuracy of the trained readout on labelled images")
-        print("--wandb [ENTITY/]PROJECT logs the run to W&B; with --resume, also one that is finished")
+        print(PRETRAIN, end="")
         if not arguments:
             raise UsageError(f"which recipe? give a YAML file or one of: {names}")
         return
@@ -114,6 +118,8 @@ def pretrain(arguments: list[str]) -> None:
     parser.add_argument("--wandb", metavar="PROJECT")
     parser.add_argument("--dry-run", action="store_true")
     values, options = parser.parse_known_args(arguments[1:])
+    if "--help" in options or "-h" in options:
+        print(f"{PRETRAIN}\nand of the recipe:\n")
     if values.dry_run:
         from ssl_vit.train.dry_run import dry_run
 
@@ -247,7 +253,7 @@ def _quiet_the_libraries() -> None:
     """What the libraries say about themselves is not for our users; what they warn of in our code is for our tests."""
     import logging
 
-    chatter = ("GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped", "Restor")
+    chatter = ("GPU available", "TPU available", "HPU available", "💡", "`Trainer.fit` stopped", "Restor", "Using bfloat16", "Using 16bit")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(chatter))
     if "pytest" not in sys.modules:

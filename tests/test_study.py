@@ -173,6 +173,13 @@ def test_token_sets_make_recipes_of_their_own(capsys: pytest.CaptureFixture[str]
     assert "holds a study with other margin" in errors(capsys)[0]
 
 
+def test_a_study_of_images_that_stream_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_vit.data.stream.MEMORY", 0)
+    write(recipes=["mae.yaml"])
+    assert run(["study", "study.yaml", "--out", "out", "--cell", "mae-cls-s0"]) == 0
+    assert run(["study", "study.yaml", "--out", "out"]) == 0
+
+
 def test_a_study_with_a_changed_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     write(recipes=["mae.yaml"], trained_with=["cls"])
     assert run(["study", "study.yaml", "--out", "out", "--cell", "mae-cls-s0"]) == 0

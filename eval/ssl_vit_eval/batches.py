@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ssl_vit.data.images import available_memory
 from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit.methods.schedules import cosine
 from ssl_vit_eval.distributed import device
+from ssl_vit_eval.memory import available_memory
 
 ROWS = 2048  # read, standardised or answered at once
 _CONSTANT = 1e-6  # a spread below this share of the mean is the rounding of float32, not a feature

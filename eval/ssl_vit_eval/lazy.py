@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, resize
 
-from ssl_vit.data.images import ImageStore, available_memory, decode, to_tensor
+from ssl_vit.data.images import ImageStore, decode, to_tensor
 from ssl_vit.errors import require
+from ssl_vit_eval.memory import available_memory
 
 Crop = float | Literal["squash"]
 CROP = 224 / 256

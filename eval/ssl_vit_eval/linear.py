@@ -10,8 +10,8 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ssl_vit.data.images import available_memory
 from ssl_vit.errors import Failure, UsageError
+from ssl_vit_eval.memory import available_memory
 from ssl_vit_eval.probe import Probe, check_training
 from ssl_vit_eval.selection import Found, check_slice, choose, record
 

@@ -3,8 +3,6 @@
 Nothing outside the folder is read: a link or a file name in a metadata file that leads out of it is refused.
 """
 
-import csv
-import json
 import os
 import re
 from collections import Counter
@@ -154,14 +152,9 @@ def image_table(paths: list[str]) -> Any:
 
 def _open_metadata(root: Path, file: Path) -> Any:
     """metadata.csv or metadata.jsonl beside the images: `file_name`, relative to it, and further columns."""
-    datasets = hf_datasets()
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = list(csv.DictReader(lines)) if file.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
-        names = [row.pop("file_name") for row in rows]
-    except (ValueError, KeyError) as error:
-        raise Failure(f"{file} cannot be read: {error}; every row needs a file_name") from error
-    paths = [str(inside((file.parent / name).relative_to(root), root)) for name in names]
-    table = datasets.Dataset.from_list(rows) if rows and rows[0] else datasets.Dataset.from_dict({})
-    image = image_table(paths)
-    return datasets.concatenate_datasets([image, table], axis=1) if table.num_columns else image
+    table = _open_files("csv" if file.suffix == ".csv" else "json", "train", [file])
+    if "file_name" not in table.column_names:
+        raise Failure(f"{file} has no column file_name (found: {', '.join(table.column_names)}); every row needs one")
+    image = image_table([str(inside((file.parent / str(name)).relative_to(root), root)) for name in table["file_name"]])
+    rest = table.remove_columns("file_name")
+    return hf_datasets().concatenate_datasets([image, rest], axis=1) if rest.column_names else image

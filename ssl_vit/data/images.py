@@ -6,10 +6,7 @@ stretched from its own minimum ... maximum.
 """
 
 import io
-import os
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -114,56 +111,6 @@ class ImageStore:
         for image, index, (h, w) in zip(images, indices.tolist(), sizes.tolist(), strict=True):
             image[:, :h, :w] = self[index]
         return images, sizes
-
-
-def check_memory(pixel_bytes: int, title: str) -> None:
-    """Raises Failure for decoded images of so many bytes that they do not fit."""
-    if not fits(pixel_bytes):
-        raise Failure(
-            f"{title} needs about {pixel_bytes / 2**30:.1f} GiB decoded, {available_memory() / 2**30:.1f} GiB of memory are available and "
-            "half of that may be used; set data.decode to stream, or choose a smaller split or a smaller max_side"
-        )
-
-
-def fits(pixel_bytes: int) -> bool:
-    """Whether so many decoded bytes may be held: half of what is available."""
-    return pixel_bytes <= available_memory() / 2
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may still take: the system's, or what its control groups leave if that is less.
-
-    Cached files count as available, in a group as in the system: what was read before must not decide how images are decoded."""
-    meminfo = root / "proc/meminfo"
-    if not meminfo.exists():  # not Linux: the physical memory is the best that the standard library knows
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = _numbers(meminfo)["MemAvailable:"] * 1024
-    for group, (limit, used, prefix) in _control_groups(root):
-        if (group / limit).exists() and (group / used).exists() and (most := (group / limit).read_text().strip()) != "max":
-            statistics = _numbers(group / "memory.stat")
-            cached = statistics[f"{prefix}inactive_file"] + statistics[f"{prefix}active_file"]
-            free = min(free, int(most) - int((group / used).read_text()) + cached)
-    return free
-
-
-def _control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Those that this process is in, from its own up; the files of their limit and use, and a prefix of the names in memory.stat."""
-    own, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
-    for line in own.read_text().splitlines() if own.exists() else ():
-        _, kinds, path = line.split(":", 2)
-        if kinds == "":  # version 2
-            base, files = mounted, ("memory.max", "memory.current", "")
-        elif "memory" in kinds.split(","):
-            base, files = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        else:
-            continue
-        group = base / path.lstrip("/")
-        yield from ((each, files) for each in (group, *group.parents) if each.is_relative_to(base))
-
-
-def _numbers(file: Path) -> dict[str, int]:
-    """The name and the number that each line of a system's file begins with."""
-    return {name: int(number) for name, number, *_ in map(str.split, file.read_text().splitlines())}
 
 
 def _opened(image: bytes | Image.Image, name: str) -> Image.Image:

@@ -8,6 +8,7 @@ import fcntl
 import io
 import itertools
 import os
+import shutil
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -66,6 +67,11 @@ def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: s
         with _locked(file.with_suffix(".lock")):
             store = _mapped(file, count)
             if store is None:
+                if (free := shutil.disk_usage(file.parent).free) < needed:
+                    raise Failure(
+                        f"{file} needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free there; set data.decode to stream, "
+                        "lower data.max_side, or name another folder in SSL_VIT_CACHE"
+                    )
                 with closing(_all(images, workers(), title, progress, corrupt)) as found:  # or the bar would end behind the error's line
                     write_atomically(file, lambda target: _write(target, found))
                 store = _mapped(file, count)

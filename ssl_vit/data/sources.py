@@ -16,7 +16,7 @@ from ssl_vit.data import photos
 from ssl_vit.data.folders import VALIDATION, Tables, local_path, local_tables
 from ssl_vit.data.hub import hub_tables
 from ssl_vit.data.identity import identity, stack_identity
-from ssl_vit.data.images import ImageStore, check_memory, header_size, limit_side, to_tensor
+from ssl_vit.data.images import ImageStore, header_size, limit_side, to_tensor
 from ssl_vit.data.memory_map import decoded
 from ssl_vit.data.records import Records, read_records
 from ssl_vit.errors import Failure, UsageError, one_of
@@ -39,7 +39,7 @@ def load_split(source: str, split: str, *, image_column: str | None = None, max_
     """One split of `source`, decoded, images of a longer shorter side reduced to `max_side` px.
 
     A corrupt image has 0 px there: `Stream` lets another stand in for it. Raises UsageError for an unknown source, split or column;
-    Failure for too many corrupt images, sets too large for the memory, and hub ids that cannot be fetched.
+    Failure for too many corrupt images, sets too large for the disk, and hub ids that cannot be fetched.
     """
     if source.startswith("builtin:"):
         stack = reduced = builtin(source, split).images
@@ -47,10 +47,8 @@ def load_split(source: str, split: str, *, image_column: str | None = None, max_
             reduced = torch.stack([to_tensor(limit_side(image, max_side)) for image in pil_images(stack)])
         return Images(ImageStore.stacked(reduced), stack_identity(stack))
     rows, notices = open_records(source, split, image_column)
-    title = f"{display_name(source)}: {rows.split}"
-    check_memory(len(rows.table) * (needed := mean_bytes(rows, max_side)), title)
-    what, key = identity(rows)
-    return Images(decoded(rows, max_side, key, len(rows.table) * needed, f"decoding {title}", progress), what, notices)
+    needed, (what, key) = len(rows.table) * mean_bytes(rows, max_side), identity(rows)
+    return Images(decoded(rows, max_side, key, needed, f"decoding {display_name(source)}: {rows.split}", progress), what, notices)
 
 
 def open_records(source: str, split: str, image_column: str | None = None) -> tuple[Records, tuple[str, ...]]:

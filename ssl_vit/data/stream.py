@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from ssl_vit.data.identity import describe_change, identity
-from ssl_vit.data.images import ImageStore, fits
+from ssl_vit.data.images import ImageStore
 from ssl_vit.data.loader import (
     Corrupt,
     CropDataset,
@@ -28,6 +28,10 @@ from ssl_vit.data.records import Records
 from ssl_vit.data.sources import load_split, mean_bytes, open_records
 from ssl_vit.data.views import Batch
 from ssl_vit.errors import Failure, UsageError, check_numbers, require
+
+# Decoded bytes up to which `auto` decodes once. Not what a machine has free: crops of workers are rounded, so a recipe that streamed
+# here and not there would be two.
+MEMORY = 8 * 2**30
 
 
 class Stream:
@@ -128,8 +132,8 @@ class ImageData(lightning.LightningDataModule):
         image_column: the column that holds the images; found by its type if not given.
         max_side: images whose shorter side is longer are stored at this one, in pixels, and of a panorama the middle, 4 times as long;
             those that are streamed are cropped as they are.
-        decode: memory (decoded once, cropped on the device), stream (decoded and cropped by workers each time), or auto: memory where
-            the decoded images fit into half of it.
+        decode: memory (decoded once, into a file; cropped on the device), stream (decoded and cropped by workers each time), or auto:
+            memory for up to 8 GiB of decoded images, on every machine.
         workers: processes per device that decode when streaming; by default the cores of the device, at most 8. 0: none.
         seed: of the order.
     """
@@ -173,18 +177,16 @@ class ImageData(lightning.LightningDataModule):
         return len(self.images) if self.images is not None else len(self.records.table)  # type: ignore[union-attr]
 
     def _open(self) -> tuple[str, ...]:
-        """Rank 0 decides which side decodes, and the recipe says so if it is the workers."""
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        decode, streams = self.trainer.strategy.broadcast(self.decode), bool(module.crop_plan) and not self.source.startswith("builtin:")
+        decode, streams = self.decode, bool(module.crop_plan) and not self.source.startswith("builtin:")
         require(decode != "stream" or streams, "data.decode", decode, "memory for this method and source")
         if decode != "memory" and streams:
             rows, notices = open_records(self.source, self.split, self.image_column)
             if decode == "auto":
-                small = fits(len(rows.table) * mean_bytes(rows, self.max_side))
-                decode = self.trainer.strategy.broadcast("memory" if small else "stream")
+                decode = "memory" if len(rows.table) * mean_bytes(rows, self.max_side) <= MEMORY else "stream"
             if decode == "stream":
-                self.records, module.recipe["data"]["decode"] = rows, "stream"
+                self.records = rows
                 found = identity(rows)[0] if self.trainer.is_global_zero else {}  # one process reads or lists the files
                 self.identity = self.trainer.strategy.broadcast(found)
                 return notices

@@ -123,8 +123,7 @@ def build_method(config: Namespace, values: Namespace) -> Method:
     module = method(**arguments)
     module.initial_hash = module.backbone.weights_hash()
     trainer = {key: value for key, default in TRAINER_IDENTITY.items() if (value := config.trainer[key]) != default}
-    # who decodes is a part of the recipe where it is not memory; what `auto` means is known when the data are opened
-    data = {key: value for key, value in config.data.items() if key not in ("seed", "workers") and (key != "decode" or value == "stream")}
+    data = {key: value for key, value in config.data.items() if key not in ("seed", "workers") and (key != "decode" or value != "auto")}
     module.recipe |= {"data": plain(data), "trainer": trainer}
     return module
 
@@ -143,7 +142,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     record = RunFolder(folder, flops, config.keep_every_epochs)
     log = TrainingLog(tracking, folder) if tracking else None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        _check_folder(folder, record.checkpoint, module.recipe, config.resume, values.data)
+        _check_folder(folder, record.checkpoint, module.recipe, config.resume)
     if config.resume and (folder / "run.json").exists():
         rank_zero_info(f"{folder} is finished; nothing to do")
         if log:
@@ -244,7 +243,7 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
-def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume: bool | str, data: ImageData) -> None:
+def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume: bool | str) -> None:
     """UsageError if the run would overwrite something, or if there is nothing to resume."""
     begun = (folder / "recipe.yaml").exists()
     if not resume or (resume == "auto" and not begun):
@@ -257,9 +256,6 @@ def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume
         raise UsageError(f"nothing to resume: there is no run in {folder}; leave --resume out to start")
     # a run that was killed before its first checkpoint has only its recipe, and starts again
     before = read_checkpoint(checkpoint)["ssl_vit"]["recipe"] if checkpoint.exists() else read_yaml(folder / "recipe.yaml")
-    if data.decode == "auto":  # as it was decided at the start
-        data.decode = "stream" if "decode" in before["data"] else "memory"
-        recipe["data"].update({"decode": "stream"} if data.decode == "stream" else {})
     if changed := recipe_changes(before, recipe):
         raise UsageError(f"cannot resume {folder} with another recipe ({changed}); use the same one, or another --out")
 

@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as tv
 
-from ssl_vit.data import images
-from ssl_vit.data.images import ImageStore, available_memory, check_memory, decode, header_size, limit_side, to_tensor
+from ssl_vit.data.images import ImageStore, decode, header_size, limit_side, to_tensor
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.lazy import EvalTransform
 
@@ -230,40 +228,6 @@ def test_ragged_store_pads_at_right_and_bottom() -> None:
         assert (image[:, :height, :width].permute(1, 2, 0).numpy() == arrays[number]).all()
         assert image[:, height:].sum() == image[:, :, width:].sum() == 0
     assert torch.equal(store[1], tensors[1])
-
-
-def test_set_larger_than_half_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 2**20 < available_memory() < 2**50
-    monkeypatch.setattr(images, "available_memory", lambda: 4 * 2**30)
-    check_memory(2 * 2**30, "pets: train")
-    with pytest.raises(Failure, match=r"pets: train needs about 3\.0 GiB decoded, 4\.0 GiB .* max_side"):
-        check_memory(3 * 2**30, "pets: train")
-
-
-def test_cached_files_count_as_available(tmp_path: Path) -> None:
-    """Of the group as of the system, so that a run decodes in memory or streams whatever was read before it."""
-
-    def plant(file: str, text: str) -> None:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text(text)
-
-    plant("proc/meminfo", "MemTotal:  4096 kB\nMemAvailable:  2048 kB\nHugePages_Total:  0\n")
-    assert available_memory(tmp_path) == 2048 * 1024
-    # the limit is that of a job, above the group of its task; and in the first version, whose statistics count the groups below
-    for group, job, limit, used, unlimited, prefix in (
-        ("0::/job/task", "sys/fs/cgroup/job/memory.", "max", "current", "max", ""),
-        ("3:cpu,memory:/job", "sys/fs/cgroup/memory/job/memory.", "limit_in_bytes", "usage_in_bytes", str(2**63 - 4096), "total_"),
-    ):
-        plant("proc/self/cgroup", f"1:name=systemd:/elsewhere\n{group}\n")
-        plant(job + limit, f"{unlimited}\n")
-        plant(job + used, "300000\n")
-        plant(job + "stat", f"{prefix}inactive_file 0\n{prefix}active_file 0\n")
-        assert available_memory(tmp_path) == 2048 * 1024
-        plant(job + limit, "1000000\n")
-        for inactive, active in ((0, 0), (200_000, 50_000)):  # before and after the images were read
-            plant(job + used, f"{300_000 + inactive + active}\n")
-            plant(job + "stat", f"anon 300000\n{prefix}inactive_file {inactive}\n{prefix}active_file {active}\n")
-            assert available_memory(tmp_path) == 700_000
 
 
 def test_unreadable_exif_counts_as_upright(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -72,6 +73,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(Failure, match=r"cannot be written: No space left on device; make room, or name another folder"):
         load_split(str(tmp_path / "set"), "train", progress=False)
     assert left(tmp_path) == []
+
+
+def test_a_disk_without_room_is_told_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=3000))
+    monkeypatch.setattr(memory_map, "_write", pytest.fail)
+    with pytest.raises(Failure, match=r"needs about 0\.0 GiB, and 0\.0 are free there; set data\.decode to stream"):
+        load_split(str(tmp_path / "set"), "train", progress=False)
 
 
 def test_corrupt_images_are_named_in_every_run_and_a_cut_file_is_made_again(

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_vit.data import images
 from ssl_vit.data.images import to_tensor
 from ssl_vit.data.sources import check_source, load_split
 from ssl_vit.errors import Failure, UsageError
@@ -324,16 +323,6 @@ def test_corrupt_image_is_named(tmp_path: Path) -> None:
     broken.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(Failure, match=r"none of 1 images .* split 'train', row 0 is no readable image"):
         load(tmp_path / "train.parquet")
-
-
-def test_too_large_sets_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, "a.png", "b.png")
-    monkeypatch.setattr(images, "available_memory", lambda: 2 * 2 * 3 * 8 * 8)
-    assert len(load(tmp_path).images) == 2
-    monkeypatch.setattr(images, "available_memory", lambda: 2 * 2 * 3 * 8 * 8 - 2)
-    with pytest.raises(Failure, match=r"set data\.decode to stream"):
-        load(tmp_path)
-    assert len(load(tmp_path, max_side=4).images) == 2
 
 
 def test_fingerprint_tells_pictures_and_labels_apart_and_nothing_else(tmp_path: Path) -> None:

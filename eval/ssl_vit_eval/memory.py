@@ -1,0 +1,41 @@
+"""How much memory there is to hold images and features in."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may still take: the system's, or what its control groups leave if that is less.
+
+    Cached files count as available, in a group as in the system: what was read before must not decide how images are decoded."""
+    meminfo = root / "proc/meminfo"
+    if not meminfo.exists():  # not Linux: the physical memory is the best that the standard library knows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _numbers(meminfo)["MemAvailable:"] * 1024
+    for group, (limit, used, prefix) in _control_groups(root):
+        if (group / limit).exists() and (group / used).exists() and (most := (group / limit).read_text().strip()) != "max":
+            statistics = _numbers(group / "memory.stat")
+            cached = statistics[f"{prefix}inactive_file"] + statistics[f"{prefix}active_file"]
+            free = min(free, int(most) - int((group / used).read_text()) + cached)
+    return free
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Those that this process is in, from its own up; the files of their limit and use, and a prefix of the names in memory.stat."""
+    own, mounted = root / "proc/self/cgroup", root / "sys/fs/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, kinds, path = line.split(":", 2)
+        if kinds == "":  # version 2
+            base, files = mounted, ("memory.max", "memory.current", "")
+        elif "memory" in kinds.split(","):
+            base, files = mounted / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        yield from ((each, files) for each in (group, *group.parents) if each.is_relative_to(base))
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The name and the number that each line of a system's file begins with."""
+    return {name: int(number) for name, number, *_ in map(str.split, file.read_text().splitlines())}
