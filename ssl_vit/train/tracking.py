@@ -86,8 +86,9 @@ class TrackedRun:
             self._write(sent="")
             self.run.define_metric(STEP)
             self.run.define_metric("*", step_metric=STEP)
-            known = self.state["step"] if self.run.offline else self.run.summary.get(STEP)  # type: ignore[no-untyped-call]
-            self.step = max(int(known or 0), *(last_step(folder) for folder in self._offline_folders()), 0)
+            # not the summary, which may be a line ahead of the history that the server has
+            known = self.state["step"] if self.run.offline else self.run.starting_step - 1
+            self.step = max(known, *(last_step(folder) for folder in self._offline_folders()), 0)
 
     @property
     def started(self) -> bool:
@@ -102,7 +103,7 @@ class TrackedRun:
         if self.run is None or (step is not None and step <= self.step):
             return
         with self._harmless("logging"):
-            self.run.log(values if step is None else {**values, STEP: step})
+            self.run.log(values if step is None else {**values, STEP: step}, step=step, commit=True)
             if step is not None:
                 self.step = step
                 if not self.run.offline:
