@@ -6,6 +6,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["OMP_NUM_THREADS"] = os.environ.get("SSL_VIT_TEST_THREADS", "1")  # before torch is imported, and for all child processes
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from ssl_vit.data.stream import Batch
 from ssl_vit.model.backbone import Backbone, build_backbone
 from ssl_vit.model.config import BackboneConfig
+from tests.processes import THREADS
 
 TINY = BackboneConfig(name="vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=3, heads=2, registers=2)
 
@@ -43,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # results differ in the last bits between thread counts
+    torch.set_num_threads(THREADS)  # results differ in the last bits between thread counts
     torch.manual_seed(0)
 
 

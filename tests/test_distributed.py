@@ -1,9 +1,7 @@
 """Several real processes over gloo: every index once and in order, and the numbers of one process to the last bit."""
 
 import json
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.readout import readout
 from ssl_vit_eval import distributed, online
 from ssl_vit_eval.distributed import barrier, gather_objects, merge_parts, parts, process_group, rank, world
+from tests.processes import THREADS, free_port
 
 TOTALS, SIZES = (0, 1, 5, 7, 64, 65), (1, 3, 64)
 WORLDS = (3, 2)
@@ -25,7 +24,7 @@ BATCHES = (7, 256)  # of the k-NN: ranges that do not divide, and a single one, 
 
 def work(pictures: Path) -> dict[str, object]:
     """What every process answers, and what it did itself (`own`)."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     merged, own = {}, {}
     for total in TOTALS:
         for size in SIZES:
@@ -54,20 +53,13 @@ def work(pictures: Path) -> dict[str, object]:
 
 def member(number: int, pictures: Path, out: Path, ports: list[int]) -> None:
     """The process `number` of each group that has so many."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(number), "LOCAL_RANK": str(number)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(number), "LOCAL_RANK": str(number), "CUDA_VISIBLE_DEVICES": ""}
     for processes, port in zip(WORLDS, ports, strict=True):
         os.environ |= {"WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
         if number < processes:
             with process_group():
                 answer = work(pictures)
             (out / f"{number}-of-{processes}.json").write_text(json.dumps(answer))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 @pytest.fixture
@@ -83,10 +75,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("own_cache")
 def test_processes_share_the_work_and_agree_with_one(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    # a server that has imported the libraries once, has no thread and no GPU, and is then forked
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["datasets", "lightning", "timm"])
-    ports = [free_port() for _ in WORLDS]
+    ports = [int(free_port()) for _ in WORLDS]
     start_processes(member, (pictures, tmp_path, ports), nprocs=max(WORLDS), start_method="forkserver")
     monkeypatch.setattr(online, "BATCH", online.BATCH)  # `work` changes it
     alone = json.loads(json.dumps(work(pictures)))

@@ -87,7 +87,6 @@ def rows() -> list[dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore:The `srun` command is available")  # Lightning's, of the last run, which is no job
 def test_slurm_runs_the_cells_and_the_command_finishes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     put_on_path(monkeypatch, sbatch=SBATCH, srun=SRUN, scontrol=SCONTROL)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write(trained_with=["cls", "gap"])
     # one cell is long enough to be taken off its machine in the middle
     Path("mae.yaml").write_text(Path("mae.yaml").read_text().replace("max_steps: 3", "max_steps: 60"))
@@ -183,7 +182,7 @@ def test_agents_of_a_sweep_take_the_cells(monkeypatch: pytest.MonkeyPatch, capsy
             "Heartbeat": heartbeat,
         }
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {**os.environ, **server.environment, "PATH": path, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, **server.environment, "PATH": path}
         command = [sys.executable, "-m", "ssl_vit", *launch, "--wandb", "tester/readouts"]
         launched = subprocess.run(command, env=env, capture_output=True, text=True)
         assert launched.returncode == 0, launched.stderr

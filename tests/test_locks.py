@@ -1,7 +1,6 @@
 """Locks end with their process, and rows that several processes append at once are all there, whole, whoever is killed."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,9 +13,8 @@ import torch
 from ssl_vit_eval.locks import locked
 from ssl_vit_eval.rows import RowStore
 from tests.planted import plant
+from tests.processes import FORK
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["tests.planted"])
 RIGHT = torch.arange(300) % 2
 
 

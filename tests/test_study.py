@@ -1,14 +1,10 @@
 """`ssl-vit study` as a command: killed, resumed, shared between processes, refused, compared."""
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import signal
-import sys
 import time
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import yaml
 
 from ssl_vit.cli import run
 from tests.conftest import errors
+from tests.processes import Command
 
 pytestmark = pytest.mark.usefixtures("three_classes")
 
@@ -30,29 +27,11 @@ STUDY: dict[str, Any] = {
     "protocols": ["knn"],
     "read_with": ["cls", "gap"],
 }
-SERVER = multiprocessing.get_context("forkserver")  # its processes begin with what it has imported, and with no thread of ours
-SERVER.set_forkserver_preload(["ssl_vit.train.pretrain", "ssl_vit_eval.study", "ssl_vit_eval.compare", "datasets", "tests.test_study"])
 
 
 def write(**changes: Any) -> dict[str, Any]:
     Path("study.yaml").write_text(yaml.safe_dump({**STUDY, **changes}))
     return {**STUDY, **changes}
-
-
-def command(folder: Path, arguments: list[str]) -> None:
-    """What a process does: the command, and its output in a file of its own."""
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    with open(f"log-{os.getpid()}", "w") as log:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(log.fileno(), stream.fileno())
-    sys.exit(run(arguments))
-
-
-def start(*arguments: str) -> ForkServerProcess:
-    process = SERVER.Process(target=command, args=(Path.cwd(), list(arguments)))
-    process.start()
-    return process
 
 
 def rows(folder: str) -> list[dict[str, Any]]:
@@ -110,25 +89,20 @@ def test_a_study_is_resumed_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch
 def test_killed_at_any_moment_a_study_ends_as_if_it_had_not_been() -> None:
     """SIGKILL at random moments within the time that it takes uninterrupted, each time of a new process that goes on with the rest."""
     write(trained_with=["cls"])
-    start("--version").join()  # the server has imported what it needs
+    study = ("study", "study.yaml", "--out")
+    Command("--version").wait()  # the server has imported what it needs
     begun = time.monotonic()
-    whole = start("study", "study.yaml", "--out", "whole")
-    whole.join()
+    whole = Command(*study, "whole")
+    assert whole.wait() == 0, whole.said
     seconds = time.monotonic() - begun
-    assert whole.exitcode == 0
     moments, killed = random.Random(0), 0
     while killed < 5:
-        process = start("study", "study.yaml", "--out", "out")
-        process.join(moments.uniform(0.05, 0.7) * seconds)
-        if process.is_alive():
-            os.kill(process.pid or 0, signal.SIGKILL)
+        if Command(*study, "out").wait(moments.uniform(0.05, 0.7) * seconds) == -signal.SIGKILL:
             killed += 1
         else:  # nothing is left to be killed at
             shutil.rmtree("out")
-        process.join()
-    last = start("study", "study.yaml", "--out", "out")
-    last.join()
-    assert last.exitcode == 0, Path(f"log-{last.pid}").read_text()
+    last = Command(*study, "out")
+    assert last.wait() == 0, last.said
     assert outcome("out") == outcome("whole")
     again = weights("out")
     for name, state in weights("whole").items():
@@ -138,11 +112,9 @@ def test_killed_at_any_moment_a_study_ends_as_if_it_had_not_been() -> None:
 
 def test_processes_share_a_study() -> None:
     write()
-    processes = [start("study", "study.yaml", "--out", "out") for _ in range(3)]
-    for process in processes:
-        process.join()
-    logs = [Path(f"log-{process.pid}").read_text() for process in processes]
-    assert [process.exitcode for process in processes] == [0, 0, 0], logs
+    processes = [Command("study", "study.yaml", "--out", "out") for _ in range(3)]
+    codes, logs = [process.wait() for process in processes], [process.said for process in processes]
+    assert codes == [0, 0, 0], logs
     assert sum(log.count("3 steps, trained with") for log in logs) == 4  # every cell once
     assert len(outcome("out")) == 2 * (1 + (4 + 2) * 2)
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,21 +21,16 @@ from lightning.pytorch.callbacks import Callback, LambdaCallback
 from ssl_vit import load_backbone
 from ssl_vit.cli import run
 from ssl_vit.errors import Interrupted, UsageError
+from ssl_vit.methods.mae import MAE
 from ssl_vit.train.pretrain import pretrain
 from ssl_vit.train.tracking import STEP, Tracking, last_step
 from ssl_vit.weights.checkpoint import read_checkpoint
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.tracking import summary_key, summary_of
+from tests.processes import Command
 
 BIN = Path(sys.executable).parent
 STEPS = 150
-SLOWLY = """
-import sys, time
-from lightning.pytorch.callbacks import LambdaCallback
-from ssl_vit.train.pretrain import pretrain
-from ssl_vit.train.tracking import Tracking
-pretrain("mae.yaml", sys.argv[1:], [LambdaCallback(on_train_batch_end=lambda *_: time.sleep(0.03))], Tracking("readouts"))
-"""
 OPTIONS = ["--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "False"]
 
 
@@ -77,6 +73,16 @@ def assert_mirrors(tracked: FakeRun, folder: str) -> None:
     assert tracked.summary["init"] == read_checkpoint(Path(folder) / "last.ckpt")["ssl_vit"]["init"]
 
 
+def slow_down() -> None:
+    training_step = MAE.training_step
+
+    def slowly(self: MAE, *arguments: Any) -> Any:
+        time.sleep(0.03)
+        return training_step(self, *arguments)
+
+    MAE.training_step = slowly  # type: ignore[method-assign]
+
+
 def at(step: int, action: Callable[[], None]) -> Callback:
     return LambdaCallback(on_train_batch_end=lambda trainer, *_: action() if trainer.global_step == step else None)
 
@@ -94,11 +100,10 @@ class TestPretraining:
         with pytest.raises(Interrupted):
             pretrain("mae.yaml", options, [at(10, lambda: signal.raise_signal(signal.SIGINT))], tracking)
         wandb.teardown()  # a child would else log by way of this process
-        command = [sys.executable, "-c", SLOWLY, *options, "--resume"]
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not arrived(server, 50):
+        process = Command("pretrain", "mae.yaml", *options, "--resume", "--wandb", "readouts", before=slow_down)
+        while process.running and not arrived(server, 50):
             time.sleep(0.01)
-        process.kill()
+        process.send(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert read_checkpoint(Path("run/last.ckpt"))["global_step"] == 10
         there = max(map(last_step, Path("run/wandb").glob("offline-run-*")), default=0) or max(steps_of(*server.runs.values()))
@@ -189,7 +194,7 @@ class TestPretraining:
     def test_one_of_two_processes_logs(self, server: FakeWandb) -> None:
         command = [f"{BIN}/ssl-vit", "pretrain", "mae.yaml", *OPTIONS, "--out", "two", "--wandb", "readouts"]
         both = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-        done = subprocess.run([*command, *both], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=250)
+        done = subprocess.run([*command, *both], capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stderr
         (tracked,) = server.runs.values()
         assert_mirrors(tracked, "two")

@@ -5,7 +5,6 @@ Everything is a function of (seed, position), as on the device: no worker has ra
 
 import logging
 import math
-import multiprocessing
 import os
 import signal
 import threading
@@ -111,12 +110,12 @@ def begin_worker(worker: int) -> None:
     a worker whose images fill the pipe that nobody reads any more would stay for ever, and keep the lock it has inherited."""
     for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    while parent is not None and os.getppid() == parent.pid:
+def _end_with(parent: int) -> None:
+    """The process that started this one: with Python 3.14 a server of forks, which ends with the main process."""
+    while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,8 @@ from ssl_vit.data.stream import Stream, WorkerStream
 from ssl_vit.errors import Failure
 from ssl_vit.train.callbacks import RunFolder
 from ssl_vit.weights.checkpoint import read_checkpoint
-from tests.data.test_stream import CROPS, broken, command, dataset, equal_weights, jpeg, jpegs, pretrain, take
+from tests.data.test_stream import CPU, CROPS, broken, dataset, equal_weights, jpeg, jpegs, pretrain, take
+from tests.processes import Command
 
 __all__ = ["jpegs"]
 pytestmark = [pytest.mark.usefixtures("jpegs", "own_cache"), pytest.mark.filterwarnings("ignore:This DataLoader will create")]
@@ -144,21 +144,20 @@ def test_a_folder_without_a_readable_image(decode: str, change: str, capsys: pyt
     assert ("last one: " if change == "all" else "it is empty") in error_line(capsys)
 
 
+def limit() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+
 def test_a_file_more_than_fits_the_disk() -> None:
     """A limit on the size of files in place of a small disk: nothing half written stays, and the run is one line."""
     rng = torch.Generator().manual_seed(0)
     for i in range(3):  # 77 MiB: fewer are not mapped
         pixels = torch.randint(0, 256, (3000, 3000, 3), dtype=torch.uint8, generator=rng)
         Image.fromarray(pixels.numpy()).save(f"jpegs/big{i}.png", compress_level=0)
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    options = command("mae.yaml", "--out", "run", "--data.decode", "memory", "--data.max_side", "4000")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SSL_VIT_CACHE": "cache"}
-    done = subprocess.run(options, env=environment, preexec_fn=limit, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1, done.stderr
-    line = done.stderr.splitlines()[-1]
+    options = ("mae.yaml", "--out", "run", "--data.decode", "memory", "--data.max_side", "4000")
+    done = Command("pretrain", *options, before=limit, SSL_VIT_CACHE="cache")
+    assert done.wait() == 1, done.said
+    line = done.said.splitlines()[-1]
     assert line.startswith("ssl-vit: ")
     assert line.endswith("cannot be written: File too large; make room, or name another folder in SSL_VIT_CACHE")
     assert [file.suffix for file in Path("cache").iterdir()] == [".lock"]
@@ -170,20 +169,14 @@ LONG = ("mae.yaml", "--keep_every_epochs", "1", "--trainer.max_steps", "100", "-
 def kill(step: int, workers: int, *options: str, worker: bool = False) -> tuple[int, str]:
     """Run into `killed`, and SIGKILL it, or the last of its workers, when it has logged `step`, in the middle of an epoch of three;
     exit code and what it said."""
-    environment, log = {**os.environ, "OMP_NUM_THREADS": "1"}, Path("killed/metrics.jsonl")
-    options = command(*LONG, "--out", "killed", "--data.workers", str(workers), *options)
-    with subprocess.Popen(options, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            deadline = time.monotonic() + 200
-            while not (log.exists() and f'"step": {step},' in log.read_text()) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert process.poll() is None
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(children[-1]) if worker else process.pid, signal.SIGKILL)
-            _, errors = process.communicate(timeout=100)  # workers hold the pipe, too: they have ended
-        finally:
-            process.kill()
-    return process.returncode, errors
+    log = Path("killed/metrics.jsonl")
+    process = Command("pretrain", *LONG, *CPU, "--out", "killed", "--data.workers", str(workers), *options)
+    process.wait_for("killed/metrics.jsonl")
+    while process.running and f'"step": {step},' not in log.read_text():
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]) if worker else process.pid, signal.SIGKILL)
+    return process.wait(100), process.said
 
 
 @pytest.mark.slow  # test_ranks_pretrain.py has one on other devices

@@ -18,6 +18,7 @@ from ssl_vit.data import memory_map
 from ssl_vit.data.identity import describe_change
 from ssl_vit.data.sources import load_split
 from ssl_vit.errors import Failure
+from tests.processes import FORK
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -108,9 +109,13 @@ def test_corrupt_images_are_named_in_every_run_and_a_cut_file_is_made_again(
     assert len(left(tmp_path)) == 2
 
 
-def _rank(source: str, barrier: Any, results: Any) -> None:
-    memory_map.SMALL = 0
-    images = load_split(source, "train", progress=False).images
+def _as_here(tmp_path: Path) -> None:
+    os.environ["SSL_VIT_CACHE"], memory_map.SMALL = str(tmp_path / "cache"), 0
+
+
+def _rank(tmp_path: Path, barrier: Any, results: Any) -> None:
+    _as_here(tmp_path)
+    images = load_split(str(tmp_path / "set"), "train", progress=False).images
     int(images._pixels.sum())  # every page is in use
     barrier.wait()
     (entry,) = re.findall(r"[^\n]*\.images\n(?:[A-Z]\w+: [^\n]*\n)+", Path("/proc/self/smaps").read_text())
@@ -120,9 +125,8 @@ def _rank(source: str, barrier: Any, results: Any) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says whose the pages are")
 def test_ranks_wait_for_one_and_share_its_pages(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(3), context.Queue()
-    ranks = [context.Process(target=_rank, args=(str(tmp_path / "set"), barrier, results)) for _ in range(3)]
+    barrier, results = FORK.Barrier(3), FORK.Queue()
+    ranks = [FORK.Process(target=_rank, args=(tmp_path, barrier, results)) for _ in range(3)]
     for rank in ranks:
         rank.start()
     found = [results.get(timeout=120) for _ in ranks]
@@ -150,7 +154,7 @@ def test_a_change_is_named(tmp_path: Path) -> None:
     assert describe_change(before, now()) == "40 images as before, the first that differs is 39.png"
 
 
-def _stopped_writer(source: str) -> None:
+def _stopped_writer(tmp_path: Path) -> None:
     """It writes one image and waits, while the others fill the workers' pipe."""
 
     def half(file: BinaryIO, images: Any) -> None:
@@ -158,13 +162,14 @@ def _stopped_writer(source: str) -> None:
         file.flush()
         time.sleep(1000)
 
+    _as_here(tmp_path)
     multiprocessing.set_start_method("fork", force=True)  # as in a process of its own: workers inherit the lock
-    memory_map.SMALL, memory_map.workers, memory_map._write = 0, lambda: 2, half  # type: ignore[assignment]
-    load_split(source, "train", progress=False)
+    memory_map.workers, memory_map._write = lambda: 2, half  # type: ignore[assignment]
+    load_split(str(tmp_path / "set"), "train", progress=False)
 
 
 def test_the_lock_of_a_killed_writer_is_free(tmp_path: Path) -> None:
-    writer = multiprocessing.get_context("spawn").Process(target=_stopped_writer, args=(str(tmp_path / "set"),))
+    writer = FORK.Process(target=_stopped_writer, args=(tmp_path,))
     writer.start()
     deadline = time.monotonic() + 100
     while not (tmp_path / "cache").exists() or not any(path.stat().st_size for path in (tmp_path / "cache").iterdir()):

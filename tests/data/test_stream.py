@@ -2,11 +2,9 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +28,7 @@ from ssl_vit.data.views import Crops, MultiCrop, SingleCrop, multi_crop, single_
 from ssl_vit.errors import Failure
 from ssl_vit.train.callbacks import RunFolder
 from ssl_vit.weights.checkpoint import read_checkpoint
+from tests.processes import Command, ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 
@@ -322,18 +321,16 @@ def test_auto_streams_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "data.decode is stream; it must be memory" in capsys.readouterr().err
 
 
-def command(*options: str) -> list[str]:
-    return [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", *options, "--trainer.accelerator", "cpu"]
+CPU = ("--trainer.accelerator", "cpu")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("jpegs")
 def test_two_gloo_processes_equal_one() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     options = ("dino.yaml", "--data.workers", "1", "--trainer.max_steps", "4")
-    both = command(*options, "--out", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.decode", "stream")
-    done = subprocess.run(both, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    both = ("--out", "two", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.decode", "stream")
+    for process in ranks(2, "pretrain", *options, *both, *CPU):
+        assert process.wait() == 0, process.said
     assert pretrain(*options, "--out", "one") == 0
     one, two = weights("one"), weights("two")
     assert pretrain(*options, "--out", "other", "--seed", "1") == 0
@@ -342,20 +339,31 @@ def test_two_gloo_processes_equal_one() -> None:
     assert difference < 1e-5 * scale
 
 
+def _as_python_3_14() -> None:
+    multiprocessing.set_start_method("forkserver", force=True)
+
+
+@pytest.mark.usefixtures("jpegs")
+def test_workers_that_a_server_forks() -> None:
+    options = ("mae.yaml", *CPU, "--data.workers", "2", "--trainer.max_steps", "3", "--out")
+    process = Command("pretrain", *options, "served", before=_as_python_3_14)
+    assert process.wait() == 0, process.said
+    assert pretrain(*options, "forked") == 0
+    assert equal_weights("forked", "served")
+
+
 @pytest.mark.usefixtures("jpegs")
 def test_a_worker_killed_by_the_system_ends_the_run_in_one_line() -> None:
     options = ("mae.yaml", "--data.workers", "2", "--out", "run", "--trainer.max_steps")
-    process = subprocess.Popen(command(*options, "100000"), env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not Path("run/metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    process = Command("pretrain", *options, "100000", *CPU)
+    process.wait_for("run/metrics.jsonl")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
-        process.kill()
+        process.wait(0)
         pytest.skip("this system does not list the children of a process")
     os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.wait(60) == 1
+    errors = process.said
     assert errors.count("ssl-vit: ") == 1  # where the signal comes between two steps, behind the progress bar
     assert errors.count("a data worker was ended by the system") == 1
     assert "Traceback" not in errors

@@ -1,9 +1,6 @@
 """What is logged: values of the global batch, however it is cut, and a loss that is not finite on any device."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +9,22 @@ import torch
 
 from ssl_vit.cli import run
 from ssl_vit.errors import Failure
+from ssl_vit.methods import Method
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.methods.test_dino import attach, tiny
-from tests.train.test_ranks_pretrain import OPTIONS, Ranks
-
-TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-
-# The loss of one device is not finite in step 4
-POISONED = """
-from ssl_vit.cli import main
-from ssl_vit.methods import Method
-
-report = Method.report
-
-def poisoned(self, loss, **metrics):
-    bad = self._trainer is not None and (self.global_rank, self.global_step) == (1, 3)
-    return report(self, loss * float("nan") if bad else loss, **metrics)
-
-Method.report = poisoned
-main()
-"""
+from tests.processes import ranks
+from tests.train.test_ranks_pretrain import OPTIONS, several
 
 
-def processes(*command: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200)
+def poison() -> None:
+    """From now on the loss of one device is not finite in step 4."""
+    report = Method.report
+
+    def poisoned(self: Method, loss: torch.Tensor, **metrics: Any) -> Any:
+        bad = self._trainer is not None and (self.global_rank, self.global_step) == (1, 3)
+        return report(self, loss * float("nan") if bad else loss, **metrics)
+
+    Method.report = poisoned  # type: ignore[method-assign]
 
 
 def logged(folder: str) -> list[dict[str, Any]]:
@@ -48,7 +36,7 @@ def test_micro_batches_and_devices_log_the_global_batch() -> None:
     command = ["pretrain", "dino.yaml", *OPTIONS, "--trainer.log_every_n_steps", "2", "--trainer.max_steps", "5"]
     assert run([*command, "--out", "whole"]) == 0
     assert run([*command, "--out", "cut", "--accumulate", "2"]) == 0
-    Ranks(2, "devices", *command[1:], "--accumulate", "2").wait()
+    several(2, "devices", *command[1:], "--accumulate", "2")
     whole = logged("whole")
     assert [line["step"] for line in whole] == [2, 4, 5]
     for other in ("cut", "devices"):
@@ -81,13 +69,11 @@ def test_metrics_are_means_over_the_micro_batches() -> None:
 
 @pytest.mark.usefixtures("pictures_and_recipes")
 def test_a_loss_that_is_not_finite_on_one_device_stops_all_and_is_not_saved() -> None:
-    Path("poisoned.py").write_text(POISONED)
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     options = ["--trainer.log_every_n_steps", "5", "--keep_every_epochs", "1", "--out", "run"]  # of three steps
-    done = processes("poisoned.py", "pretrain", "mae.yaml", *OPTIONS, *TWO, *options)
-    assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines() if "ssl-vit: " in line]
-    assert said
-    assert all("ssl-vit: the loss is not finite at step 4; lower optim.lr" in line for line in said), done.stderr
-    assert "Traceback" not in done.stderr
+    for process in ranks(2, "pretrain", "mae.yaml", *OPTIONS, *two, *options, before=poison):
+        assert process.wait() == 1
+        assert "ssl-vit: the loss is not finite at step 4; lower optim.lr" in process.said
+        assert "Traceback" not in process.said
     assert read_checkpoint("run/last.ckpt")["global_step"] == 3
     assert not Path("run/run.json").exists()

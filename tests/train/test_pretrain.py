@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ssl_vit.train.callbacks import RunFolder
 from ssl_vit.train.cost import training_flops
 from ssl_vit.train.pretrain import build_method, parse_recipe, recipe_parser
 from ssl_vit.weights.checkpoint import read_checkpoint
+from tests.processes import Command
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
 
@@ -265,7 +265,7 @@ def test_wandb_logger_by_its_name() -> None:
     logger = ["--trainer.logger", "WandbLogger", "--trainer.logger.project", "tests", "--trainer.logger.save_dir", "logs"]
     # of its own: a test in this process that logged before has left the address of its W&B service
     own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment = {**own, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment = {**own, "WANDB_MODE": "offline"}
     Path("logs").mkdir()
     done = subprocess.run([*command, *logger], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -275,18 +275,15 @@ def test_wandb_logger_by_its_name() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_a_scheduler_is_told_of_sigterm(number: signal.Signals) -> None:
     """A real process and a real signal."""
-    command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", "mae.yaml", "--trainer.max_steps", "100000", "--out", "long"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not Path("long/metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    process = Command("pretrain", "mae.yaml", "--trainer.max_steps", "100000", "--out", "long")
+    process.wait_for("long/metrics.jsonl")
+    process.send(number)
+    code, errors = process.wait(60), process.said
     assert "Traceback" not in errors
     if number == signal.SIGTERM:
-        assert (process.returncode, errors.rstrip().splitlines()[-1]) == (143, "ssl-vit: ended by SIGTERM; go on with --resume")
+        assert (code, errors.rstrip().splitlines()[-1]) == (143, "ssl-vit: ended by SIGTERM; go on with --resume")
         return
-    assert process.returncode == 130
+    assert code == 130
     assert errors.rstrip().splitlines()[-1].startswith("ssl-vit: stopped at step ")
     assert read_checkpoint("long/last.ckpt")["global_step"] > 0
 

@@ -1,22 +1,21 @@
 """`ssl-vit pretrain` on several processes, started as torchrun, Slurm and Lightning start them: the run of one process."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 
 from ssl_vit.cli import run
 from ssl_vit.train.pretrain import build_method, parse_recipe
 from ssl_vit.weights.checkpoint import read_checkpoint
+from tests.processes import Command, free_port
+from tests.processes import ranks as torchrun
 
 pytestmark = [pytest.mark.usefixtures("pictures_and_recipes"), pytest.mark.timeout(900)]
 
@@ -25,18 +24,11 @@ EXACT = ("--trainer.precision", "64-true")
 READOUTS = {"dino": ["cls", "gap", "register", "ep_cls", "cls@last2", "gap/pre"], "mae": ["cls", "gap", "register", "ep_cls", "gap/pre"]}
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def started(commands: list[list[str]], variables: list[dict[str, str]]) -> list[tuple[int, str]]:
-    """Exit code and all that was said, of processes that run at the same time."""
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def started(commands: list[list[str]]) -> list[tuple[int, str]]:
+    """Exit code and all that was said, of launchers that run at the same time."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     processes = [
-        subprocess.Popen(command, env={**base, **own}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command, own in zip(commands, variables, strict=True)
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
     ]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -46,47 +38,13 @@ def started(commands: list[list[str]], variables: list[dict[str, str]]) -> list[
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def command(out: str, *options: str) -> list[str]:
-    return ["-m", "ssl_vit", "pretrain", *options, "--out", out, *OPTIONS]
+def begin(count: int, out: str, *options: str) -> list[Command]:
+    return torchrun(count, "pretrain", *options, "--out", out, *OPTIONS, "--trainer.devices", str(count), "--trainer.strategy", "ddp")
 
 
-class Ranks:
-    """The processes of one node with what torchrun sets for them, started as forks of one that has done the imports."""
-
-    def __init__(self, ranks: int, out: str, *options: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ssl_vit.train.pretrain", "ssl_vit.cli"])
-        shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        shared |= {"CUDA_VISIBLE_DEVICES": "", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
-        arguments = ["pretrain", *options, "--out", out, *OPTIONS, "--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
-        ids = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        self.processes = [context.Process(target=as_rank, args=(arguments, shared | own, Path.cwd())) for own in ids]
-        for process in self.processes:
-            process.start()
-
-    def wait(self) -> None:
-        for rank, process in enumerate(self.processes):
-            process.join(timeout=300)
-            process.kill()
-            assert process.exitcode == 0, Path(f"rank{rank}.log").read_text()
-
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()  # SIGKILL
-        for process in self.processes:
-            process.join()
-
-
-def as_rank(arguments: list[str], variables: dict[str, str], folder: Path) -> None:
-    os.environ |= variables
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the data workers, as in a process of its own
-    rank_zero_only.rank = int(variables["RANK"])  # type: ignore[attr-defined]  # Lightning reads the variable when it is imported
-    with open(f"rank{variables['RANK']}.log", "w") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
-    sys.exit(run(arguments))
+def several(count: int, out: str, *options: str) -> None:
+    for process in begin(count, out, *options):
+        assert process.wait() == 0, process.said
 
 
 def alone(out: str, *options: str) -> None:
@@ -115,7 +73,7 @@ def assert_the_same_run(one: str, other: str, recipe: str, *options: str) -> Non
 
 def compare(ranks: int, recipe: str, *options: str) -> None:
     alone("one", recipe, *options)
-    Ranks(ranks, "several", recipe, *options).wait()
+    several(ranks, "several", recipe, *options)
     assert json.loads(Path("several/run.json").read_text())["devices"] == f"{ranks} x cpu"
     assert_the_same_run("one", "several", recipe, *options)
 
@@ -140,7 +98,7 @@ def test_two_processes_train_what_one_trains_by_every_data_path(method: str, pat
     """In float64, where the order of additions is far below everything else."""
     options = (*PATHS[path], *EXACT)
     alone("one", f"{method}.yaml", *options)
-    Ranks(2, "several", f"{method}.yaml", *options, "--accumulate", str(accumulate)).wait()
+    several(2, "several", f"{method}.yaml", *options, "--accumulate", str(accumulate))
     assert_the_same_run("one", "several", f"{method}.yaml", *options)
 
 
@@ -154,14 +112,15 @@ def test_two_processes_train_what_one_trains_by_every_data_path(method: str, pat
 def test_a_run_whose_processes_are_killed_goes_on_with_other_devices(method: str, path: str, ranks: tuple[int, int]) -> None:
     options = (f"{method}.yaml", *PATHS[path], *EXACT, "--trainer.max_steps", "45", "--optim.lr", "1e-3")
     kept = ("--keep_every_epochs", "1")
-    first = Ranks(ranks[0], "killed", *options, *kept)
-    deadline = time.monotonic() + 200
-    while not Path("killed/epoch-0002.ckpt").exists() and first.processes[0].is_alive() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    first.kill()
+    first = begin(ranks[0], "killed", *options, *kept)
+    first[0].wait_for("killed/epoch-0002.ckpt")
+    for process in first:
+        process.send(signal.SIGKILL)
+    for process in first:
+        process.wait()
     assert 6 <= read_checkpoint("killed/last.ckpt")["global_step"] < 45
     assert not Path("killed/run.json").exists()
-    Ranks(ranks[1], "killed", *options, *kept, "--resume").wait()
+    several(ranks[1], "killed", *options, *kept, "--resume")
     assert json.loads(Path("killed/run.json").read_text())["steps"] == 45
     alone("one", *options)
     assert_the_same_run("one", "killed", *options)
@@ -172,11 +131,11 @@ def test_a_run_whose_processes_are_killed_goes_on_with_other_devices(method: str
 def test_four_processes_that_are_resumed_end_in_the_same_bits(method: str) -> None:
     """In float32, where the order in which four gradients are added shows."""
     options = (f"{method}.yaml", "--keep_every_epochs", "1")
-    Ranks(4, "whole", *options).wait()
+    several(4, "whole", *options)
     for name, of in (("last.ckpt", "epoch-0001.ckpt"), ("recipe.yaml", "recipe.yaml")):
         Path("resumed").mkdir(exist_ok=True)
         shutil.copy(Path("whole", of), Path("resumed", name))
-    Ranks(4, "resumed", *options, "--resume").wait()
+    several(4, "resumed", *options, "--resume")
     one, other = weights("whole"), weights("resumed")
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -185,8 +144,8 @@ def test_torchrun_with_two_nodes() -> None:
     """Two launchers of one process each, as on two machines: one writes, the other does not."""
     launcher = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {free_port()}".split()
     options = ["mae.yaml", "--trainer.devices", "1", "--trainer.num_nodes", "2", "--trainer.strategy", "ddp"]
-    commands = [[sys.executable, *launcher, "--node-rank", str(node), *command("several", *options)] for node in range(2)]
-    done = started(commands, [{}, {}])
+    ours = ["-m", "ssl_vit", "pretrain", *options, "--out", "several", *OPTIONS]
+    done = started([[sys.executable, *launcher, "--node-rank", str(node), *ours] for node in range(2)])
     assert [code for code, _ in done] == [0, 0], done
     assert ["7 steps" in output for _, output in done] == [True, False]
     alone("one", "mae.yaml")
@@ -201,10 +160,10 @@ def slurm_tasks() -> list[dict[str, str]]:
 
 
 def test_slurm() -> None:
-    own = [sys.executable, *command("several", "mae.yaml", "--trainer.devices", "2", "--trainer.strategy", "ddp")]
-    done = started([own, own], slurm_tasks())
-    assert [code for code, _ in done] == [0, 0], done
-    assert ["7 steps" in output for _, output in done] == [True, False]
+    options = ("mae.yaml", "--out", "several", *OPTIONS, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    tasks = [Command("pretrain", *options, **task) for task in slurm_tasks()]
+    assert [task.wait() for task in tasks] == [0, 0], [task.said for task in tasks]
+    assert ["7 steps" in task.said for task in tasks] == [True, False]
     assert json.loads(Path("several/run.json").read_text())["devices"] == "2 x cpu"
     steps = [json.loads(line)["step"] for line in Path("several/metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))  # each once
@@ -231,6 +190,7 @@ def test_a_run_folder_that_nodes_do_not_share_is_refused() -> None:
         Path("first").mkdir(exist_ok=True)
         shutil.copy(Path("shared", of), Path("first", name))
     options = ["mae.yaml", "--resume", "auto", "--keep_every_epochs", "1", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    done = started([[sys.executable, *command(folder, *options)] for folder in ("first", "second")], slurm_tasks())
-    assert [code for code, _ in done] == [2, 2], done
-    assert all("they must share it" in output and "Traceback" not in output for _, output in done), done
+    folders = zip(("first", "second"), slurm_tasks(), strict=True)
+    tasks = [Command("pretrain", *options, "--out", folder, *OPTIONS, **task) for folder, task in folders]
+    assert [task.wait() for task in tasks] == [2, 2], [task.said for task in tasks]
+    assert all("they must share it" in task.said and "Traceback" not in task.said for task in tasks)
