@@ -119,7 +119,7 @@ def pretrain(arguments: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true")
     values, options = parser.parse_known_args(arguments[1:])
     if "--help" in options or "-h" in options:
-        print(f"{PRETRAIN}\nand of the recipe:\n")
+        print(f"options of the command:\n{PRETRAIN}\noptions of the recipe:\n")
     if values.dry_run:
         from ssl_vit.train.dry_run import dry_run
 

@@ -1,6 +1,7 @@
 """Small models and batches that the tests share. Nothing here or in the tests waits for a hub."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from ssl_vit.data.stream import Batch
 from ssl_vit.model.backbone import Backbone, build_backbone
 from ssl_vit.model.config import BackboneConfig
-from tests.processes import THREADS
+from tests.processes import THREADS, begun
 
 TINY = BackboneConfig(name="vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=3, heads=2, registers=2)
 
@@ -41,6 +42,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "trainer": {"max_steps": 7},
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    while begun:
+        begun.pop().wait(0)
 
 
 @pytest.fixture(autouse=True)

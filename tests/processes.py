@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-FORK = multiprocessing.get_context("forkserver")  # it has no thread and has read nothing of a test's environment
+FORK = multiprocessing.get_context("forkserver")  # it has no thread; its environment is that of the first test that asks
 FORK.set_forkserver_preload(["ssl_vit.cli", "ssl_vit.train.pretrain", "ssl_vit_eval.study", "ssl_vit_eval.online", "datasets"])
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])  # of torch, in every process of the tests; conftest.py sets it
 
-_numbers = itertools.count()
+_numbers, begun = itertools.count(), list["Command"]()  # conftest.py ends those that a failed test has left
 
 
 class Command:
@@ -26,6 +26,7 @@ class Command:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables}
         self._process = FORK.Process(target=_run, args=(list(arguments), environment, Path.cwd(), self.log, before))
         self._process.start()
+        begun.append(self)
 
     @property
     def pid(self) -> int:

@@ -84,6 +84,7 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path("out/eval/rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The `srun` command is available")  # Lightning's, of the last run, which is no job
 def test_slurm_runs_the_cells_and_the_command_finishes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     put_on_path(monkeypatch, sbatch=SBATCH, srun=SRUN, scontrol=SCONTROL)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,11 @@ from ssl_vit.errors import Interrupted, UsageError
 from ssl_vit.methods.mae import MAE
 from ssl_vit.train.pretrain import pretrain
 from ssl_vit.train.tracking import STEP, Tracking, last_step
+from ssl_vit.train.training_log import TrainingLog
 from ssl_vit.weights.checkpoint import read_checkpoint
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.tracking import summary_key, summary_of
-from tests.processes import Command
+from tests.processes import Command, ranks
 
 BIN = Path(sys.executable).parent
 STEPS = 150
@@ -191,11 +193,17 @@ class TestPretraining:
             assert all("WANDB_API_KEY" in line and "wandb sync" in line for line in lines)
         assert not server.runs
 
+    def test_one_line_for_a_step(self) -> None:
+        log, sent = TrainingLog(Tracking("readouts"), Path()), []
+        log.run = SimpleNamespace(started=True, log=lambda values, step: sent.append((step, values)))  # type: ignore[assignment]
+        Path("metrics.jsonl").write_text('{"step": 3, "knn_top1": 0.5}\n{"step": 3, "loss": 2.0}\n{"step": 4, "loss": 1.0}\n')
+        log.send()
+        assert sent == [(3, {"knn_top1": 0.5, "loss": 2.0}), (4, {"loss": 1.0})]
+
     def test_one_of_two_processes_logs(self, server: FakeWandb) -> None:
-        command = [f"{BIN}/ssl-vit", "pretrain", "mae.yaml", *OPTIONS, "--out", "two", "--wandb", "readouts"]
         both = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-        done = subprocess.run([*command, *both], capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, done.stderr
+        for process in ranks(2, "pretrain", "mae.yaml", *OPTIONS, *both, "--out", "two", "--wandb", "readouts"):
+            assert process.wait() == 0, process.said
         (tracked,) = server.runs.values()
         assert_mirrors(tracked, "two")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes of memory that this process may still take: the system's, or what its control groups leave if that is less.
 
-    Cached files count as available, in a group as in the system: what was read before must not decide how images are decoded."""
+    Cached files count as available, in a group as in the system: what was read before must not decide what is kept."""
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():  # not Linux: the physical memory is the best that the standard library knows
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,6 +3,7 @@
 Nothing outside the folder is read: a link or a file name in a metadata file that leads out of it is refused.
 """
 
+import csv
 import os
 import re
 from collections import Counter
@@ -114,11 +115,11 @@ def _grouped(files: list[Path], root: Path) -> dict[str, list[Path]]:
     return groups
 
 
-def _open_files(kind: str, split: str, files: list[Path]) -> Any:
+def _open_files(kind: str, split: str, files: list[Path], **options: Any) -> Any:
     datasets = hf_datasets()
     try:
         # `datasets` keeps its converted copy in its own cache folder, memory-mapped
-        return datasets.load_dataset(kind, data_files={split: [str(file) for file in files]}, split=split)
+        return datasets.load_dataset(kind, data_files={split: [str(file) for file in files]}, split=split, **options)
     except Exception as error:
         raise Failure(f"{files[0]} (split {split!r}) cannot be read as {kind}: {reason(error.__cause__ or error)}") from error
 
@@ -152,9 +153,16 @@ def image_table(paths: list[str]) -> Any:
 
 def _open_metadata(root: Path, file: Path) -> Any:
     """metadata.csv or metadata.jsonl beside the images: `file_name`, relative to it, and further columns."""
-    table = _open_files("csv" if file.suffix == ".csv" else "json", "train", [file])
-    if "file_name" not in table.column_names:
-        raise Failure(f"{file} has no column file_name (found: {', '.join(table.column_names)}); every row needs one")
-    image = image_table([str(inside((file.parent / str(name)).relative_to(root), root)) for name in table["file_name"]])
+    text: dict[str, Any] = {}
+    if file.suffix == ".csv":  # all of it is text: a type guessed from it would make one class of 001 and 1, and none of NA
+        datasets = hf_datasets()
+        with file.open(newline="", encoding="utf-8") as lines:
+            header = next(csv.reader(lines), [])
+        text = {"features": datasets.Features({name: datasets.Value("string") for name in header}), "keep_default_na": False}
+    table = _open_files("csv" if text else "json", "train", [file], **text)
+    names: list[Any] = list(table["file_name"]) if "file_name" in table.column_names else [None]
+    if None in names:
+        raise Failure(f"{file}: row {names.index(None)} has no file_name (columns: {', '.join(table.column_names)}); every row needs one")
+    image = image_table([str(inside((file.parent / name).relative_to(root), root)) for name in names])
     rest = table.remove_columns("file_name")
     return hf_datasets().concatenate_datasets([image, rest], axis=1) if rest.column_names else image

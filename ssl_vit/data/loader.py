@@ -5,6 +5,7 @@ Everything is a function of (seed, position), as on the device: no worker has ra
 
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -110,12 +111,14 @@ def begin_worker(worker: int) -> None:
     a worker whose images fill the pipe that nobody reads any more would stay for ever, and keep the lock it has inherited."""
     for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_main, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """The process that started this one: with Python 3.14 a server of forks, which ends with the main process."""
-    while os.getppid() == parent:
+def _end_with_main(parent: int) -> None:
+    """End this process once the main one is gone. Its parent tells under fork, where a sibling keeps `is_alive` true; under forkserver,
+    Python 3.14's default, the parent is a server that outlives the main process, and `is_alive` tells."""
+    main = multiprocessing.parent_process()
+    while os.getppid() == parent and (main is None or main.is_alive()):
         time.sleep(0.5)
     os._exit(1)
 

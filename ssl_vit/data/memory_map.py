@@ -1,4 +1,4 @@
-"""Images that fit are decoded once per machine, by several processes, into a file that every process maps and the next run finds again.
+"""Images of `data.decode: memory`, decoded once per machine by several processes into a file that all map and the next run finds again.
 
 The file holds the pixels of all images one after the other, then their sizes. It lies in $SSL_VIT_CACHE, else in the user's cache folder;
 any file there may be deleted when no run uses it.
@@ -69,8 +69,8 @@ def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: s
             if store is None:
                 if (free := shutil.disk_usage(file.parent).free) < needed:
                     raise Failure(
-                        f"{file} needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free there; set data.decode to stream, "
-                        "lower data.max_side, or name another folder in SSL_VIT_CACHE"
+                        f"{file} needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there; make room, name another "
+                        "folder in SSL_VIT_CACHE, lower data.max_side, or set data.decode to stream where the method can"
                     )
                 with closing(_all(images, workers(), title, progress, corrupt)) as found:  # or the bar would end behind the error's line
                     write_atomically(file, lambda target: _write(target, found))

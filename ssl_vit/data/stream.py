@@ -184,7 +184,8 @@ class ImageData(lightning.LightningDataModule):
         if decode != "memory" and streams:
             rows, notices = open_records(self.source, self.split, self.image_column)
             if decode == "auto":
-                decode = "memory" if len(rows.table) * mean_bytes(rows, self.max_side) <= MEMORY else "stream"
+                small = len(rows.table) * mean_bytes(rows, self.max_side) <= MEMORY
+                decode = self.trainer.strategy.broadcast("memory" if small else "stream")  # a header may be unreadable on one machine
             if decode == "stream":
                 self.records = rows
                 found = identity(rows)[0] if self.trainer.is_global_zero else {}  # one process reads or lists the files

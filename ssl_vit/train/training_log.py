@@ -49,9 +49,12 @@ class TrainingLog(Callback):
             new = lines.read()
         whole = new[: new.rfind(b"\n") + 1]
         self._position += len(whole)
+        steps: dict[int, dict[str, Any]] = {}  # the online k-NN writes a line of its own for a step
         for line in whole.splitlines():
             values = json.loads(line)
-            self.run.log(values, step=values.pop("step"))
+            steps.setdefault(values.pop("step"), {}).update(values)
+        for step, values in steps.items():
+            self.run.log(values, step=step)
 
     def close(self) -> None:
         """What is known at the end; of a run that stopped before it, only that it stopped."""

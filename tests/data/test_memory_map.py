@@ -79,7 +79,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
 def test_a_disk_without_room_is_told_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=3000))
     monkeypatch.setattr(memory_map, "_write", pytest.fail)
-    with pytest.raises(Failure, match=r"needs about 0\.0 GiB, and 0\.0 are free there; set data\.decode to stream"):
+    with pytest.raises(Failure, match=r"needs about 0\.0 GiB, and 0\.0 GiB are free there; make room, name another folder"):
         load_split(str(tmp_path / "set"), "train", progress=False)
 
 

@@ -149,9 +149,14 @@ def test_loose_arrow_files(tmp_path: Path) -> None:
 
 def test_metadata_file_gives_labels(tmp_path: Path) -> None:
     write(tmp_path, "a.png", "sub/b.png")
-    (tmp_path / "metadata.csv").write_text("file_name,label\nsub/b.png,zebra\na.png,ant\n")
-    split = load(tmp_path, labels=True)
-    assert (greys(split), split.labels.tolist(), split.classes) == ([1, 0], [1, 0], ("ant", "zebra"))
+    for b, a in (("zebra", "ant"), ("NA", "1"), ("1", "001")):  # text, whatever it looks like
+        (tmp_path / "metadata.csv").write_text(f"file_name,label\nsub/b.png,{b}\na.png,{a}\n")
+        split = load(tmp_path, labels=True)
+        assert (greys(split), split.labels.tolist(), split.classes) == ([1, 0], [1, 0], (a, b))
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": "x"}\n{"label": "y"}\n')
+    with pytest.raises(Failure, match=r"row 1 has no file_name"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "train", "test"), [("photos", 7948, 2071), ("photos-new", 3299, 848)])

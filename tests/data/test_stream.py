@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -307,14 +308,14 @@ def test_weights_do_not_depend_on_workers_and_resume_is_exact(method: str, monke
 
 
 @pytest.mark.usefixtures("jpegs")
-def test_auto_streams_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_auto_streams_what_is_above_the_limit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain("mae.yaml", "--out", "stream", "--trainer.max_steps", "2") == 0
-    assert pretrain("mae.yaml", "--out", "fits", "--trainer.max_steps", "2", "--data.decode", "auto") == 0
+    assert pretrain("mae.yaml", "--out", "below", "--trainer.max_steps", "2", "--data.decode", "auto") == 0
     monkeypatch.setattr("ssl_vit.data.stream.MEMORY", 2**20)
     assert pretrain("mae.yaml", "--out", "auto", "--trainer.max_steps", "2", "--data.decode", "auto") == 0
     assert "decode" not in yaml.safe_load(Path("auto/recipe.yaml").read_text())["data"]
     assert equal_weights("auto", "stream")
-    assert not equal_weights("fits", "stream")  # the crops of workers are rounded
+    assert not equal_weights("below", "stream")  # the crops of workers are rounded
     assert pretrain("mae.yaml", "--out", "other", "--data.workers", "-1") == 2
     assert "data.workers is -1; it must be ≥0" in capsys.readouterr().err
     assert pretrain("mae.yaml", "--out", "other", "--data.source", "builtin:photos") == 2
@@ -343,13 +344,30 @@ def _as_python_3_14() -> None:
     multiprocessing.set_start_method("forkserver", force=True)
 
 
+def running_below(pid: str) -> set[str]:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    below = children.read_text().split() if children.exists() else []
+    return {*below, *(other for child in below for other in running_below(child))}
+
+
+def ended(pid: str) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")")[-1].split()[0] == "Z"
+
+
 @pytest.mark.usefixtures("jpegs")
-def test_workers_that_a_server_forks() -> None:
-    options = ("mae.yaml", *CPU, "--data.workers", "2", "--trainer.max_steps", "3", "--out")
-    process = Command("pretrain", *options, "served", before=_as_python_3_14)
-    assert process.wait() == 0, process.said
-    assert pretrain(*options, "forked") == 0
-    assert equal_weights("forked", "served")
+def test_workers_that_a_server_forks_work_and_end_with_the_run() -> None:
+    options = ("mae.yaml", *CPU, "--data.workers", "2", "--trainer.max_steps", "100000", "--out", "run")
+    process = Command("pretrain", *options, before=_as_python_3_14)
+    process.wait_for("run/metrics.jsonl")
+    below = running_below(str(process.pid))
+    assert process.running, process.said
+    process.send(signal.SIGKILL)
+    until = time.monotonic() + 60
+    while not all(map(ended, below)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert len(below) >= 3 or not Path("/proc/self/stat").exists()  # the workers and their server
 
 
 @pytest.mark.usefixtures("jpegs")

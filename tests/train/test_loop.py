@@ -93,8 +93,14 @@ def test_two_ranks_of_two_micro_batches_equal_one(method: str) -> None:
     assert_close(method, one, dict(read_checkpoint("cut/last.ckpt")["state_dict"]))
 
 
-@pytest.mark.parametrize("length", [EPOCHS, ("--trainer.max_steps", "7")])
-@pytest.mark.parametrize(("method", "accumulate"), [("dino", 1), ("mae", 1), ("mae", 2)])
+STEPS = ("--trainer.max_steps", "7")
+FAST = [("dino", 1, EPOCHS), ("mae", 2, STEPS)]
+ALL = [(method, accumulate, length) for method, accumulate in [("dino", 1), ("mae", 1), ("mae", 2)] for length in (EPOCHS, STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("method", "accumulate", "length"), [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in ALL]
+)
 def test_a_run_that_a_clock_stops_anywhere_goes_on_exactly(method: str, accumulate: int, length: tuple[str, ...]) -> None:
     options = (*length, "--accumulate", str(accumulate))
     whole = train(f"{method}.yaml", "whole", *options)

@@ -4,8 +4,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,16 +257,19 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again() -> None:
     assert Path("run/run.json").exists()
 
 
+def forget_wandb() -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ["WANDB_MODE"] = "offline"
+
+
 def test_wandb_logger_by_its_name() -> None:
     """Any Trainer flag: here a logger class, offline."""
-    command = [str(Path(sys.executable).parent / "ssl-vit"), "pretrain", "mae.yaml", "--trainer.max_steps", "2", "--out", "run"]
     logger = ["--trainer.logger", "WandbLogger", "--trainer.logger.project", "tests", "--trainer.logger.save_dir", "logs"]
-    # of its own: a test in this process that logged before has left the address of its W&B service
-    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment = {**own, "WANDB_MODE": "offline"}
     Path("logs").mkdir()
-    done = subprocess.run([*command, *logger], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    # a process of its own: a test in this one that logged before has left the address of its W&B service
+    done = Command("pretrain", "mae.yaml", "--trainer.max_steps", "2", "--out", "run", *logger, before=forget_wandb)
+    assert done.wait() == 0, done.said
     assert list(Path("logs/wandb").glob("offline-run-*/*.wandb"))
 
 
