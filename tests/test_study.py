@@ -148,7 +148,7 @@ def test_token_sets_make_recipes_of_their_own(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_study_of_images_that_stream_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssl_vit.data.stream.MEMORY", 0)
+    monkeypatch.setattr("ssl_vit.data.stream.MEMORY_LIMIT", 0)
     write(recipes=["mae.yaml"], trained_with=["cls"], read_with=["cls"])
     assert run(["study", "study.yaml", "--out", "out", "--cell", "mae-cls-s0"]) == 0
     assert run(["study", "study.yaml", "--out", "out"]) == 0

@@ -31,7 +31,7 @@ from ssl_vit.errors import Failure, UsageError, check_numbers, require
 
 # Decoded bytes up to which `auto` decodes once. Not what a machine has free: crops of workers are rounded, so a recipe that streamed
 # here and not there would be two.
-MEMORY = 8 * 2**30
+MEMORY_LIMIT = 8 * 2**30
 
 
 class Stream:
@@ -184,7 +184,7 @@ class ImageData(lightning.LightningDataModule):
         if decode != "memory" and streams:
             rows, notices = open_records(self.source, self.split, self.image_column)
             if decode == "auto":
-                small = len(rows.table) * mean_bytes(rows, self.max_side) <= MEMORY
+                small = len(rows.table) * mean_bytes(rows, self.max_side) <= MEMORY_LIMIT
                 decode = self.trainer.strategy.broadcast("memory" if small else "stream")  # a header may be unreadable on one machine
             if decode == "stream":
                 self.records = rows

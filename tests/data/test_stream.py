@@ -311,7 +311,7 @@ def test_weights_do_not_depend_on_workers_and_resume_is_exact(method: str, monke
 def test_auto_streams_what_is_above_the_limit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain("mae.yaml", "--out", "stream", "--trainer.max_steps", "2") == 0
     assert pretrain("mae.yaml", "--out", "below", "--trainer.max_steps", "2", "--data.decode", "auto") == 0
-    monkeypatch.setattr("ssl_vit.data.stream.MEMORY", 2**20)
+    monkeypatch.setattr("ssl_vit.data.stream.MEMORY_LIMIT", 2**20)
     assert pretrain("mae.yaml", "--out", "auto", "--trainer.max_steps", "2", "--data.decode", "auto") == 0
     assert "decode" not in yaml.safe_load(Path("auto/recipe.yaml").read_text())["data"]
     assert equal_weights("auto", "stream")

@@ -1,4 +1,4 @@
-"""`ssl-vit pretrain` on several processes, started as torchrun, Slurm and Lightning start them: the run of one process."""
+"""`ssl-vit pretrain` on several processes, started as torchrun and Slurm start them: the run of one process."""
 
 import json
 import os
