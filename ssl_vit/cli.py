@@ -100,7 +100,7 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def pretrain(arguments: list[str]) -> None:
-    from ssl_vit.assets import list_assets
+    from ssl_vit.assets import find_asset, list_assets
 
     names = ", ".join(list_assets("recipes"))
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -112,6 +112,7 @@ def pretrain(arguments: list[str]) -> None:
         return
     if arguments[0].startswith("-"):
         raise UsageError(f"the recipe comes first, got {arguments[0]!r}; give a YAML file or one of: {names}")
+    find_asset("recipes", arguments[0])  # a wrong name is answered at once; the imports below take seconds
     parser = Parser("pretrain", "", add_help=False)  # the rest, --help among it, goes to the recipe's own
     parser.add_argument("--online-knn", metavar="D")
     parser.add_argument("--online-knn-every", type=int, default=10)
@@ -138,7 +139,11 @@ def pretrain(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    parser = Parser("eval", "Read every source in every way on every dataset; rows and per-image predictions land in the output folder.")
+    parser = Parser(
+        "eval",
+        "Read every source in every way on every dataset; rows and per-image predictions land in the output folder. "
+        "What it prints as oracle is the best setting's accuracy on test, which is never used.",
+    )
     files = "checkpoint (CKPT:student for a DINO run's student), exported folder, DINO / MAE / DINOv2 weights file"
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=f"{files}, timm:NAME, random:RECIPE, pixels or pixels:SIZE")
     parser.add_argument("--data", nargs="+", metavar="D", help="hub id, local folder or builtin:NAME; default: builtin:photos")

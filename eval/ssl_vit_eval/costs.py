@@ -88,7 +88,7 @@ def cell_costs(cells: Sequence[Cell]) -> list[Cost]:
         if (name, cell.readout) not in operations:
             operations[name, cell.readout] = training_flops(build_method(config, values))
         if name not in steps:
-            steps[name] = total_steps(config)
+            steps[name] = total_steps(config) or 0  # never None where sources are opened
         images = steps[name] * config.data.batch_size
         if not known[name] and name not in timed:
             timed[name] = step_seconds(config, values)

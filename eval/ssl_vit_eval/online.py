@@ -70,6 +70,7 @@ class OnlineKNN(Callback):
         if not epoch_ends and trainer.global_step < module.total_steps:
             return
         value = self.measure(*trained(module), module.device)
+        rank_zero_info(f"step {trainer.global_step}: knn_top1 {value:.1%} on the selection slice of {self.data}")
         for logger in trainer.loggers:
             logger.log_metrics({"knn_top1": value}, step=trainer.global_step)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from ssl_vit.data.images import EXTENSIONS
 from ssl_vit.errors import Failure, UsageError, reason
 
@@ -136,7 +138,10 @@ def _saved_tables(root: Path) -> Tables:
 def _open_images(root: Path, base: Path, images: list[str]) -> Any:
     """The table of the images in a folder `base`: its metadata file if there is one, else paths that start at `root`."""
     if metadata := next((base / name for name in _METADATA if (base / name).exists()), None):
-        return _open_metadata(root, metadata)
+        table = _open_metadata(root, metadata)
+        if len(table) != len(images):
+            rank_zero_info(f"{metadata} names {len(table)} of the {len(images)} images beside it; no others are used")
+        return table
     return image_table([image[len(str(root)) + 1 :] for image in images])
 
 

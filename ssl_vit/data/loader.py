@@ -26,7 +26,7 @@ from ssl_vit.data.images import decode, header_size
 from ssl_vit.data.records import Records
 from ssl_vit.data.rng import permutation
 from ssl_vit.data.views import Crops, CropTensors
-from ssl_vit.errors import Failure
+from ssl_vit.errors import Failure, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,15 @@ _NEIGHBOURS = 100  # corrupt images one after the other that are skipped
 def whole_batches(limit: int | float, per_epoch: int) -> int:
     """Lightning's reading of `limit_train_batches` and `overfit_batches`: a whole number above 1, or an int, counts; a share else."""
     return min(int(limit), per_epoch) if isinstance(limit, int) or limit > 1 else int(limit * per_epoch)
+
+
+def batches_of_an_epoch(source: str, count: int, batch_size: int, limit: int | float) -> int:
+    """Global batches that `count` images give under a limit; UsageError if there is none."""
+    if batch_size > count:
+        raise UsageError(f"data.batch_size is {batch_size}, but {source} holds {count} images; lower it")
+    if (batches := whole_batches(limit, count // batch_size)) == 0:
+        raise UsageError(f"trainer.limit_train_batches or overfit_batches {limit} is less than one batch; raise it")
+    return batches
 
 
 class Order:

@@ -23,7 +23,7 @@ from ssl_vit.errors import Failure, UsageError, one_of
 
 _SAMPLE = 256
 _BUILTINS = tuple(f"builtin:{name}" for name in photos.NAMES)
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,13 @@ def load_split(source: str, split: str, *, image_column: str | None = None, max_
         if max_side is not None and max_side < photos.PATCH:
             reduced = torch.stack([to_tensor(limit_side(image, max_side)) for image in pil_images(stack)])
         return Images(ImageStore.stacked(reduced), stack_identity(stack))
-    rows, notices = open_records(source, split, image_column)
+    return load_records(*open_records(source, split, image_column), max_side, progress)
+
+
+def load_records(rows: Records, notices: tuple[str, ...], max_side: int | None, progress: bool) -> Images:
+    """The same of an opened split."""
     needed, (what, key) = len(rows.table) * mean_bytes(rows, max_side), identity(rows)
-    return Images(decoded(rows, max_side, key, needed, f"decoding {display_name(source)}: {rows.split}", progress), what, notices)
+    return Images(decoded(rows, max_side, key, needed, f"decoding {display_name(rows.source)}: {rows.split}", progress), what, notices)
 
 
 def open_records(source: str, split: str, image_column: str | None = None) -> tuple[Records, tuple[str, ...]]:
@@ -95,7 +99,7 @@ def open_tables(source: str) -> Tables:
         raise UsageError(f"{source} names the environment variable {unset[0].strip('${}')}, which is not set: set it to a folder")
     if "$" in source:
         raise UsageError(f"no such folder: {source}, which is {path} here")
-    if source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source) or path.suffix in (".parquet", ".arrow"):
+    if not _HUB_ID.fullmatch(source) or path.suffix in (".parquet", ".arrow"):
         raise UsageError(
             f"no such folder: {source}; give a local folder, a Hugging Face dataset id (owner/name), or {' or '.join(_BUILTINS)}"
         )

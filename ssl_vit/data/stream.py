@@ -20,12 +20,12 @@ from ssl_vit.data.loader import (
     CroppedBatch,
     Order,
     available_cores,
+    batches_of_an_epoch,
     begin_worker,
     told_of_lost_workers,
-    whole_batches,
 )
 from ssl_vit.data.records import Records
-from ssl_vit.data.sources import load_split, mean_bytes, open_records
+from ssl_vit.data.sources import load_records, load_split, mean_bytes, open_records
 from ssl_vit.data.views import Batch
 from ssl_vit.errors import Failure, UsageError, check_numbers, require
 
@@ -166,10 +166,6 @@ class ImageData(lightning.LightningDataModule):
         if self.images is None and self.records is None:
             for notice in self._open():
                 rank_zero_info(notice)
-        if self.batch_size > self.count:
-            raise UsageError(f"data.batch_size is {self.batch_size}, but {self.source} holds {self.count} images; lower it")
-        if whole_batches(self.limit, self.count // self.batch_size) == 0:
-            raise UsageError(f"trainer.limit_train_batches or overfit_batches {self.limit} is less than one batch; raise it")
 
     @property
     def count(self) -> int:
@@ -179,20 +175,24 @@ class ImageData(lightning.LightningDataModule):
     def _open(self) -> tuple[str, ...]:
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
-        decode, streams = self.decode, bool(module.crop_plan) and not self.source.startswith("builtin:")
+        decode, main, embedded = self.decode, self.trainer.is_global_zero, self.source.startswith("builtin:")
+        streams = bool(module.crop_plan) and not embedded
         require(decode != "stream" or streams, "data.decode", decode, "memory for this method and source")
-        if decode != "memory" and streams:
+        if embedded:
+            loaded = load_split(self.source, self.split, max_side=self.max_side)
+            batches_of_an_epoch(self.source, len(loaded.images), self.batch_size, self.limit)
+        else:
             rows, notices = open_records(self.source, self.split, self.image_column)
+            batches_of_an_epoch(self.source, len(rows.table), self.batch_size, self.limit)  # before any is decoded
             if decode == "auto":
-                small = len(rows.table) * mean_bytes(rows, self.max_side) <= MEMORY_LIMIT
+                small = not streams or len(rows.table) * mean_bytes(rows, self.max_side) <= MEMORY_LIMIT
                 decode = self.trainer.strategy.broadcast("memory" if small else "stream")  # a header may be unreadable on one machine
             if decode == "stream":
                 self.records = rows
-                found = identity(rows)[0] if self.trainer.is_global_zero else {}  # one process reads or lists the files
+                found = identity(rows)[0] if main else {}  # one process reads or lists the files
                 self.identity = self.trainer.strategy.broadcast(found)
                 return notices
-        progress = self.trainer.is_global_zero
-        loaded = load_split(self.source, self.split, image_column=self.image_column, max_side=self.max_side, progress=progress)
+            loaded = load_records(rows, notices, self.max_side, progress=main)
         self.images, self.identity = loaded.images, loaded.identity
         return loaded.notices
 

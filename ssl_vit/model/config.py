@@ -32,7 +32,7 @@ class BackboneConfig:
         drop_path: stochastic depth of the trained network, growing to this rate at the last block.
         mlp_ratio: hidden width of the blocks' MLPs over the token width.
         cls_position: give the class token a position of its own, as the papers do (MAE's is fixed at zero). Without one it starts
-            exchangeable with the registers (design: with one register the register readout is its null control).
+            exchangeable with the registers: with one of them, the register readout is its null control.
         mean: of the input normalisation, per channel.
         std: of the input normalisation, per channel.
         compile: run each block through torch.compile. Equal within rounding, so no part of the recipe's identity; nor is the next.

@@ -140,6 +140,10 @@ class RunFolder(Checkpoint):
             write_atomically(self.folder / "run.json", json.dumps(summary, indent=1) + "\n")
         return True
 
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero and not any((self.folder / name).exists() for name in ("last.ckpt", "metrics.jsonl")):
+            (self.folder / "recipe.yaml").unlink(missing_ok=True)  # so that the next start is not asked for --resume
+
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)

@@ -5,9 +5,9 @@ from jsonargparse import Namespace
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_vit.data.folders import local_path
-from ssl_vit.data.loader import whole_batches
+from ssl_vit.data.loader import batches_of_an_epoch
 from ssl_vit.data.sources import builtin, open_records
-from ssl_vit.errors import UsageError, require
+from ssl_vit.errors import require
 from ssl_vit.methods import Method
 from ssl_vit.train.cost import step_bytes, training_flops
 from ssl_vit.train.pretrain import build_method, check_options, check_share, parse_recipe
@@ -16,7 +16,7 @@ from ssl_vit.train.pretrain import build_method, check_options, check_share, par
 # the PCIe card has 112), "NVIDIA A100 Tensor Core GPU" (2021), "NVIDIA H100 Tensor Core GPU" (2023, SXM; halved, as it counts with
 # sparsity), "NVIDIA Ada GPU Architecture" (2023, appendix A)
 GPUS = {"V100": 125, "A100": 312, "H100": 989, "RTX 4090": 165}
-UTILISATIONS = (0.3, 0.45)
+UTILISATIONS = (0.1, 0.3, 0.45)
 GIB = 2**30
 
 
@@ -34,22 +34,21 @@ def dry_run(recipe: str, options: list[str]) -> None:
     whole = sum(p.numel() for p in module.parameters())
     micro = batch // devices // cut
     parts, flops = measure(module, config, micro, devices)
-    steps, unknown = None, ""
-    try:
-        steps = total_steps(config, fetch=False)
-    except UsageError as error:
-        unknown = str(error)
+    steps = total_steps(config, fetch=False)
     images = steps * batch if steps is not None else 1_000_000
+    source = config.data.source
+    length = f"{steps:,} steps, {images:,} images" if steps is not None else "not known, --data.source DIR or --trainer.max_steps tell"
+    here = source.startswith("builtin:") or local_path(source).exists()
     millions = [f"{count / 1e6:,.4g} M" for count in (sum(p.numel() for p in module.backbone.parameters()), trained, whole - trained)]
     print(f"method      {config.method}, readout {module.spec}")
     print(f"parameters  {millions[0]} of the backbone; {millions[1]} trained in all, {millions[2]} not (a teacher, fixed positions)")
     print(f"an image    {flops / 1e9:.4g} GFLOP: products of the forward and backward passes, 2 a multiply-add")
-    print(f"length      {f'{steps:,} steps, {images:,} images' if steps is not None else f'not known: {unknown}'}")
+    print(f"length      {length}{'' if here else f'; {source} is not opened: no such folder is here'}")
     print(f"batch       {batch} = {devices} devices x {cut} micro-batches x {micro} images ({machine})")
     print(f"memory      about {sum(parts.values()) / GIB:.2g} GiB a device: {', '.join(f'{b / GIB:.2g} {k}' for k, b in parts.items())}")
     print("            (a step traced without data; CUDA's own, about 1 GiB, and fragmentation come on top)")
     what = "the run" if steps is not None else "a million images"
-    print(f"hours       of {what} on {devices} devices at {' or '.join(f'{share:.0%}' for share in UTILISATIONS)} of the peak in 16 bits")
+    print(f"hours       of {what} on {devices} devices at {', '.join(f'{share:.0%}' for share in UTILISATIONS)} of the peak in 16 bits")
     for name, peak in GPUS.items():
         hours = [images * flops / (share * peak * 1e12 * devices) / 3600 for share in UTILISATIONS]
         print(f"            {name:8} ({peak} TFLOP/s)  " + "  ".join(f"{time:8.3g} h" for time in hours))
@@ -84,24 +83,23 @@ def count_devices(config: Namespace) -> tuple[int, str]:
     return (int(named) if alone else len(indices)) * nodes, "as named"
 
 
-def total_steps(config: Namespace, fetch: bool = True) -> int:
-    """Optimiser steps of a recipe. Where its length is in epochs the images are counted, not decoded; fetch: also those of a hub id.
-
-    UsageError if they are not there to be counted."""
+def total_steps(config: Namespace, fetch: bool = True) -> int | None:
+    """Optimiser steps of a recipe; None where they are in epochs of a source that is not here. Images are counted, not decoded; fetch:
+    also those of a hub id. UsageError as the run's for a source, a batch or a limit."""
     check_options(config)
-    trainer, data = config.trainer, config.data
-    if trainer.max_epochs in (None, -1):
-        return int(trainer.max_steps)
-    limit = trainer.overfit_batches or trainer.limit_train_batches
+    trainer, data, count = config.trainer, config.data, 0
+    in_epochs, limit = trainer.max_epochs not in (None, -1), trainer.overfit_batches or trainer.limit_train_batches
     if data.source.startswith("builtin:"):
-        batches = len(builtin(data.source, data.split).images) // data.batch_size
-    elif fetch or local_path(data.source).exists():
-        batches = len(open_records(data.source, data.split, data.image_column)[0].table) // data.batch_size
+        count = len(builtin(data.source, data.split).images)
+    elif local_path(data.source).exists() or (fetch and in_epochs):
+        count = len(open_records(data.source, data.split, data.image_column)[0].table)
+    if count:
+        batches = batches_of_an_epoch(data.source, count, data.batch_size, 1.0 if limit is None else limit)
     elif limit is not None and (isinstance(limit, int) or limit > 1):  # whole batches
         batches = int(limit)
-    else:
-        raise UsageError(
-            f"{trainer.max_epochs} epochs of {data.source}, which is not opened; --data.source DIR or --trainer.max_steps tell"
-        )
-    steps = int(trainer.max_epochs) * (batches if limit is None else whole_batches(limit, batches))
+    elif in_epochs:
+        return None
+    if not in_epochs:
+        return int(trainer.max_steps)
+    steps = int(trainer.max_epochs) * batches
     return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))

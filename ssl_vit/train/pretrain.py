@@ -1,6 +1,7 @@
 """`ssl-vit pretrain RECIPE`: a recipe and command-line options, by Lightning's argument parser, into a trained checkpoint."""
 
 import argparse
+import glob
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,8 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
         if option.startswith("--"):
             _check_key(option[2:].split("=")[0].removesuffix("+"), [*known, "print_config", "help"], "")
     try:
-        config = parser.parse_args(["--config", str(path), *options])
+        parser.default_config_files = [glob.escape(str(path))]  # so --help shows the recipe's values
+        config = parser.parse_args(options)
     except argparse.ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from error
     if config.method != method:
@@ -95,9 +97,10 @@ def check_strategy(strategy: str | Namespace) -> None:
 
 def recipe_parser(method: type[Method]) -> LightningArgumentParser:
     """Recipe fields at the top, `data.*` and any Trainer flag as `trainer.*`."""
-    description = method.__doc__ or ""
-    parser = LightningArgumentParser(prog="ssl-vit pretrain RECIPE", description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help=argparse.SUPPRESS)
+    description = (method.__doc__ or "").partition("Args:")[0]
+    usage = "ssl-vit pretrain RECIPE [--FIELD VALUE ...]"
+    parser = LightningArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help=argparse.SUPPRESS)  # brings --print_config
     parser.add_argument("--method", type=str, help=f"{', '.join(METHODS)}; a recipe's first line")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; runs/RECIPE if not given")
     resume = "go on from the run folder's last.ckpt; auto: start where there is none, as a requeued job does"

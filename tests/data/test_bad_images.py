@@ -83,6 +83,19 @@ def test_a_corrupt_header_does_not_stop_the_estimate() -> None:
         mean_bytes(records, None)
 
 
+def test_a_start_that_fails_leaves_no_run(decode: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("mae.yaml", "--out", "run", "--data.decode", decode)
+    assert pretrain(*options, "--data.batch_size", "61") == 2
+    assert "data.batch_size is 61, but ./jpegs holds 60 images; lower it" in error_line(capsys)
+    assert not (tmp_path / "cache").exists()  # refused before anything was decoded
+    for row in range(0, 60, 2):
+        broken(row)
+    assert pretrain(*options) == 1
+    assert "cannot be read, more than 1%" in error_line(capsys)
+    assert pretrain(*options) == 1  # the second start is not asked for --resume
+    assert "cannot be read, more than 1%" in error_line(capsys)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_micro_batches_of_a_step_are_its_batch(workers: int) -> None:
     records, _ = open_records("./jpegs", "train")

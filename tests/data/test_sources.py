@@ -147,12 +147,16 @@ def test_loose_arrow_files(tmp_path: Path) -> None:
     assert greys(load(tmp_path, "test")) == [1, 2]
 
 
-def test_metadata_file_gives_labels(tmp_path: Path) -> None:
+def test_metadata_file_gives_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, "a.png", "sub/b.png")
     for b, a in (("zebra", "ant"), ("NA", "1"), ("1", "001")):  # text, whatever it looks like
         (tmp_path / "metadata.csv").write_text(f"file_name,label\nsub/b.png,{b}\na.png,{a}\n")
         split = load(tmp_path, labels=True)
         assert (greys(split), split.labels.tolist(), split.classes) == ([1, 0], [1, 0], (a, b))
+    assert not caplog.messages
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,ant\n")
+    assert greys(load(tmp_path)) == [0]
+    assert caplog.messages == [f"{tmp_path / 'metadata.csv'} names 1 of the 2 images beside it; no others are used"]
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": "x"}\n{"label": "y"}\n')
     with pytest.raises(Failure, match=r"row 1 has no file_name"):

@@ -48,7 +48,7 @@ def test_what_is_not_there_is_not_opened(capsys: pytest.CaptureFixture[str]) -> 
     options = ["pretrain", "mae.yaml", "--data.source", "owner/name", "--trainer.max_epochs", "3", "--dry-run"]
     assert run([*options, "--trainer.max_steps", "-1"]) == 0
     told = capsys.readouterr().out
-    assert "length      not known: 3 epochs of owner/name" in told
+    assert "length      not known, --data.source DIR or --trainer.max_steps tell; owner/name is not opened" in told
     assert "a million images on 1 devices" in told
     assert run([*options, "--trainer.max_steps", "-1", "--trainer.limit_train_batches", "5"]) == 0
     assert "15 steps, 120 images" in capsys.readouterr().out
@@ -73,6 +73,8 @@ def test_what_names_no_devices_is_refused(devices: str, capsys: pytest.CaptureFi
 def test_what_the_run_would_refuse_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pretrain", "mae.yaml", "--trainer.devices", "3", "--dry-run"]) == 2
     assert "data.batch_size 8 is not divisible by 3 devices" in capsys.readouterr().err
+    assert run(["pretrain", "mae.yaml", "--data.batch_size", "100000", "--dry-run"]) == 2
+    assert re.search(r"data.batch_size is 100000, but .* holds \d+ images; lower it", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("options", [(), ("--backbone.checkpointing", "true")])
