@@ -168,15 +168,17 @@ def test_the_place_of_the_norm_is_a_family_of_its_own(store: RowStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("registers", "cls_tokens", "arm", "null"), [(1, 1, "", True), (1, 1, ":student", True), (4, 1, "", False), (1, 2, "", False)]
+    ("registers", "cls_tokens", "arm", "position", "null"),
+    [(1, 1, "", False, True), (1, 1, ":student", False, True), (4, 1, "", False, False), (1, 2, "", False, False), (1, 1, "", True, False)],
 )
-def test_null_control(store: RowStore, registers: int, cls_tokens: int, arm: str, null: bool) -> None:
+def test_null_control(store: RowStore, registers: int, cls_tokens: int, arm: str, position: bool, null: bool) -> None:
     for readout, count in (("cls", 150), ("gap", 140), ("register", 120)):
         for seed in range(6):
             plant_arm(store, readout, [seed], right(count), source=f"toy-{readout}-s{seed}{arm}")
         run = store.folder.parent / "cells" / f"toy-{readout}-s0"
         run.mkdir(parents=True)
-        recipe = {"method": "dino", "readout": readout, "seed": 0, "backbone": {"registers": registers, "cls_tokens": cls_tokens}}
+        backbone = {"registers": registers, "cls_tokens": cls_tokens, "cls_position": position}
+        recipe = {"method": "dino", "readout": readout, "seed": 0, "backbone": backbone}
         (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     comparison = compared(store)
     (together,) = families(comparison, "trained with")

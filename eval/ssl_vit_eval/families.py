@@ -70,11 +70,13 @@ def cells_of(rows: Sequence[Row], names: Mapping[tuple[str, str], Arm]) -> Cells
 
 def null_controls(runs: Sequence[Run]) -> set[Section]:
     """Recipes with one class token and one register, which have no position of their own: by symmetry either could be the other."""
-    tokens: dict[Section, set[tuple[object, object]]] = defaultdict(set)
+    tokens: dict[Section, set[tuple[object, ...]]] = defaultdict(set)
     for run in runs:
         backbone = run.recipe.get("backbone", {})
-        tokens[str(run.recipe.get("method")), run.name].add((backbone.get("cls_tokens", 1), backbone.get("registers")))
-    return {section for section, found in tokens.items() if found == {(1, 1)}}
+        tokens[str(run.recipe.get("method")), run.name].add(
+            (backbone.get("cls_tokens", 1), backbone.get("registers"), backbone.get("cls_position", False))
+        )
+    return {section for section, found in tokens.items() if found == {(1, 1, False)}}
 
 
 def ask(cells: Cells, nulls: set[Section], primary: Primary | None) -> Asked:

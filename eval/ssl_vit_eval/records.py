@@ -30,6 +30,7 @@ def pretrainings(comparison: Comparison) -> Sheet:
             [
                 Value(run.name),
                 Value(run.recipe["readout"]),
+                Value("own" if run.recipe.get("backbone", {}).get("cls_position") else "none"),
                 Value(str(run.recipe["seed"]), float(run.recipe["seed"])),
                 number(done.get("steps"), "{:,}") if done else Value("unfinished"),
                 number(done.get("images"), "{:,}"),
@@ -41,7 +42,20 @@ def pretrainings(comparison: Comparison) -> Sheet:
                 code(done.get("git")),
             ]
         )
-    head = ["recipe", "trained with", "seed", "steps", "images", "seconds", "images/s", "device", "recipe hash", "weights hash", "git"]
+    head = [
+        "recipe",
+        "trained with",
+        "CLS position",
+        "seed",
+        "steps",
+        "images",
+        "seconds",
+        "images/s",
+        "device",
+        "recipe hash",
+        "weights hash",
+        "git",
+    ]
     return Sheet("pretrainings", "Pretrainings", head, lines)
 
 

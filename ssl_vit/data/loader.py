@@ -107,7 +107,9 @@ class Corrupt:
         seen = min(seen, self.count)
         allowed = MAX_CORRUPT * seen + 3 * math.sqrt(MAX_CORRUPT * seen) * (seen < self.count)
         if found and (len(self.rows) > max(FEW_CORRUPT, allowed) or len(self.rows) == self.count):
-            raise Failure(f"{len(self.rows)} of {seen} images cannot be read, more than {MAX_CORRUPT:.0%}; the last one: {found[-1][1]}")
+            raise Failure(
+                f"at least {len(self.rows)} of {seen} images cannot be read, more than {MAX_CORRUPT:.0%}; the last one: {found[-1][1]}"
+            )
 
 
 def available_cores() -> int:
@@ -142,6 +144,7 @@ def told_of_lost_workers(taking: bool = True) -> Iterator[None]:
         lost = "DataLoader worker" in str(error) or (taking and not isinstance(error, RuntimeError))
         if isinstance(error, Failure) or not lost:
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the others end next, and torch's handler would raise for each of them
         what = f"a data worker was ended by the system ({' '.join(str(error).split())})"
         raise Failure(f"{what}: out of memory? lower data.workers, and go on with --resume") from error
 

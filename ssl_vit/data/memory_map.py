@@ -72,7 +72,8 @@ def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: s
                         f"{file} needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there; make room, name another "
                         "folder in SSL_VIT_CACHE, lower data.max_side, or set data.decode to stream where the method can"
                     )
-                with closing(_all(images, workers(), title, progress, corrupt)) as found:  # or the bar would end behind the error's line
+                corrupt.named = True  # whichever process of the machine decodes shows it
+                with closing(_all(images, workers(), title, True, corrupt)) as found:  # or the bar would end behind the error's line
                     write_atomically(file, lambda target: _write(target, found))
                 store = _mapped(file, count)
     except OSError as error:

@@ -26,6 +26,7 @@ from ssl_vit.data.transforms import (
     solarise,
 )
 from ssl_vit.errors import check_low_high, check_numbers, require
+from ssl_vit.model.precision import exact
 
 JITTER_ORDER_STREAM = -2
 VIEW_STREAM = 1000
@@ -175,7 +176,7 @@ def multi_crop(batch: Batch, seed: int, config: MultiCrop) -> tuple[Float32[Tens
     """
     orders = jitter_orders(seed, batch.step)
     positions, n = batch.positions, config.n_local
-    with torch.autocast(positions.device.type, enabled=False):
+    with exact(positions.device):
         global_views = _crop(batch, seed, config.plan, 0)
         u = _draw(seed, positions, range(2), DRAWS)
         _distort(global_views, u, list(config.blur_p[:2]), [0.0, config.solarise_p], orders[0], config)
@@ -190,5 +191,5 @@ def multi_crop(batch: Batch, seed: int, config: MultiCrop) -> tuple[Float32[Tens
 @torch.no_grad()
 def single_crop(batch: Batch, seed: int, config: SingleCrop) -> Float32[Tensor, "b 3 s s"]:
     """MAE's one view in [0, 1], not normalised; float32 whatever the autocast."""
-    with torch.autocast(batch.positions.device.type, enabled=False):
+    with exact(batch.positions.device):
         return _crop(batch, seed, config.plan, 0)[0]

@@ -19,6 +19,7 @@ from ssl_vit.errors import UsageError
 from ssl_vit.model.config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, Channels
 from ssl_vit.model.drop_path import DropPath, replace_drop_path
 from ssl_vit.model.positions import bicubic
+from ssl_vit.model.precision import exact
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.model.tokens import Tokens
 
@@ -167,7 +168,7 @@ class Backbone(nn.Module):
             position = vit.pos_embed[:, slots:]
             old, new = vit.patch_embed.grid_size, (images.shape[-2] // self.patch, images.shape[-1] // self.patch)
             if new != old:
-                with torch.autocast(x.device.type, enabled=False):
+                with exact(x.device):
                     position = bicubic(old, new, position) @ position
             if keep is not None:
                 position = position.expand(len(x), -1, -1).gather(1, keep[:, :, None].expand(-1, -1, self.width))

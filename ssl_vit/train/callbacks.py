@@ -40,6 +40,7 @@ class RunFolder(Checkpoint):
         self.folder, self.flops, self.keep_every_epochs = folder, flops, keep_every_epochs
         self.checkpoint = folder / "last.ckpt"
         self.interrupted = False
+        self._new = False  # whether this start wrote the folder's recipe
         self._total: int | None = None
         self._step = -1  # the last one seen; micro-batches of an accumulated step repeat it
         self._before = {"seconds": 0.0, "data_seconds": 0.0, "replaced": 0}  # by a run that this one goes on with
@@ -65,11 +66,16 @@ class RunFolder(Checkpoint):
 
     @property
     def waited(self) -> float:
-        """Seconds that this rank has waited for data, in all."""
-        return float(self._before["data_seconds"] + getattr(self._stream, "seconds", 0.0))
+        """Seconds that a rank has waited for data in all, the mean over the ranks: all of them have to ask together."""
+        if self._stream is None:
+            return float(self._before["data_seconds"])
+        own = torch.tensor(self._stream.seconds, device=self._trainer.strategy.root_device)
+        return float(self._before["data_seconds"] + self._trainer.strategy.reduce(own, reduce_op="mean"))
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The run goes on after its last optimiser step, also if it was stopped (by a time limit) between two micro-batches."""
+        for key in [key for key in checkpoint["callbacks"] if key.startswith("Timer")]:
+            del checkpoint["callbacks"][key]  # trainer.max_time is of each start: a job that is submitted again has all of it
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         parts = trainer.accumulate_grad_batches
         set_loop_counters(checkpoint, whole_batches(data.limit, data.count // data.batch_size) * parts, parts)
@@ -77,7 +83,7 @@ class RunFolder(Checkpoint):
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start = self._saved = time.monotonic()
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._new = not (self.folder / "recipe.yaml").exists()
             write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(module.recipe, sort_keys=False))
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             # several ranks may be at different steps, so there Ctrl-C is left to Lightning
@@ -100,9 +106,10 @@ class RunFolder(Checkpoint):
             return
         self._step = step
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if trainer.is_global_zero and (step % every == 0 or step == self._total):
+        if step % every == 0 or step == self._total:
             record = {"step": step, **{key: float(value) for key, value in trainer.callback_metrics.items()}}
             record["data_seconds"] = round(self.waited, 3)
+        if trainer.is_global_zero and (step % every == 0 or step == self._total):
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
         if self.interrupted:
@@ -133,6 +140,7 @@ class RunFolder(Checkpoint):
             **{key: round(value, 2) for key, value in self.state_dict().items()},
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "recipe_hash": recipe_hash(module.recipe),
+            "data": {key: trainer.datamodule.identity[key] for key in ("count", "hash", "by")},  # type: ignore[attr-defined]
             "git": git_revision(),
             "metrics": records[-1] if records else {},
         }
@@ -141,8 +149,8 @@ class RunFolder(Checkpoint):
         return True
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if trainer.is_global_zero and not any((self.folder / name).exists() for name in ("last.ckpt", "metrics.jsonl")):
-            (self.folder / "recipe.yaml").unlink(missing_ok=True)  # so that the next start is not asked for --resume
+        if self._new and [path.name for path in self.folder.iterdir()] == ["recipe.yaml"]:
+            (self.folder / "recipe.yaml").unlink()  # nothing was trained: the next start is not asked for --resume
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if self._previous is not None:

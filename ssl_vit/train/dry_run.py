@@ -43,7 +43,7 @@ def dry_run(recipe: str, options: list[str]) -> None:
     print(f"method      {config.method}, readout {module.spec}")
     print(f"parameters  {millions[0]} of the backbone; {millions[1]} trained in all, {millions[2]} not (a teacher, fixed positions)")
     print(f"an image    {flops / 1e9:.4g} GFLOP: products of the forward and backward passes, 2 a multiply-add")
-    print(f"length      {length}{'' if here else f'; {source} is not opened: no such folder is here'}")
+    print(f"length      {length}{'' if here else f'; {source} is not opened: it is no folder on this machine'}")
     print(f"batch       {batch} = {devices} devices x {cut} micro-batches x {micro} images ({machine})")
     print(f"memory      about {sum(parts.values()) / GIB:.2g} GiB a device: {', '.join(f'{b / GIB:.2g} {k}' for k, b in parts.items())}")
     print("            (a step traced without data; CUDA's own, about 1 GiB, and fragmentation come on top)")
@@ -91,7 +91,7 @@ def total_steps(config: Namespace, fetch: bool = True) -> int | None:
     in_epochs, limit = trainer.max_epochs not in (None, -1), trainer.overfit_batches or trainer.limit_train_batches
     if data.source.startswith("builtin:"):
         count = len(builtin(data.source, data.split).images)
-    elif local_path(data.source).exists() or (fetch and in_epochs):
+    elif in_epochs and (fetch or local_path(data.source).exists()):
         count = len(open_records(data.source, data.split, data.image_column)[0].table)
     if count:
         batches = batches_of_an_epoch(data.source, count, data.batch_size, 1.0 if limit is None else limit)

@@ -2,12 +2,10 @@
 
 import argparse
 import glob
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import PositiveInt
 from lightning import Trainer, seed_everything
@@ -24,6 +22,7 @@ from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit.methods import METHODS, Method
 from ssl_vit.methods.base import plain
+from ssl_vit.model.precision import tf32
 from ssl_vit.train.callbacks import AtomicCheckpointIO, Progress, RunFolder
 from ssl_vit.train.cost import training_flops
 from ssl_vit.train.tracking import Tracking
@@ -156,6 +155,8 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
+    if config.resume is True and resumed is None:
+        rank_zero_info(f"{folder} holds no checkpoint yet: starting again")
     with tf32(), told_of_lost_workers(taking=False):
         trainer.strategy.precision_plugin.convert_module(module)  # Lightning's turn is after loading, and would round float64 weights
         trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
@@ -164,18 +165,6 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     if log:
         log.close()
     return record.checkpoint
-
-
-@contextmanager
-def tf32() -> Iterator[None]:
-    """Float32 matrix products on a GPU are rounded to TF32, in training alone: not what the same process evaluates after it."""
-    before = torch.get_float32_matmul_precision()
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def check_options(values: Namespace) -> None:
@@ -248,7 +237,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume: bool | str) -> None:
     """UsageError if the run would overwrite something, or if there is nothing to resume."""
-    begun = (folder / "recipe.yaml").exists()
+    begun = checkpoint.exists() or (folder / "recipe.yaml").exists()
     if not resume or (resume == "auto" and not begun):
         # W&B's files and half-written ones alone: killed before the first step
         if folder.exists() and (not folder.is_dir() or any(p.name != "wandb" and p.suffix != ".partial" for p in folder.iterdir())):

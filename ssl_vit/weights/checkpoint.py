@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import is_model
 from torch.nn import functional as F
 
+from ssl_vit.data.hub import hub_answers
 from ssl_vit.errors import Failure, UsageError, one_of, reason, require
 from ssl_vit.model.backbone import Backbone, build_backbone
 from ssl_vit.model.config import BackboneConfig
@@ -238,11 +239,8 @@ def _side(vit: Any) -> int:
 def _quick_offline_error(what: str, online: bool) -> Iterator[None]:
     """Fail within seconds where the hub is out of reach (its client retries for a minute); weights in the cache still load."""
     offline = constants.HF_HUB_OFFLINE
-    if online and not offline:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=3)
-        except Exception:  # whatever the HTTP library of this version of the hub's package raises
-            constants.HF_HUB_OFFLINE = True
+    if online and not offline and not hub_answers():
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
     except (OSError, RuntimeError) as error:

@@ -210,7 +210,8 @@ def test_runs_and_workers_are_killed(workers: int, then: int) -> None:
     if workers:
         code, errors = kill(80, workers, "--resume", worker=True)
         assert code == 1
-        [line] = [line for line in errors.splitlines() if line.startswith("ssl-vit: ")]
+        line = errors.splitlines()[-1]
+        assert line.startswith("ssl-vit: "), errors
         assert line.count("a data worker was ended by the system") == 1
         assert line.endswith("lower data.workers, and go on with --resume")
         assert "Traceback" not in errors

@@ -11,6 +11,7 @@ from ssl_vit.data.stream import Batch
 from ssl_vit.data.views import SingleCrop, multi_crop, single_crop
 from ssl_vit.methods import DINO
 from ssl_vit.methods.dino import dino_loss
+from ssl_vit.model.precision import tf32
 from tests.conftest import TINY
 from tests.methods.test_dino import CROPS, attach, tiny
 from tests.methods.test_no_waiting import mae
@@ -58,12 +59,8 @@ def test_the_loss_is_not_rounded_to_bfloat16_nor_to_tf32() -> None:
     targets, student = (torch.randn(views, 16, 4096, device="cuda") for views in (2, 6))
     targets = (4 * targets).softmax(-1)
     exact = dino_loss(targets.double(), student.double(), 0.1).item()
-    torch.set_float32_matmul_precision("high")
-    try:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = dino_loss(targets, student, 0.1)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with tf32(), torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = dino_loss(targets, student, 0.1)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact, rel=1e-5)  # TF32 and bfloat16 have 11 and 8 bits
 
@@ -81,6 +78,7 @@ def test_views_are_those_of_the_cpu() -> None:
     """Boxes and random numbers are the same; the products sum in another order."""
     on_gpu = cuda_batch(side=40)
     on_cpu = Batch(on_gpu.images.cpu(), on_gpu.sizes.cpu(), on_gpu.positions.cpu(), 0)
-    views = [(*multi_crop(batch, 3, CROPS), single_crop(batch, 3, SingleCrop(size=16))) for batch in (on_cpu, on_gpu)]
+    with tf32():  # as in training: it would round them by 5e-4
+        views = [(*multi_crop(batch, 3, CROPS), single_crop(batch, 3, SingleCrop(size=16))) for batch in (on_cpu, on_gpu)]
     for expected, found in zip(*views, strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-4)

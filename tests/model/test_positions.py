@@ -14,6 +14,7 @@ from ssl_vit.methods.base import plain
 from ssl_vit.model.backbone import build_backbone
 from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.positions import bicubic
+from ssl_vit.model.precision import exact
 from tests.conftest import TINY
 
 
@@ -46,6 +47,22 @@ def test_crops_get_the_authors_positions_in_both_forwards(cls_position: bool) ->
     for tokens, expected in ((model(images), x[:, 3:]), (model(images, keep=order), x[:, 3:][:, order[0]])):
         torch.testing.assert_close(tokens.cls, x[:, :1], rtol=0, atol=1e-12)
         torch.testing.assert_close(tokens.patches, expected, rtol=0, atol=1e-12)
+
+
+def test_products_of_views_and_positions_are_never_rounded() -> None:
+    """On a GPU, `high` is TF32; here both settings are only looked at, and bfloat16 would show in the dtype."""
+    x, device = torch.ones(2, 2), torch.device("cpu")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (x @ x).dtype == torch.bfloat16
+            with exact(device):
+                assert (x @ x).dtype == torch.float32
+                assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_class_token_has_a_position_and_registers_none() -> None:

@@ -227,15 +227,15 @@ def test_resume_of_an_interrupted_last_step_counted_in_epochs(monkeypatch: pytes
     assert json.loads(Path("run/run.json").read_text())["steps"] == 6
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # of Lightning: the clock itself is not resumed
 @pytest.mark.parametrize("checks", [1, 3, 4, 6])
 def test_a_run_stopped_early_by_the_clock_is_not_finished(checks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock's answers are given, so that no machine is too fast or too slow for it: time is up at its n-th look."""
-    elapsed = iter([0.0] * checks)
-    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage=None: next(elapsed, 3600.0))
-    assert pretrain("mae.yaml", "--out", "run", "--trainer.max_time", "00:01:00:00") == 0
+    elapsed, limit = iter([0.0] * checks), ("--trainer.max_time", "00:01:00:00")
+    with monkeypatch.context() as patched:
+        patched.setattr(Timer, "time_elapsed", lambda self, stage=None: next(elapsed, 3600.0))
+        assert pretrain("mae.yaml", "--out", "run", *limit) == 0
     assert not Path("run/run.json").exists()
-    assert pretrain("mae.yaml", "--out", "run", "--resume") == 0
+    assert pretrain("mae.yaml", "--out", "run", "--resume", *limit) == 0  # of each start, not of all together
     assert json.loads(Path("run/run.json").read_text())["steps"] == 7
 
 
