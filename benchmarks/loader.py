@@ -7,7 +7,9 @@ PIL images through torchvision, once with the crops and flips alone (the same wo
 host does without colour on the device). Ratios are medians over the turns, ours / theirs: above 1, ours gives more images.
 On a machine without a GPU the last line adds our batched colour on the same cores.
 
-Then memory: the proportional share (PSS) of main process and two workers together, after some batches, for 1,000, 10,000 and 100,000 files.
+Then what bounds it: milliseconds of one process for an image, and of these decoding, which libjpeg does on either side. And the start and
+the memory of 1,000 and 200,000 files in up to 1,000 folders: seconds to list them and for their identity, and the proportional share (PSS)
+of main process and two workers together, after some batches. `--turns 0` measures that alone.
 """
 
 import argparse
@@ -19,8 +21,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,6 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
+from ssl_vit.data import loader
+from ssl_vit.data.identity import identity
 from ssl_vit.data.loader import CropDataset, Order
 from ssl_vit.data.photos import photograph
 from ssl_vit.data.sources import open_records
@@ -138,6 +145,27 @@ def compare(method: str, folder: Path, options: argparse.Namespace) -> None:
         print(f"{method:5s} {name:20s} {statistics.median(values):10.0f} {ratio}", flush=True)
 
 
+def profile(method: str, folder: Path) -> None:
+    """Print the milliseconds of an image in one process, and how many of them are decoding."""
+    seconds = {"ours": [0.0, 0.0], "torchvision": [0.0, 0.0]}  # whole, decoding
+
+    def timed(side: str, part: int, work: Callable[..., Any], *arguments: Any) -> Any:
+        begin = time.perf_counter()
+        made = work(*arguments)
+        seconds[side][part] += time.perf_counter() - begin
+        return made
+
+    dataset, theirs = stream(folder, build(method), 32, 0).dataset, Files(folder, torchvision(method, False))
+    with mock.patch.object(loader, "decode", partial(timed, "ours", 1, loader.decode)):
+        for number in range(4):
+            timed("ours", 0, dataset.__getitem__, number)
+    for index in range(4 * 32):
+        timed("torchvision", 0, theirs.__getitem__, index)
+        timed("torchvision", 1, lambda file: Image.open(file).convert("RGB"), theirs.files[index % len(theirs.files)])
+    whole = [f"{side} {1000 * all / 128:.1f}, of which decoding {1000 * part / 128:.1f}" for side, (all, part) in seconds.items()]
+    print(f"{method:5s} ms an image with the crops alone: {'; '.join(whole)}", flush=True)
+
+
 def pss(pid: int) -> int:
     """Bytes of a process, pages that others map too counted by their share."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -145,16 +173,20 @@ def pss(pid: int) -> int:
 
 
 def memory(folder: Path) -> None:
-    """Print seconds to open and MB of this process and its workers, after ten batches."""
-    begin = time.perf_counter()
+    """Print seconds to list the files and for their identity, and MB of this process and its workers, after ten batches."""
+    times = [time.perf_counter()]
+    records, _ = open_records(str(folder), "train")
+    times.append(time.perf_counter())
+    by = identity(records)[0]["by"]
+    times.append(time.perf_counter())
     batches = stream(folder, build("mae"), 64, 2)
-    opened = time.perf_counter() - begin
     for _, _ in zip(range(10), batches, strict=False):
         pass
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     total = sum(pss(pid) for pid in [os.getpid(), *map(int, children)])
-    count = len(batches.dataset.records.table)
-    print(f"{count:8,d} files: opened in {opened:5.1f} s; PSS of 1 + {len(children)} processes {total / 1e6:6.0f} MB")
+    count, (opened, known) = len(records.table), (b - a for a, b in pairwise(times))
+    print(f"{count:8,d} files: listed in {opened:4.1f} s, known by {by} in {known:4.1f} s; ", end="")
+    print(f"PSS of 1 + {len(children)} processes {total / 1e6:6.0f} MB")
 
 
 def main() -> None:
@@ -164,7 +196,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=16, help="measured batches of a turn")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--counts", type=int, nargs="*", default=[1_000, 10_000, 100_000], help="files, for memory")
+    parser.add_argument("--counts", type=int, nargs="*", default=[1_000, 200_000], help="files, for memory")
     parser.add_argument("--quick", action="store_true", help="one short turn and 1,000 files: does it run")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -180,13 +212,16 @@ def main() -> None:
         write_jpegs(folder, options.images)
         size = sum(file.stat().st_size for file in folder.iterdir()) / options.images / 1000
         print(f"torch {torch.__version__}, {options.workers} workers, {options.images} JPEGs of {size:.0f} KB on average")
-        print(f"{'':5s} {'images / s / core':20s} {'':10s} ours (crops) / this")
+        if options.turns:
+            print(f"{'':5s} {'images / s / core':20s} {'':10s} ours (crops) / this")
+            for method in ("mae", "dino"):
+                compare(method, folder, options)
         for method in ("mae", "dino"):
-            compare(method, folder, options)
-        for count in options.counts:  # hard links in 100 folders: each is a file to the loader
+            profile(method, folder)
+        for count in options.counts:  # hard links: each is a file to the loader
             many, source = Path(name) / str(count), sorted(folder.iterdir())
             for number in range(count):
-                place = many / f"{number % 100:02}" / f"{number:06}.jpg"
+                place = many / f"{number % 1000:03}" / f"{number:06}.jpg"
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.link(source[number % len(source)], place)
             subprocess.run([sys.executable, __file__, "--memory", str(many)], check=True)

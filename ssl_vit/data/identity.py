@@ -25,20 +25,31 @@ def identity(rows: Records) -> tuple[dict[str, Any], str]:
     by: "content", or "names and sizes" for more than `HASHED_BYTES` or `HASHED_FILES`, whose times are in the key. `hash` is over all
     images, `parts` over each of at most 64 equal ranges of rows, the first image of which is in `names`.
     """
-    sizes, newest = _stored(rows)
-    names = [name for name, _ in sizes]
-    if sum(size for _, size in sizes) <= HASHED_BYTES and (not newest or len(sizes) <= HASHED_FILES):
-        read = (image for some in rows.ranges() for image in rows.readable_rows(some))
-        # one that cannot be read counts as empty: whether it may be replaced is decided where images are decoded
-        found = _hashed("content", (b"" if isinstance(image, Failure) else image[1] for image in read), names)
-        return found, found["hash"]
-    found = _hashed("names and sizes", (f"{name} {size}".encode() for name, size in sizes), names)
-    return found, f"{found['hash']}-{newest:x}"
+    count, total, newest, names = len(rows.table), 0, 0, []
+
+    def listed() -> Iterator[bytes]:
+        nonlocal total, newest
+        for row, (name, size, changed) in enumerate(_stored(rows)):
+            total, newest = total + size, max(newest, changed)
+            if row % _step(count) == 0:
+                names.append(name)
+            yield f"{name} {size}".encode()
+
+    found = _hashed("names and sizes", listed(), count) | {"names": names}  # nothing is kept of each image: there may be millions
+    if total > HASHED_BYTES or (newest and count > HASHED_FILES):
+        return found, f"{found['hash']}-{newest:x}"
+    read = (image for some in rows.ranges() for image in rows.readable_rows(some))
+    # one that cannot be read counts as empty: whether it may be replaced is decided where images are decoded
+    found |= _hashed("content", (b"" if isinstance(image, Failure) else image[1] for image in read), count)
+    return found, found["hash"]
 
 
 def stack_identity(stack: UInt8[Tensor, "n 3 h w"]) -> dict[str, Any]:
     """The same of embedded images."""
-    return _hashed("content", (image.numpy().tobytes() for image in stack), [f"row {row}" for row in range(len(stack))])
+    count = len(stack)
+    return _hashed("content", (image.numpy().tobytes() for image in stack), count) | {
+        "names": [f"row {i}" for i in range(0, count, _step(count))]
+    }
 
 
 def describe_change(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -63,8 +74,8 @@ def _step(count: int) -> int:
     return 1 << max(0, (count - 1).bit_length() - _PARTS.bit_length() + 1)
 
 
-def _hashed(by: str, images: Iterator[bytes], names: list[str]) -> dict[str, Any]:
-    count, step = len(names), _step(len(names))
+def _hashed(by: str, images: Iterator[bytes], count: int) -> dict[str, Any]:
+    step = _step(count)
     whole, part, parts = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8), []
     for row, data in enumerate(images, start=1):
         for digest in (whole, part):
@@ -72,12 +83,11 @@ def _hashed(by: str, images: Iterator[bytes], names: list[str]) -> dict[str, Any
         if row % step == 0 or row == count:
             parts.append(part.hexdigest())
             part = hashlib.blake2b(digest_size=8)
-    return {"count": count, "hash": whole.hexdigest(), "by": by, "parts": parts, "names": names[::step]}
+    return {"count": count, "hash": whole.hexdigest(), "by": by, "parts": parts}
 
 
-def _stored(rows: Records) -> tuple[list[tuple[str, int]], int]:
-    """(name, encoded bytes) of every image, and the newest change of a file in ns."""
-    found, newest = [], 0
+def _stored(rows: Records) -> Iterator[tuple[str, int, int]]:
+    """(name, encoded bytes, ns of its file's last change or 0) of every image."""
     for some in rows.ranges(_ROWS):
         cells = rows.cells(some).combine_chunks()
         struct = str(cells.type).startswith("struct")
@@ -89,9 +99,9 @@ def _stored(rows: Records) -> tuple[list[tuple[str, int]], int]:
         elif "binary" in str(data.type):
             lengths = pc.binary_length(data).to_pylist()
         for row, (path, length) in enumerate(zip(paths, lengths, strict=True), some.start):
+            changed = 0
             if length is None and path is not None:
                 with suppress(OSError):
                     status = os.stat(rows.root / path)
-                    length, newest = status.st_size, max(newest, status.st_mtime_ns)
-            found.append((path or f"row {row}", length or 0))
-    return found, newest
+                    length, changed = status.st_size, status.st_mtime_ns
+            yield path or f"row {row}", length or 0, changed
