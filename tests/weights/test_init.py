@@ -14,8 +14,20 @@ from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, HeadConfig
 from ssl_vit.methods.mae import MAE, DecoderConfig
 from ssl_vit.model.config import BackboneConfig
+from ssl_vit.weights.checkpoint import split_network
+from ssl_vit.weights.export import export
 from tests.conftest import TINY
 from tests.model.test_positions import authors
+from tests.weights import test_official as official
+
+OFFICIAL = BackboneConfig(
+    name="vit_tiny_patch16_224",
+    image_size=official.SIZE,
+    patch=official.PATCH,
+    width=official.WIDTH,
+    depth=official.DEPTH,
+    heads=official.HEADS,
+)
 
 
 def dino(config: BackboneConfig, **more: Any) -> DINO:
@@ -45,6 +57,46 @@ def test_student_and_teacher_start_there(tmp_path: Path, cls_position: bool) -> 
     assert module.recipe["init"] == source
     mae = MAE("gap", replace(TINY, mean=(0.4, 0.5, 0.6)), DecoderConfig(16, 1, 2), SingleCrop(size=16), init=source)
     torch.testing.assert_close(mae.backbone.eval()(images).patches, expected(images).patches, rtol=0, atol=1e-6)
+
+
+def written(source: str) -> None:
+    """The file or folder of that name, in the current folder."""
+    if source.endswith(".pth"):
+        networks = [{f"backbone.{key}": value for key, value in official.plain().items()} for _ in range(2)]
+        contents = {
+            "dino": official.plain(),
+            "mae": {"model": official.mae()},
+            "full": dict(zip(("teacher", "student"), networks, strict=True)),
+        }
+        torch.save(contents[source.removesuffix(".pth")], source)
+        return
+    module = dino(replace(TINY, cls_position=True))
+    for parameter in module.student.backbone.vit.blocks.parameters():  # else it would be the teacher
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    saved(module, Path("last.ckpt"))
+    if source == "exported":
+        export("last.ckpt", source)
+
+
+@pytest.mark.filterwarnings("ignore:.*positions interpolated")
+@pytest.mark.parametrize("grow", [0, 8])
+@pytest.mark.parametrize("source", ["last.ckpt:student", "exported", "dino.pth", "mae.pth", "full.pth", "full.pth:student"])
+@torch.no_grad()
+def test_every_source_of_load_backbone(source: str, grow: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, which = split_network(source)
+    written(path)
+    own = OFFICIAL if path.endswith(".pth") else TINY
+    config = replace(own, image_size=own.image_size + grow, drop_path=0.1)
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, config.image_size, config.image_size)
+    expected = load_backbone(path, which=which, image_size=config.image_size)(images).normed
+    first = dino(replace(config, cls_position=True), init=source).eval()
+    second = MAE("gap", config, DecoderConfig(16, 1, 2), SingleCrop(size=config.image_size), init=source).eval()
+    for backbone in (first.student.backbone, first.teacher.backbone, second.backbone):
+        found = backbone(images).normed
+        for part in ("cls", "registers", "patches"):
+            torch.testing.assert_close(getattr(found, part), getattr(expected, part), rtol=0, atol=1e-5)
 
 
 def test_positions_are_resized(tmp_path: Path) -> None:
