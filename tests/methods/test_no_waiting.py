@@ -1,6 +1,6 @@
 """A training step never waits for the host: the whole step on fake tensors (and in test_gpu.py under torch's own check).
 
-On a fake CPU forward and backward; on a fake GPU forward alone (autograd asks the driver for a real one), where copies show too."""
+On a fake CPU all of it; on a fake GPU, where copies show too, all but the backward pass (autograd asks the driver for a real one)."""
 
 from typing import Any
 
@@ -45,14 +45,23 @@ def mae() -> Method:
     return attach(MAE(backbone=TINY, decoder=DecoderConfig(width=16, depth=2, heads=2), crop=SingleCrop(size=16)))  # type: ignore[arg-type]
 
 
-def step(module: Method, batch: Batch, backward: bool = True) -> None:
-    loss = module.training_step(batch, 0)
-    assert isinstance(loss, torch.Tensor)
-    if not backward:
-        return
-    loss.backward()  # type: ignore[no-untyped-call]
-    if isinstance(module, DINO):
-        clip_each(module.student.parameters(), 3.0)
+def step(module: Method, batch: Batch) -> None:
+    """Both passes, clipping, AdamW and the teacher's average. Without the backward pass on a fake GPU: there gradients are given."""
+    optimizer = module.configure_optimizers()
+
+    def both_passes() -> torch.Tensor:
+        loss = module.training_step(batch, 0)
+        assert isinstance(loss, torch.Tensor)
+        if batch.images.device.type == "cpu":
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            for parameter in module.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        if isinstance(module, DINO):
+            module.configure_gradient_clipping(optimizer)
+        return loss
+
+    module.optimizer_step(0, 0, optimizer, both_passes)
 
 
 def faked(module: Method, device: str) -> None:
@@ -79,7 +88,7 @@ def fake_step(build: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         images = torch.empty(8, 3, 16, 16, dtype=torch.uint8, device=device)
         batch = Batch(images, *(torch.empty(shape, dtype=torch.int64, device=device) for shape in ((8, 2), (8,))), 0)
         with NoHostCopies():
-            step(module, batch, backward=device == "cpu")
+            step(module, batch)
 
 
 @pytest.mark.parametrize("build", [dino, mae])
