@@ -21,6 +21,7 @@ from ssl_vit.train.cost import training_flops
 from ssl_vit.train.pretrain import build_method, parse_recipe, recipe_parser
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.processes import Command
+from tests.train.test_dry_run import fake
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
 
@@ -73,6 +74,53 @@ def test_shipped_recipes_parse_and_are_short(recipe: str) -> None:
     assert header[0] in ("command", "1")  # "1 GPU", "8 GPUs", "2 nodes" where the command depends on them
     assert {"cost", "score"} <= set(header)
     assert config.method == recipe.split("_")[0]
+
+
+IMAGES = {"ILSVRC/imagenet-1k": 1_281_167, "frgfm/imagenette": 9_469, "uoft-cs/cifar10": 50_000}  # of the train split, as published
+QUICK = ("mae_cifar10_small", "mae_vitti4_cifar10")  # to count
+
+
+def cost_line(recipe: str) -> str:
+    lines = Path(__file__).parents[2].joinpath("recipes", f"{recipe}.yaml").read_text().splitlines()
+    return next(line for line in lines if line.startswith("# cost"))
+
+
+def images_of(config: Any) -> int:
+    trainer, batch = config.trainer, config.data.batch_size
+    if trainer.max_epochs in (None, -1):
+        return int(trainer.max_steps * batch)
+    return int(trainer.max_epochs * (trainer.limit_train_batches or IMAGES[config.data.source] // batch) * batch)
+
+
+COUNTED = [name for name in list_assets("recipes") if "FLOP" in cost_line(name)]
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in COUNTED])
+def test_the_cost_in_a_header_is_the_formula_s(recipe: str) -> None:
+    """Three digits each."""
+    parser, config = parse_recipe(recipe, [])
+    module = build_method(config, parser.instantiate(config))
+    flops, images, line = training_flops(module, fake(module)), images_of(config), cost_line(recipe)
+    unit, scale = ("PFLOP", 1e15) if "PFLOP" in line else ("EFLOP", 1e18)
+    assert line.startswith(
+        f"# cost     {flops / 1e9:.3g} GFLOP an image x {images:,} images = {flops * images / scale:.3g} {unit}"
+        + (
+            f": {flops * images / (0.3 * 989e12) / 3600:.3g} GPU hours at an assumed 30 % of 989 TFLOP/s"
+            if unit == "EFLOP"
+            else "; by formula"
+        )
+    )
+
+
+@pytest.mark.parametrize("recipe", [name for name in list_assets("recipes") if name not in COUNTED])
+def test_a_measured_cost_in_a_header_is_of_the_recipe_s_images(recipe: str) -> None:
+    _, config = parse_recipe(recipe, [])
+    line, images = cost_line(recipe), images_of(config)
+    if recipe.endswith("smoke"):
+        assert "two steps" in line
+        assert config.trainer.max_steps == 2
+    else:  # or two digits
+        assert f"({images:,} images" in line or f"({float(f'{images:.2g}'):,.0f} images" in line
 
 
 def test_paper_settings_are_the_defaults() -> None:
