@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,21 @@ def _grouped(files: list[Path], root: Path) -> dict[str, list[Path]]:
 def _open_files(kind: str, split: str, files: list[Path], **options: Any) -> Any:
     datasets = hf_datasets()
     try:
+        if kind == "arrow":
+            with suppress(ValueError):  # the IPC file format, or files of different types: converted as the others are
+                return _mapped(files)
         # `datasets` keeps its converted copy in its own cache folder, memory-mapped
         return datasets.load_dataset(kind, data_files={split: [str(file) for file in files]}, split=split, **options)
     except Exception as error:
         raise Failure(f"{files[0]} (split {split!r}) cannot be read as {kind}: {reason(error.__cause__ or error)}") from error
+
+
+def _mapped(files: list[Path]) -> Any:
+    """Arrow files of the stream format where they are; no copy."""
+    datasets = hf_datasets()
+    table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+    table.data.validate(full=True)  # reads offsets, not images: one that leads out of a damaged file would end the process
+    return table
 
 
 def _saved_tables(root: Path) -> Tables:
@@ -138,10 +150,7 @@ def _saved_tables(root: Path) -> Tables:
 def _open_images(root: Path, base: Path, images: list[str]) -> Any:
     """The table of the images in a folder `base`: its metadata file if there is one, else paths that start at `root`."""
     if metadata := next((base / name for name in _METADATA if (base / name).exists()), None):
-        table = _open_metadata(root, metadata)
-        if len(table) != len(images):
-            rank_zero_info(f"{metadata} names {len(table)} of the {len(images)} images beside it; no others are used")
-        return table
+        return _open_metadata(root, metadata, images)
     return image_table([image[len(str(root)) + 1 :] for image in images])
 
 
@@ -156,8 +165,8 @@ def image_table(paths: list[str]) -> Any:
     return datasets.Dataset(pa.table({"image": cells}), info=info)
 
 
-def _open_metadata(root: Path, file: Path) -> Any:
-    """metadata.csv or metadata.jsonl beside the images: `file_name`, relative to it, and further columns."""
+def _open_metadata(root: Path, file: Path, images: list[str]) -> Any:
+    """metadata.csv or metadata.jsonl beside the `images`: `file_name`, relative to it, and further columns."""
     text: dict[str, Any] = {}
     if file.suffix == ".csv":  # all of it is text: a type guessed from it would make one class of 001 and 1, and none of NA
         datasets = hf_datasets()
@@ -168,6 +177,10 @@ def _open_metadata(root: Path, file: Path) -> Any:
     names: list[Any] = list(table["file_name"]) if "file_name" in table.column_names else [None]
     if None in names:
         raise Failure(f"{file}: row {names.index(None)} has no file_name (columns: {', '.join(table.column_names)}); every row needs one")
-    image = image_table([str(inside((file.parent / name).relative_to(root), root)) for name in names])
+    paths = [str(inside((file.parent / name).relative_to(root), root)) for name in names]
+    used = set(map(os.path.normpath, paths)).intersection(images)
+    if len(used) < len(images):
+        rank_zero_info(f"{file} names {len(used)} of the {len(images)} images beside it; no others are used")
+    image = image_table(paths)
     rest = table.remove_columns("file_name")
     return hf_datasets().concatenate_datasets([image, rest], axis=1) if rest.column_names else image

@@ -156,7 +156,12 @@ def test_metadata_file_gives_labels(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert not caplog.messages
     (tmp_path / "metadata.csv").write_text("file_name,label\na.png,ant\n")
     assert greys(load(tmp_path)) == [0]
-    assert caplog.messages == [f"{tmp_path / 'metadata.csv'} names 1 of the 2 images beside it; no others are used"]
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,ant\nsub/../a.png,ant\n")  # one file, named twice
+    assert greys(load(tmp_path)) == [0, 0]
+    assert caplog.messages == [f"{tmp_path / 'metadata.csv'} names 1 of the 2 images beside it; no others are used"] * 2
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,ant\nsub/b.png,bee\na.png,cat\n")
+    assert greys(load(tmp_path)) == [0, 1, 0]
+    assert len(caplog.messages) == 2
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": "x"}\n{"label": "y"}\n')
     with pytest.raises(Failure, match=r"row 1 has no file_name"):
