@@ -177,7 +177,7 @@ def _open_metadata(root: Path, file: Path, images: list[str]) -> Any:
     names: list[Any] = list(table["file_name"]) if "file_name" in table.column_names else [None]
     if None in names:
         raise Failure(f"{file}: row {names.index(None)} has no file_name (columns: {', '.join(table.column_names)}); every row needs one")
-    paths = [str(inside((file.parent / name).relative_to(root), root)) for name in names]
+    paths = [str(inside(file.parent / name, root)) for name in names]
     used = set(map(os.path.normpath, paths)).intersection(images)
     if len(used) < len(images):
         rank_zero_info(f"{file} names {len(used)} of the {len(images)} images beside it; no others are used")

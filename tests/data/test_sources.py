@@ -162,6 +162,9 @@ def test_metadata_file_gives_labels(tmp_path: Path, caplog: pytest.LogCaptureFix
     (tmp_path / "metadata.csv").write_text("file_name,label\na.png,ant\nsub/b.png,bee\na.png,cat\n")
     assert greys(load(tmp_path)) == [0, 1, 0]
     assert len(caplog.messages) == 2
+    (tmp_path / "metadata.csv").write_text("file_name,label\n/etc/a.png,ant\n")
+    with pytest.raises(Failure, match="leads out of"):
+        load(tmp_path)
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": "x"}\n{"label": "y"}\n')
     with pytest.raises(Failure, match=r"row 1 has no file_name"):
