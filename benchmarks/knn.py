@@ -21,7 +21,7 @@ Answer = tuple[np.ndarray, np.ndarray]
 def ours(bank: np.ndarray, queries: np.ndarray, k: int) -> Answer:
     import torch
 
-    from ssl_vit_eval.neighbours import Vectors, neighbours
+    from ssl_vit_eval.probes.neighbours import Vectors, neighbours
 
     X, Q = (Vectors(torch.from_numpy(part), torch.arange(len(part))) for part in (bank, queries))
     similarity, rows = zip(*neighbours(X, Q, k, torch.device("cpu")), strict=True)

@@ -1,9 +1,10 @@
 """A grid of linear heads against a single one, in one run: `python benchmarks/linear.py [--threads N]`.
 
-13 learning rates x 5 readouts, trained at once by `ssl_vit_eval.heads`, on 50,000 features of width 384 in 10 classes, batches of 1024;
-on an accelerator where there is one. A single head is trained in three ways: by the same code with one readout and one rate, by nn.Linear
-and torch.optim.SGD on indexed rows of a tensor, and by these two with a shuffling DataLoader. Milliseconds a step, the fastest of the
-repeats; bringing the features to the device is included. The batches of all are of the same size and number. The goal is a ratio under 3.
+13 learning rates x 5 readouts, trained at once by `ssl_vit_eval.probes.linear`, on 50,000 features of width 384 in 10 classes, batches of
+1024; on an accelerator where there is one. A single head is trained in three ways: by the same code with one readout and one rate, by
+nn.Linear and torch.optim.SGD on indexed rows of a tensor, and by these two with a shuffling DataLoader. Milliseconds a step, the fastest
+of the repeats; bringing the features to the device is included. The batches of all are of the same size and number. The goal is a ratio
+under 3.
 """
 
 import argparse
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ssl_vit_eval import heads
 from ssl_vit_eval.distributed import device
+from ssl_vit_eval.probes import linear
 
 N, WIDTH, CLASSES, BATCH, EPOCHS = 50_000, 384, 10, 1024, 10
 STEPS = EPOCHS * (N // BATCH)
@@ -37,7 +38,7 @@ PARAMETERS = {
 
 def ours(features: list[Tensor], y: Tensor, rates: list[float]) -> None:
     """Readouts side by side where `select` trains them so, that is on an accelerator."""
-    training = heads.training(PARAMETERS | {"lr": rates})
+    training = linear.training(PARAMETERS | {"lr": rates})
     rows = torch.arange(N)
     for group in [features] if device().type == "cuda" else [[X] for X in features]:
         training.fit(group, rows, y, CLASSES)

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from ssl_vit_eval.linear import fit_path
+from ssl_vit_eval.probes.logreg import fit_path
 
 GRID = np.logspace(-3, 3, 10).tolist()
 MAX_ITER, TOL = 1000, 1e-4  # of the protocol logreg

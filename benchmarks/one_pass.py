@@ -14,8 +14,8 @@ import torch
 from ssl_vit.data.images import ImageStore
 from ssl_vit.model.backbone import build_backbone
 from ssl_vit.model.config import BackboneConfig
-from ssl_vit_eval.features import cached_features
-from ssl_vit_eval.models import Source
+from ssl_vit_eval.features.extract import cached_features
+from ssl_vit_eval.sources import Source
 
 SPECS = [
     *("cls", "gap", "register", "max", "gem", "cls/pre", "gap/pre", "register/pre", "max/pre", "gem/pre"),

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ssl_vit_eval.seeds import crossed_interval, interquartile_mean, probability_of_improvement, resolvable_seeds
-from ssl_vit_eval.stats import DRAWS, mcnemar, paired_difference, paired_p, sign_flip
+from ssl_vit_eval.stats.images import DRAWS, mcnemar, paired_difference, paired_p, sign_flip
+from ssl_vit_eval.stats.seeds import crossed_interval, interquartile_mean, probability_of_improvement, resolvable_seeds
 
 SEEDS, IMAGES = 6, 10_000
 

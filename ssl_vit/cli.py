@@ -127,7 +127,7 @@ def pretrain(arguments: list[str]) -> None:
         return dry_run(arguments[0], options)
     callbacks = []
     if values.online_knn:  # it reads labels, so it belongs to the judging side, and nothing of the run depends on it
-        from ssl_vit_eval.online import OnlineKNN
+        from ssl_vit_eval.probes.online_knn import OnlineKNN
 
         callbacks.append(OnlineKNN(values.online_knn, every=values.online_knn_every))
     elif any(option.startswith("--online-knn-every") for option in arguments):
@@ -167,7 +167,7 @@ def evaluate(arguments: list[str]) -> None:
     tracking = None if values.wandb is None else replace(Tracking.parse(values.wandb), predictions=values.wandb_predictions)
     from ssl_vit_eval.distributed import process_group
     from ssl_vit_eval.evaluate import evaluate as run_evaluate
-    from ssl_vit_eval.models import open_source
+    from ssl_vit_eval.sources import open_source
     from ssl_vit_eval.suites import Dataset, load_suite
 
     names = values.data or ([] if values.suite else ["builtin:photos"])
@@ -191,7 +191,7 @@ def compare(arguments: list[str]) -> None:
     values = parser.parse(arguments)
     if values.wandb_group is not None and values.wandb is None:
         raise UsageError("--wandb-group needs --wandb PROJECT")
-    from ssl_vit_eval.compare import compare as run_compare
+    from ssl_vit_eval.report.terminal import compare as run_compare
 
     run_compare(values.folders, values.out, values.margin, values.wandb, values.wandb_group)
 
@@ -212,19 +212,19 @@ def study(arguments: list[str]) -> None:
 
     tracking = Tracking.parse(values.wandb) if values.wandb else None
     if values.dry_run:
-        from ssl_vit_eval.costs import dry_run
+        from ssl_vit_eval.study.dry_run import dry_run
 
         dry_run(values.study, values.out)
     elif values.launcher == "slurm":
-        from ssl_vit_eval.launchers import launch_slurm
+        from ssl_vit_eval.study.launchers import launch_slurm
 
         launch_slurm(values.study, values.out, tracking)
     elif values.launcher == "wandb":
-        from ssl_vit_eval.launchers import launch_wandb
+        from ssl_vit_eval.study.launchers import launch_wandb
 
         launch_wandb(values.study, values.out, tracking)
     else:
-        from ssl_vit_eval.study import run_cell, run_study
+        from ssl_vit_eval.study.run import run_cell, run_study
 
         if values.cell is not None:
             run_cell(values.study, values.out, values.cell, tracking)
@@ -246,7 +246,7 @@ def quickstart(arguments: list[str]) -> None:
     parser = Parser("quickstart", "The study `quickstart`: DINO and MAE, each under CLS, GAP and registers, in minutes on a CPU.")
     parser.add_argument("--out", metavar="DIR", help="default: runs/quickstart")
     values = parser.parse(arguments)
-    from ssl_vit_eval.study import run_study
+    from ssl_vit_eval.study.run import run_study
 
     run_study("quickstart", values.out)
 

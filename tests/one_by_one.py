@@ -6,7 +6,7 @@ import torch
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from ssl_vit_eval.selection import stratified_slice
+from ssl_vit_eval.probes.selection import stratified_slice
 
 N, M, C = 70, 40, 4  # images of train and test, classes
 LINEAR: dict[str, Any] = {

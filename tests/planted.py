@@ -6,10 +6,10 @@ import torch
 import yaml
 
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit_eval.comparison import Comparison, build
+from ssl_vit_eval.compare.comparison import Comparison, build
+from ssl_vit_eval.compare.verdict import Difference, Family
 from ssl_vit_eval.rows import Row, RowStore
-from ssl_vit_eval.stats import wilson_interval
-from ssl_vit_eval.verdict import Difference, Family
+from ssl_vit_eval.stats.images import wilson_interval
 
 PRIMARY = {"recipe": "toy", "data": "builtin:photos", "protocol": "knn", "compare": ["cls", "gap"]}
 

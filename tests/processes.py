@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 FORK = multiprocessing.get_context("forkserver")  # it has no thread; its environment is that of the first test that asks
-FORK.set_forkserver_preload(["ssl_vit.cli", "ssl_vit.train.pretrain", "ssl_vit_eval.study", "ssl_vit_eval.online", "datasets"])
+FORK.set_forkserver_preload(
+    ["ssl_vit.cli", "ssl_vit.train.pretrain", "ssl_vit_eval.study.run", "ssl_vit_eval.probes.online_knn", "datasets"]
+)
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])  # of torch, in every process of the tests; conftest.py sets it
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fake_wandb import ENTITY, FakeWandb
+from tests.fake_wandb import ENTITY, FakeWandb
 
 PROJECTS = (("team", "proj"), (ENTITY, "proj"))  # that there are
 

@@ -13,8 +13,9 @@ from torch.multiprocessing import start_processes
 from ssl_vit.model.backbone import build_backbone
 from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.readout import readout
-from ssl_vit_eval import distributed, online
+from ssl_vit_eval import distributed
 from ssl_vit_eval.distributed import barrier, gather_objects, merge_parts, parts, process_group, rank, world
+from ssl_vit_eval.probes import online_knn
 from tests.processes import THREADS, free_port
 
 TOTALS, SIZES = (0, 1, 5, 7, 64, 65), (1, 3, 64)
@@ -35,16 +36,16 @@ def work(pictures: Path) -> dict[str, object]:
             merged[f"{total}/{size}"] = merge_parts(columns, total, size).tolist()
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig("vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=2, heads=2)).eval()
-    callback, accuracy = online.OnlineKNN(str(pictures)), {}
+    callback, accuracy = online_knn.OnlineKNN(str(pictures)), {}
     for batch in BATCHES:
-        online.BATCH = batch
+        online_knn.BATCH = batch
         callback.prepare(16)
         accuracy[batch] = callback.measure(backbone, readout("gap"), torch.device("cpu"))
         images = torch.cat([torch.empty(0, 3, 16, 16, dtype=torch.uint8), *callback.bank])
         merged[f"bank/{batch}"] = merge_parts(images, len(callback.bank_labels), batch).flatten(1).long().sum(dim=1).tolist()
         own[f"bank/{batch}"] = len(images)
         with torch.no_grad():
-            features = [online._features(part, backbone, readout("gap"), torch.device("cpu")) for part in callback.bank]
+            features = [online_knn._features(part, backbone, readout("gap"), torch.device("cpu")) for part in callback.bank]
         whole = merge_parts(torch.cat([torch.empty(0, 24), *features]), len(callback.bank_labels), batch)
         merged[f"features/{batch}"] = [value.hex() for value in whole.flatten().tolist()]
     barrier()
@@ -77,7 +78,7 @@ def pictures(tmp_path: Path) -> Path:
 def test_processes_share_the_work_and_agree_with_one(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ports = [int(free_port()) for _ in WORLDS]
     start_processes(member, (pictures, tmp_path, ports), nprocs=max(WORLDS), start_method="forkserver")
-    monkeypatch.setattr(online, "BATCH", online.BATCH)  # `work` changes it
+    monkeypatch.setattr(online_knn, "BATCH", online_knn.BATCH)  # `work` changes it
     alone = json.loads(json.dumps(work(pictures)))
 
     assert alone["world"] == 1

@@ -12,10 +12,10 @@ from sklearn.metrics import balanced_accuracy_score
 from ssl_vit.cli import run
 from ssl_vit.data.images import ImageStore
 from ssl_vit.model.readout import available, readout
-from ssl_vit_eval.features import cached_features
-from ssl_vit_eval.knn import KNNProbe
-from ssl_vit_eval.models import open_source
+from ssl_vit_eval.features.extract import cached_features
+from ssl_vit_eval.probes.knn import KNNProbe
 from ssl_vit_eval.rows import RowStore
+from ssl_vit_eval.sources import open_source
 from tests.conftest import errors
 
 pytestmark = pytest.mark.usefixtures("three_classes")

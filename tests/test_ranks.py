@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ssl_vit_eval.features import BATCH
+from ssl_vit_eval.features.extract import BATCH
 from tests.conftest import RECIPES
 from tests.processes import ranks
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from ssl_vit.assets import find_asset
 from ssl_vit.cli import run
-from ssl_vit_eval.models import open_source
 from ssl_vit_eval.rows import RowStore
+from ssl_vit_eval.sources import open_source
 from tests.conftest import BACKBONE, errors
 
 pytestmark = pytest.mark.usefixtures("three_classes")
@@ -30,7 +30,7 @@ def test_a_second_evaluation_reads_the_features(monkeypatch: pytest.MonkeyPatch,
 
     with monkeypatch.context() as without:
         without.setattr("ssl_vit.model.backbone.Backbone.forward", forward)
-        without.setattr("ssl_vit_eval.lazy.EncodedImages.batch", forward)  # nor are the pictures
+        without.setattr("ssl_vit_eval.lazy_images.EncodedImages.batch", forward)  # nor are the pictures
         assert run([*command, "--out", "third", "--protocols", "knn", "logreg"]) == 0
     rows = [[row.value for row in RowStore(out).rows() if row.protocol == "knn"] for out in ("first", "second", "third")]
     assert rows[0] == rows[1] == rows[2]

@@ -1,18 +1,37 @@
-"""The rooms of `ssl_vit`: what a module imports lies in its own room or further down, so that the code reads in one direction."""
+"""The rooms of `ssl_vit` and the wings of `ssl_vit_eval`: what a module imports lies in its own one or further down, so that the code reads
+in one direction. Imports inside functions count as well."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "ssl_vit"
+CHECKOUT = Path(__file__).parents[1]
+FOLDERS = {"ssl_vit": CHECKOUT / "ssl_vit", "ssl_vit_eval": CHECKOUT / "eval" / "ssl_vit_eval"}
 # from the top down; what stands at the root is named by its file
-ROOMS = ("__main__", "cli", "train", "methods", "weights", "data", "model", "provenance", "assets", "files", "errors")
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+ROOMS = {
+    "ssl_vit": ("__main__", "cli", "train", "methods", "weights", "data", "model", "provenance", "assets", "files", "errors"),
+    "ssl_vit_eval": (
+        *("study", "report", "compare"),
+        *("evaluate", "results", "tracking", "diagnostics", "protocols", "probes", "features"),
+        *("suites", "splits", "lazy_images", "stats", "sources", "controls"),
+        *("rows", "locks", "memory", "distributed"),
+    ),
+}
+# imports that go up, and why
+UPWARD = {
+    ("compare/differences.py", "ssl_vit_eval.report.text"): "a difference carries its verdict as a sentence",
+}
+MODULES = [
+    pytest.param(package, path, id=str(path.relative_to(folder.parent)))
+    for package, folder in FOLDERS.items()
+    for path in sorted(folder.rglob("*.py"))
+    if path.name != "__init__.py"
+]
 
 
-def room(parts: tuple[str, ...]) -> str:
-    return parts[0].removesuffix(".py")
+def room(package: str, path: Path) -> str:
+    return path.relative_to(FOLDERS[package]).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> set[str]:
@@ -20,22 +39,37 @@ def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)} if node.module == "ssl_vit" else {node.module}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module in FOLDERS else {node.module}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name for name in names if name.split(".")[0] in ("ssl_vit", "ssl_vit_eval")}
+    return {name for name in names if name.split(".")[0] in FOLDERS}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down_only(path: Path) -> None:
-    own = ROOMS.index(room(path.relative_to(PACKAGE).parts))
+def upward(package: str, path: Path) -> set[str]:
+    """What a file imports of its own package that lies above it."""
+    rooms, found = ROOMS[package], set()
     for name in imported(path):
-        package, *parts = name.split(".")
-        if package == "ssl_vit_eval":
-            assert room(path.relative_to(PACKAGE).parts) == "cli", f"only cli.py may know the judging side, not {path}"
-        elif parts and parts[0] in ROOMS:
-            assert ROOMS.index(parts[0]) >= own, f"{path.relative_to(PACKAGE)} imports {name}, which lies above it"
+        of, *parts = name.split(".")
+        if of == package and parts and parts[0] in rooms and rooms.index(parts[0]) < rooms.index(room(package, path)):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize(("package", "path"), MODULES)
+def test_imports_go_down_only(package: str, path: Path) -> None:
+    place = str(path.relative_to(FOLDERS[package]))
+    if package == "ssl_vit" and any(name.startswith("ssl_vit_eval") for name in imported(path)):
+        assert place == "cli.py", f"only cli.py may know the judging side, not {place}"
+    allowed = {name for file, name in UPWARD if package == "ssl_vit_eval" and file == place}
+    assert upward(package, path) == allowed, f"{place} imports what lies above it, or no longer what UPWARD allows it"
 
 
 def test_every_module_has_a_room() -> None:
-    assert {room(path.relative_to(PACKAGE).parts) for path in MODULES} <= {*ROOMS}
+    for package, rooms in ROOMS.items():
+        assert {room(package, module.values[1]) for module in MODULES if module.values[0] == package} == {*rooms}
+
+
+def test_every_wing_says_what_happens_in_it() -> None:
+    wings = [path for path in FOLDERS["ssl_vit_eval"].iterdir() if any(path.glob("*.py"))]
+    for wing in wings:
+        assert ast.get_docstring(ast.parse((wing / "__init__.py").read_text())), wing.name

@@ -13,7 +13,7 @@ from PIL import Image
 from ssl_vit.assets import find_asset, list_assets
 from ssl_vit.data.images import to_tensor
 from ssl_vit.errors import UsageError
-from ssl_vit_eval.lazy import EvalTransform
+from ssl_vit_eval.lazy_images import EvalTransform
 from ssl_vit_eval.suites import Dataset, load_suite
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from fake_wandb import ENTITY, FakeRun, FakeWandb
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from ssl_vit import load_backbone
@@ -29,6 +28,7 @@ from ssl_vit.train.training_log import TrainingLog
 from ssl_vit.weights.checkpoint import read_checkpoint
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.tracking import summary_key, summary_of
+from tests.fake_wandb import ENTITY, FakeRun, FakeWandb
 from tests.processes import Command, ranks
 
 BIN = Path(sys.executable).parent
@@ -274,7 +274,7 @@ class TestEvaluation:
 
 
 def test_keys_are_plain_and_no_two_rows_share_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from planted import plant
+    from tests.planted import plant
 
     store = RowStore(tmp_path)
     plant(store, [1, 1, 1, 0], read_with="cls@last4+gap/pre", trained_with="cls@last4+gap/pre")

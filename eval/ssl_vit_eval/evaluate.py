@@ -14,17 +14,17 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.readout import ReadoutSpec, available
 from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.controls import PROJECTED, SHUFFLED, check_controls, controls_of, projected, shuffled
+from ssl_vit_eval.diagnostics.run import examine, with_blocks
 from ssl_vit_eval.distributed import agreed, gather_objects, rank, world
-from ssl_vit_eval.examine import examine, with_blocks
-from ssl_vit_eval.features import cached_features
-from ssl_vit_eval.models import Source
+from ssl_vit_eval.features.extract import cached_features
+from ssl_vit_eval.features.tokens import TokenReader, open_tokens
+from ssl_vit_eval.probes.selection import Found
 from ssl_vit_eval.protocols import KINDS, Protocol, load_protocols
 from ssl_vit_eval.results import METRICS, make_rows, sentence
 from ssl_vit_eval.rows import Key, RowStore
-from ssl_vit_eval.selection import Found
+from ssl_vit_eval.sources import Source
 from ssl_vit_eval.splits import Split
 from ssl_vit_eval.suites import Dataset
-from ssl_vit_eval.tokens_cache import TokenReader, open_tokens
 from ssl_vit_eval.tracking import track_rows
 
 Say = Callable[[str], None]
@@ -66,7 +66,7 @@ def evaluate(
     """Every combination that `out` does not hold yet, one row a metric; the store of all of them.
 
     readouts None: each single readout that a source has and, for protocols that train one, each learned readout. controls: of
-    `controls.CONTROLS`. cache: the folder of the features, None for `features` in `out`. diagnostics: as `examine.examine`.
+    `controls.CONTROLS`. cache: the folder of the features, None for `features` in `out`. diagnostics: as `diagnostics.run.examine`.
     tracking: where W&B shows every source's rows, as `ssl_vit_eval.tracking` says.
     Raises UsageError before any work for names that are wrong. A dataset that cannot be evaluated is said and left out, and raises
     Failure at the end; the only one raises at once. On several processes (torchrun) all call it, the first one writes and speaks.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ssl_vit.assets import find_asset, list_assets
 from ssl_vit.errors import UsageError, one_of
-from ssl_vit_eval import attentive, finetune, heads, knn, linear, lowshot, mlp
-from ssl_vit_eval.selection import Found, stratified_slice
+from ssl_vit_eval.probes import attentive, finetune, knn, linear, logreg, lowshot, mlp
+from ssl_vit_eval.probes.selection import Found, stratified_slice
 
 
 class Kind(NamedTuple):
@@ -34,8 +34,8 @@ class Kind(NamedTuple):
 
 KINDS = {
     "knn": Kind(knn.PARAMETERS, knn.run, shared=True),
-    "logreg": Kind(linear.PARAMETERS, linear.run),
-    "linear": Kind(heads.PARAMETERS, heads.run, joint=True),
+    "logreg": Kind(logreg.PARAMETERS, logreg.run),
+    "linear": Kind(linear.PARAMETERS, linear.run, joint=True),
     "mlp": Kind(mlp.PARAMETERS, mlp.run),
     "lowshot": Kind(lowshot.PARAMETERS, lowshot.run),
     "attentive": Kind(attentive.PARAMETERS, attentive.run, reads="tokens", joint=True),

@@ -7,11 +7,11 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_vit.provenance import git_revision
-from ssl_vit_eval.models import PIXELS, Source
+from ssl_vit_eval.probes.selection import Found
 from ssl_vit_eval.rows import Key, Row
-from ssl_vit_eval.selection import Found
+from ssl_vit_eval.sources import PIXELS, Source
 from ssl_vit_eval.splits import Split
-from ssl_vit_eval.stats import macro_interval, mean_interval, wilson_interval
+from ssl_vit_eval.stats.images import macro_interval, mean_interval, wilson_interval
 
 METRICS = ("top1", "top1_macro")
 

@@ -97,6 +97,27 @@ class Row:
         return f"{self.key.digest}-{self.metric}"
 
 
+class Setting(NamedTuple):
+    """What must be equal for two numbers to stand in one table."""
+
+    dataset: str
+    data: str
+    transform: str
+    protocol: str
+    version: int
+    parameters: str  # hash
+    control: str
+
+    @property
+    def rule(self) -> str:
+        """The protocol, and what was changed of it on purpose."""
+        return self.protocol + (f", {self.control}" if self.control else "")
+
+    @classmethod
+    def of(cls, row: Row) -> "Setting":
+        return cls(row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.protocol_hash, row.control)
+
+
 class RowStore:
     """`rows.jsonl` and `predictions/` in one folder, which the first `append` creates."""
 

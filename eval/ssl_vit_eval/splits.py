@@ -18,7 +18,7 @@ from ssl_vit.data.images import ImageStore
 from ssl_vit.data.records import Records, find_column, read_records
 from ssl_vit.data.sources import builtin, display_name, find_split, open_tables, pil_images
 from ssl_vit.errors import Failure, UsageError, one_of
-from ssl_vit_eval.lazy import CROP, Crop, EncodedImages, EvalTransform
+from ssl_vit_eval.lazy_images import CROP, Crop, EncodedImages, EvalTransform
 
 # of train, when a set has no other split to test on
 TEST_SHARE = 0.2

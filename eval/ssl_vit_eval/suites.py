@@ -9,7 +9,7 @@ from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.sources import check_source
 from ssl_vit.errors import UsageError, one_of
 from ssl_vit_eval.distributed import rank
-from ssl_vit_eval.lazy import CROP, Crop, EvalTransform
+from ssl_vit_eval.lazy_images import CROP, Crop, EvalTransform
 from ssl_vit_eval.splits import Split, load_train_test
 
 

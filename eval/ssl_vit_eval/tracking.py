@@ -22,9 +22,8 @@ from typing import Any
 
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit.train.tracking import TrackedRun, Tracking, say
-from ssl_vit_eval.arms import Setting
-from ssl_vit_eval.models import PIXELS, Source
-from ssl_vit_eval.rows import Row, RowStore
+from ssl_vit_eval.rows import Row, RowStore, Setting
+from ssl_vit_eval.sources import PIXELS, Source
 
 RESULTS = "results"  # the name of the table
 TRAINED = "trained"
@@ -83,7 +82,7 @@ def summary_of(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def summary_key(dataset: str, rule: str, read_with: str, metric: str) -> str:
-    """`builtin_photos/knn/cls/top1`. rule: the protocol, as `arms.Setting.rule`; read_with: a spec, `pixels` or `trained`."""
+    """`builtin_photos/knn/cls/top1`. rule: the protocol, as `rows.Setting.rule`; read_with: a spec, `pixels` or `trained`."""
     read = read_with if read_with in (PIXELS, TRAINED) else ReadoutSpec.parse(read_with).slug
     return "/".join(_plain(part) for part in (dataset, rule, read, metric))
 

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as tv
 
 from ssl_vit.data.images import ImageStore, decode, header_size, limit_side, to_tensor
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit_eval.lazy import EvalTransform
+from ssl_vit_eval.lazy_images import EvalTransform
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:

@@ -15,7 +15,7 @@ from ssl_vit.data.images import to_tensor
 from ssl_vit.data.sources import check_source, load_split
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval import splits
-from ssl_vit_eval.lazy import EvalTransform
+from ssl_vit_eval.lazy_images import EvalTransform
 
 datasets = pytest.importorskip("datasets")
 

@@ -18,7 +18,7 @@ from ssl_vit.methods.dino import DINO, HeadConfig
 from ssl_vit.methods.mae import MAE, DecoderConfig
 from ssl_vit.model.config import BackboneConfig
 from ssl_vit.weights.export import export
-from ssl_vit_eval.models import open_source
+from ssl_vit_eval.sources import open_source
 from tests.conftest import BACKBONE
 
 CONFIG = BackboneConfig(**BACKBONE)

@@ -19,7 +19,7 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.config import IMAGENET_MEAN, IMAGENET_STD
 from ssl_vit.weights.checkpoint import read_weights
 from ssl_vit.weights.official import official_backbone
-from ssl_vit_eval.models import open_source
+from ssl_vit_eval.sources import open_source
 
 WIDTH, HEADS, DEPTH, PATCH, GRID = 192, 3, 2, 4, 5
 SIZE = PATCH * GRID

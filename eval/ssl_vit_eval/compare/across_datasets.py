@@ -1,0 +1,122 @@
+"""Arms across data sets, each read as it was trained: ranks, interquartile mean, probability of improvement.
+
+Only data sets on which every arm has every seed enter, so that no arm is judged on easier data or luckier seeds; what is left out is said.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import rankdata
+
+from ssl_vit_eval.compare.arms import Arm, ordered
+from ssl_vit_eval.compare.comparison import Comparison
+from ssl_vit_eval.compare.scores import scores_by_seed
+from ssl_vit_eval.rows import Setting
+from ssl_vit_eval.stats.seeds import Estimate, interquartile_mean, probability_of_improvement
+
+FEW = 3  # data sets: with fewer a rank only describes
+
+
+class Protocol(NamedTuple):
+    """A protocol as it was run, whatever the data set; parameters: hash."""
+
+    name: str
+    version: int
+    parameters: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The arms of one recipe under one protocol, best mean rank first. No arms and no data sets where none can be compared.
+
+    scores: top-1 as fractions, of each arm [data sets][seeds]. ranks: of each arm on each data set, by its mean over seeds; 1 is the best,
+    equal means share the mean of their ranks. iqm: interquartile mean of each arm's scores over data sets and seeds. improvement: the
+    probability that a run of the first beats one of the second on a data set, mean over data sets (Agarwal et al. 2021, section 4.3).
+    """
+
+    method: str
+    recipe: str
+    protocol: Protocol
+    datasets: list[str]
+    seeds: list[int]
+    scores: dict[Arm, list[list[float]]]
+    ranks: dict[Arm, list[float]]
+    iqm: dict[Arm, Estimate]
+    improvement: dict[tuple[Arm, Arm], Estimate]
+    left_out: list[str]
+
+    @property
+    def title(self) -> str:
+        """Which arms, and how they were judged."""
+        return f"{self.method} ({self.recipe}) · {self.protocol.name} v{self.protocol.version}"
+
+    @property
+    def basis(self) -> str:
+        """What the ranking rests on, and what it leaves out, in sentences."""
+        if not self.datasets:
+            return ". ".join(["Nothing to rank: no two data sets have every seed of every arm", *self.left_out]) + "."
+        few = f": fewer than {FEW}, so this describes these data sets and says nothing about others" if len(self.datasets) < FEW else ""
+        seeds = f"{len(self.seeds)} seed{'' if len(self.seeds) == 1 else 's'} of each arm"
+        return ". ".join([f"{seeds} on {len(self.datasets)} data sets ({', '.join(self.datasets)}){few}", *self.left_out]) + "."
+
+
+def rankings(comparison: Comparison) -> list[Ranking]:
+    """One for each recipe and protocol by which two arms or more were read as trained, on two data sets or more; without controls."""
+    scores = {
+        (setting, side.arm): {seed: value for seed, value in seeds.items() if seed is not None}
+        for (setting, side), seeds in scores_by_seed(comparison.rows).items()
+        if side.read_with == side.arm.trained_with and not setting.control
+    }
+    found = []
+    for section in comparison.sections:
+        for protocol in dict.fromkeys(_protocol(setting) for setting, arm in scores if arm[:2] == section):
+            of = {key: seeds for key, seeds in scores.items() if key[1][:2] == section and _protocol(key[0]) == protocol}
+            specs = ordered(arm.trained_with for _, arm in of if arm.trained_with)
+            if len(specs) > 1 and len({setting.dataset for setting, _ in of}) > 1:
+                found.append(_ranking(section, protocol, [Arm(*section, spec) for spec in specs], of))
+    return found
+
+
+def _ranking(section: tuple[str, str], protocol: Protocol, arms: list[Arm], of: Mapping[tuple[Setting, Arm], dict[int, float]]) -> Ranking:
+    had = {arm: {seed for (_, other), seeds in of.items() if other == arm for seed in seeds} for arm in arms}
+    seeds = sorted(set.intersection(*had.values()))
+    left_out = []
+    if extra := sorted(set.union(*had.values()) - set(seeds)):
+        left_out.append(f"Left out: seed {', '.join(map(str, extra))}, which not every arm has")
+    datasets: dict[str, Setting] = {}
+    for name in dict.fromkeys(setting.dataset for setting, _ in of):
+        variants = list(dict.fromkeys(setting for setting, _ in of if setting.dataset == name))
+        lacking = [str(arm.trained_with) for arm in arms if not set(seeds) <= of.get((variants[0], arm), {}).keys()]
+        if len(variants) > 1:
+            left_out.append(f"Left out: {name}, measured in {len(variants)} versions of its data or transform")
+        elif lacking or not seeds:
+            left_out.append(f"Left out: {name}, which lacks seeds of {', '.join(lacking) or 'every arm'}")
+        else:
+            datasets[name] = variants[0]
+    if len(datasets) < 2:
+        return Ranking(*section, protocol, [], seeds, {}, {}, {}, {}, left_out)
+
+    scores = {arm: [[of[setting, arm][seed] for seed in seeds] for setting in datasets.values()] for arm in arms}
+    # means that differ by their rounding are equal
+    means = np.array([[round(fmean(values), 9) for values in scores[arm]] for arm in arms])
+    ranks = dict(zip(arms, rankdata(-means, axis=0).tolist(), strict=True))
+    arms = sorted(arms, key=lambda arm: fmean(ranks[arm]))
+    return Ranking(
+        *section,
+        protocol,
+        list(datasets),
+        seeds,
+        {arm: scores[arm] for arm in arms},
+        {arm: ranks[arm] for arm in arms},
+        {arm: interquartile_mean(scores[arm]) for arm in arms},
+        {(a, b): probability_of_improvement(scores[a], scores[b]) for a, b in combinations(arms, 2)},
+        left_out,
+    )
+
+
+def _protocol(setting: Setting) -> Protocol:
+    return Protocol(setting.protocol, setting.version, setting.parameters)

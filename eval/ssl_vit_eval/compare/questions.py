@@ -1,0 +1,224 @@
+"""What is asked of the rows: which cells are subtracted from which, and which differences are corrected together.
+
+The questions, each about one setting: do arms of one recipe differ, each read as it was trained ("trained with")? Is an arm read best as
+it was trained ("self-consistency")? How do readouts of one backbone differ, post hoc ("read with"), and what does the place of the final
+norm do ("norm")? And is cls a register where nothing can tell them apart ("null control")? Controls, and single blocks, which the
+diagnostics read as curves, take no part.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from statistics import fmean
+from typing import NamedTuple, get_args
+
+from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit_eval.compare.arms import Arm, at_last, ordered, weights_of
+from ssl_vit_eval.compare.preregistration import Primary
+from ssl_vit_eval.compare.runs import Run
+from ssl_vit_eval.compare.verdict import Question, Side
+from ssl_vit_eval.rows import Row, Setting
+from ssl_vit_eval.sources import PIXELS
+
+Section = tuple[str, str]  # method and recipe
+Seeds = dict[int | None, Row]  # one cell; None of weights without a seed
+Cells = dict[Setting, dict[Arm, dict[str, Seeds]]]  # by read-with last
+NULL = {"cls", "register"}
+
+
+class Pair(NamedTuple):
+    """A − B, row by row of the same seed; remark: how it came to be, if that matters for the verdict."""
+
+    a: Side
+    b: Side
+    rows: list[tuple[Row, Row]]
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The pairs of one family."""
+
+    question: Question
+    setting: Setting
+    scope: str
+    pairs: list[Pair]
+    primary: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """notes: pairs that could not be made."""
+
+    groups: list[Group] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, question: Question, setting: Setting, scope: str, pairs: Sequence[Pair], primary: bool = False) -> None:
+        if pairs:
+            self.groups.append(Group(question, setting, scope, list(pairs), primary))
+
+
+def cells_of(rows: Sequence[Row], names: Mapping[tuple[str, str], Arm]) -> Cells:
+    """The top-1 rows of everything but random backbones and pixels."""
+    cells: Cells = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for row in rows:
+        if row.metric == "top1" and row.method not in ("random", PIXELS):
+            cells[Setting.of(row)][names[weights_of(row)]][row.read_with][row.seed] = row
+    return cells
+
+
+def null_controls(runs: Sequence[Run]) -> set[Section]:
+    """Recipes with one class token and one register, which have no position of their own: by symmetry either could be the other."""
+    tokens: dict[Section, set[tuple[object, ...]]] = defaultdict(set)
+    for run in runs:
+        backbone = run.recipe.get("backbone", {})
+        tokens[str(run.recipe.get("method")), run.name].add(
+            (backbone.get("cls_tokens", 1), backbone.get("registers"), backbone.get("cls_position", False))
+        )
+    return {section for section, found in tokens.items() if found == {(1, 1, False)}}
+
+
+def ask(cells: Cells, nulls: set[Section], primary: Primary | None) -> Asked:
+    """All groups, the primary one first. The primary comparison leaves the family that it would be in."""
+    asked = Asked()
+    if primary:
+        primary = _found(primary, cells, asked.notes)
+    for setting, arms in cells.items():
+        if setting.control:
+            continue
+        sections: dict[Section, list[Arm]] = defaultdict(list)
+        for trained_with in ordered(arm.trained_with for arm in arms if arm.trained_with):
+            for arm in arms:
+                if arm.trained_with == trained_with:
+                    sections[arm[:2]].append(arm)
+        for section, own in sections.items():
+            null = (section[0], section[1].removesuffix(":student")) in nulls
+            _ask_trained_with(asked, setting, arms, own, null, primary)
+            consistency = [pair for arm in own if (pair := _self_consistency(arm, arms[arm], asked.notes))]
+            asked.add("self-consistency", setting, own[0].section, consistency)
+        for arm in [*(arm for own in sections.values() for arm in own), *(arm for arm in arms if not arm.trained_with)]:
+            read, norm = _post_hoc(arm, arms[arm])
+            asked.add("read with", setting, arm.name, read)
+            asked.add("norm", setting, arm.name, norm)
+    if primary and not any(group.primary for group in asked.groups):
+        asked.notes.append(f"the primary comparison, {primary.name}, has no pair of rows: it was not computed")
+    questions = get_args(Question)
+    asked.groups.sort(key=lambda group: (not group.primary, questions.index(group.question)))  # stable: by setting within a question
+    return Asked(asked.groups, list(dict.fromkeys(asked.notes)))
+
+
+def _found(primary: Primary, cells: Cells, notes: list[str]) -> Primary | None:
+    """The primary comparison, if it is in exactly one setting and one section."""
+    places = []
+    for setting, arms in cells.items():
+        if primary.is_in(setting):
+            read = [arm for arm, specs in arms.items() if arm.trained_with in specs]
+            sections = {arm[:2]: [other for other in read if other[:2] == arm[:2]] for arm in read}
+            places += [setting for own in sections.values() if primary.sides(own)]
+    if len(places) == 1:
+        return primary
+    why = "has no rows of both arms" if not places else f"stands in {len(places)} tables or recipes: none of them is the one"
+    notes.append(f"the primary comparison, {primary.name}, {why}")
+    return None
+
+
+def _ask_trained_with(
+    asked: Asked, setting: Setting, cells: Mapping[Arm, dict[str, Seeds]], own: Sequence[Arm], null: bool, primary: Primary | None
+) -> None:
+    """All pairs of arms of one recipe, each read as it was trained; the primary pair and the null control apart."""
+    sides = primary.sides(own) if primary and primary.is_in(setting) else None
+    together = []
+    for one, other in combinations(own, 2):
+        is_primary = sides is not None and {one, other} == set(sides)
+        a, b = sides if sides and is_primary else (one, other)
+        read_a, read_b = str(a.trained_with), str(b.trained_with)
+        rows = _same_start(cells[a].get(read_a, {}), cells[b].get(read_b, {}), f"{a.name} and {b.name}", asked.notes)
+        if not rows:
+            continue
+        pair = Pair(Side(a, read_a), Side(b, read_b), rows)
+        if is_primary:
+            asked.add("trained with", setting, a.section, [pair], primary=True)
+        elif null and {read_a, read_b} == NULL:
+            asked.add("null control", setting, a.section, [pair])
+        else:
+            together.append(pair)
+    asked.add("trained with", setting, own[0].section, together)
+
+
+def _same_start(a: Seeds, b: Seeds, what: str, notes: list[str]) -> list[tuple[Row, Row]]:
+    """Pairs of the same seed, if all of them differ in the readout alone; else none, and why."""
+    rows = [(a[seed], b[seed]) for seed in _common(a, b)]
+    if a and b and not rows:
+        notes.append(f"{what} have no seed in common: there is no difference between them")
+    if any(one.family != other.family for one, other in rows):
+        notes.append(f"{what} were trained by recipes that differ in more than readout and seed: they are not paired")
+        return []
+    # a readout with parameters has them in its start too
+    plain = not any(ReadoutSpec.parse(str(row.trained_with)).learned for pair in rows for row in pair)
+    if plain and any(one.init and other.init and one.init != other.init for one, other in rows):
+        notes.append(f"{what} started from different weights at the same seed: they are not paired")
+        return []
+    return rows
+
+
+def _common(*cells: Seeds) -> list[int | None]:
+    """The seeds that all cells have."""
+    return sorted(set.intersection(*map(set, cells)), key=lambda seed: -1 if seed is None else seed)
+
+
+def _self_consistency(arm: Arm, cells: Mapping[str, Seeds], notes: list[str]) -> Pair | None:
+    """Read as trained minus the best reading of other tokens, which is picked without a look at test where the rows allow it."""
+    own = str(arm.trained_with)
+    readings = [spec for spec in _whole(cells) if _at_post(spec) == spec != _at_post(own)]
+    if own not in cells or not readings:
+        return None
+    # a reading of few seeds must not take the others' seeds away
+    most = max(len(_common(cells[own], cells[spec])) for spec in readings)
+    others = [spec for spec in readings if len(_common(cells[own], cells[spec])) == most]
+    if partly := [spec for spec in readings if spec not in others]:
+        notes.append(f"{arm.name}: {', '.join(partly)} lacks seeds, and is not among the readouts that it is compared with")
+    seeds = _common(cells[own], *(cells[spec] for spec in others))
+    if not seeds:
+        return None
+    rows = {spec: [cells[spec][seed] for seed in seeds] for spec in others}
+    on_slice = {spec: [_slice_accuracy(row) for row in of] for spec, of in rows.items()}
+    if any(accuracy is None for of in on_slice.values() for accuracy in of):
+        best = max(others, key=lambda spec: fmean(row.value for row in rows[spec]))
+        remark = f"{best} was picked on test: the gap is too small by that"
+    else:
+        best = max(others, key=lambda spec: fmean(accuracy or 0.0 for accuracy in on_slice[spec]))
+        remark = f"{best} was picked on the slice of train"
+    if len(others) == 1:
+        remark = f"{best} is the only other readout"
+    pairs = [(cells[own][seed], cells[best][seed]) for seed in seeds]
+    return Pair(Side(arm, own), Side(arm, best), pairs, remark)
+
+
+def _slice_accuracy(row: Row) -> float | None:
+    """Of the settings that were chosen, which were the best on the slice of train; None where nothing was chosen."""
+    return max(row.grid["slice_accuracy"]) if row.grid and row.grid.get("slice_accuracy") else None
+
+
+def _post_hoc(arm: Arm, cells: Mapping[str, Seeds]) -> tuple[list[Pair], list[Pair]]:
+    """Every readout against cls, or against the first one; other places of the norm against the readout with the norm at its place."""
+    specs = _whole(cells)
+    norms = [spec for spec in specs if _at_post(spec) != spec and _at_post(spec) in specs]
+    plain = [spec for spec in specs if spec not in norms]
+    read = [(spec, plain[0]) for spec in plain[1:]]  # cls is the first where it is there
+    return _pairs(arm, cells, read), _pairs(arm, cells, [(spec, _at_post(spec)) for spec in norms])
+
+
+def _pairs(arm: Arm, cells: Mapping[str, Seeds], specs: Sequence[tuple[str, str]]) -> list[Pair]:
+    found = [Pair(Side(arm, a), Side(arm, b), [(cells[a][seed], cells[b][seed]) for seed in _common(cells[a], cells[b])]) for a, b in specs]
+    return [pair for pair in found if pair.rows]
+
+
+def _whole(cells: Mapping[str, Seeds]) -> list[str]:
+    """The readouts of the last blocks."""
+    return ordered(spec for spec in cells if at_last(spec))
+
+
+def _at_post(spec: str) -> str:
+    """The same readout with the final norm at its usual place."""
+    return str(ReadoutSpec(tuple(replace(term, norm="post") for term in ReadoutSpec.parse(spec).terms)))

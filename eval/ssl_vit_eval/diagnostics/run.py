@@ -1,0 +1,73 @@
+"""What `--diagnostics` adds to an evaluation: the numbers of measure.py, and of the rows the accuracy by block and the redundancy."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit_eval.controls import PROJECTED
+from ssl_vit_eval.diagnostics.geometry import redundancy
+from ssl_vit_eval.diagnostics.measure import at_each_block, diagnose
+from ssl_vit_eval.rows import Row, RowStore
+from ssl_vit_eval.sources import Source
+from ssl_vit_eval.splits import Split
+
+
+def with_blocks(specs: Sequence[str], depth: int) -> list[str]:
+    """The specs, and those of them that read the last block alone at every other block too."""
+    return list(dict.fromkeys([*specs, *(name for spec in specs for _, name in at_each_block(spec, depth))]))
+
+
+def examine(source: Source, test: Split, data: str, transform: str, specs: Sequence[str], store: RowStore) -> Path:
+    """Write `diagnostics-SOURCE-WEIGHTS-DATA-TRANSFORM.json` beside the rows, and a picture that it names; the file's path.
+
+    What was measured before on these weights and images is kept, what comes from rows is always new."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)
+    path = store.folder / f"diagnostics-{name}-{source.weights[:8]}-{data[:8]}-{transform}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("readouts") != list(specs):
+        store.folder.mkdir(parents=True, exist_ok=True)
+        found = {
+            **diagnose(source, test.images, specs, store.folder),
+            "dataset": test.dataset,
+            "transform": transform,
+            "readouts": list(specs),
+        }
+    assert source.backbone is not None
+    place = (source.weights, data, transform, "top1")
+    rows = [row for row in store.rows() if (row.checkpoint, row.data, row.transform, row.metric) == place]
+    found["accuracy_by_block"] = accuracy_by_block(rows, specs, source.backbone.depth)
+    found["redundancy"] = redundancies(rows)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def accuracy_by_block(rows: Sequence[Row], specs: Sequence[str], depth: int) -> list[dict[str, Any]]:
+    """Top-1 of each readout at each block, for each protocol that has them."""
+    known = {(row.protocol, row.protocol_version, row.protocol_hash, row.read_with): row for row in rows if not row.control}
+    curves = []
+    for rule in dict.fromkeys(key[:3] for key in known):
+        for spec in specs:
+            places = [(block, known.get((*rule, name))) for block, name in at_each_block(spec, depth) if block is not None]
+            curve = [{"block": block, "top1": row.value, "ci": [row.ci_low, row.ci_high]} for block, row in places if row is not None]
+            if len(curve) > 1:
+                curves.append({"protocol": rule[0], "version": rule[1], "readout": spec, "curve": curve})
+    return curves
+
+
+def redundancies(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each A + B that was read at the width of one token (the control `width`), what it adds to the better of A and B, in points."""
+    known = {(row.protocol, row.protocol_version, row.protocol_hash, row.read_with): row for row in rows if not row.control}
+    found = []
+    for row in rows:
+        terms = list(map(str, ReadoutSpec.parse(row.read_with).terms)) if row.control.startswith(PROJECTED) else []
+        parts = [known.get((row.protocol, row.protocol_version, row.protocol_hash, term)) for term in terms]
+        if len(parts) == 2 and (a := parts[0]) is not None and (b := parts[1]) is not None and a.width == b.width == row.width:
+            gain = 100 * redundancy(row.value, a.value, b.value)
+            found.append({"protocol": row.protocol, "readout": row.read_with, "width": row.width, "points": gain})
+    return found

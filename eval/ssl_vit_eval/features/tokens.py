@@ -1,0 +1,129 @@
+"""The tokens of every image of a split, for probes that learn their readout: from a cache on disk, or from the backbone each time."""
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.transforms import normalise
+from ssl_vit.errors import Failure
+from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.tokens import Tokens
+from ssl_vit_eval.distributed import agreed, device, gather_objects, parts, rank
+from ssl_vit_eval.features.extract import BATCH
+from ssl_vit_eval.features.store import FeatureFile, FeatureKey
+from ssl_vit_eval.sources import Source
+
+_LARGEST = 65504  # of float16
+
+
+class StreamedTokens:
+    """Runs the backbone at every batch and keeps nothing: for sets whose cache would be too large.
+
+    `batch(indices)` gives float32 Tokens of these images on the device, without gradient; so does its final norm.
+    """
+
+    def __init__(self, backbone: Backbone, images: ImageStore, blocks: Sequence[int]) -> None:
+        """blocks: which blocks to keep, negative from the last. The backbone is moved to the device and must be in evaluation mode."""
+        self._backbone, self._images = backbone.to(device()), images
+        self.blocks = tuple(sorted({block % backbone.depth for block in blocks}))
+        self.width, self.depth = backbone.width, backbone.depth
+        self.cls_tokens, self.registers = backbone.cls_tokens, backbone.registers
+        self.norm = copy.deepcopy(backbone.norm).requires_grad_(False)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batch(self, indices: Int64[Tensor, "b"]) -> Tokens:
+        sequences = self.sequences(indices)  # rounded as the cache rounds, so that the room on the disk does not change a number
+        return self.named(unpack(pack(sequences), (sequences.shape[1], sequences.shape[2], sequences.shape[3])))
+
+    @torch.no_grad()
+    def sequences(self, indices: Int64[Tensor, "b"]) -> Float[Tensor, "b blocks l d"]:
+        """Class tokens, registers and patches one after the other, for each block; Failure for an image that gives no finite numbers."""
+        pixels, _ = self._images.batch(indices)
+        x = normalise(pixels.to(device()).float() / 255, self._backbone.mean, self._backbone.std)
+        tokens = self._backbone(x, blocks=self.blocks)
+        kept = [tokens.at(block) for block in self.blocks]
+        sequences = torch.stack([torch.cat([part.cls, part.registers, part.patches], dim=1) for part in kept], dim=1).float()
+        bad = (~torch.isfinite(sequences)).flatten(1).any(dim=1).nonzero()
+        if len(bad):
+            raise Failure(f"image {int(indices[bad[0]])} gives tokens that are not finite; look at the image and the weights")
+        return sequences
+
+    def named(self, sequences: Float[Tensor, "b blocks l d"]) -> Tokens:
+        first, rest = self.cls_tokens, self.cls_tokens + self.registers
+        found = {
+            block: Tokens(x[:, :first], x[:, first:rest], x[:, rest:], self.norm, block, self.depth)
+            for block, x in zip(self.blocks, sequences.unbind(dim=1), strict=True)
+        }
+        deepest = found.pop(self.blocks[-1])
+        return Tokens(deepest.cls, deepest.registers, deepest.patches, self.norm, deepest.block, self.depth, others=found)
+
+
+class TokenCache:
+    """The same from numbers mapped from disk (`pack`): 2 bytes a number, read image by image, so that memory does not grow with the set."""
+
+    def __init__(self, stream: StreamedTokens, packed: Float32[Tensor, "n words"], shape: tuple[int, int, int]) -> None:
+        """shape: of one image's sequences, [blocks l d]."""
+        self._stream, self._packed, self._shape = stream, packed, shape
+        self.width = stream.width
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def batch(self, indices: Int64[Tensor, "b"]) -> Tokens:
+        return self._stream.named(unpack(self._packed[indices].to(device()), self._shape))
+
+
+TokenReader = TokenCache | StreamedTokens
+
+
+def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folder: Path, key: str, limit: int | None = None) -> TokenReader:
+    """The tokens of a split from `folder`, written there first if they are not; streamed if they take more than `limit` bytes.
+
+    key: names the weights, the images and their transform. limit: None for half of the free disk. Called by every process: they share
+    the folder and divide the pass. Failure for tokens that are not finite.
+    """
+    assert source.backbone is not None
+    stream = StreamedTokens(source.backbone, images, blocks)
+    first = stream.sequences(torch.zeros(1, dtype=torch.int64))
+    words = pack(first).shape[1]
+    spec = "tokens@" + ",".join(map(str, stream.blocks))
+    normalisation = f"{source.backbone.mean} {source.backbone.std}"
+    file = FeatureFile(folder, FeatureKey(source.weights, key, "", "", normalisation, spec, len(images), words))
+    packed = file.read()
+    if packed is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        room = shutil.disk_usage(folder).free // 2 if limit is None else limit
+        if 4 * words * len(images) > gather_objects(room)[0]:  # the first process decides: disks may differ
+            return stream
+        ranges = list(parts(len(images), BATCH))
+        with file.writing(), agreed():
+            for start, end in tqdm(ranges, desc=f"{source.name}: tokens", leave=False, disable=True if rank() else None):
+                file.write(start, pack(stream.sequences(torch.arange(start, end))).cpu())
+        packed = file.read()
+    assert packed is not None
+    return TokenCache(stream, packed, (first.shape[1], first.shape[2], first.shape[3]))
+
+
+def pack(sequences: Float[Tensor, "b blocks l d"]) -> Float32[Tensor, "b words"]:
+    """Rows of float16, two in each word of 32 bits. An image that exceeds float16 (massive activations reach beyond before the final
+    norm) is divided by a power of two, which stands in front."""
+    x = sequences.flatten(1)
+    power = (x.abs().amax(dim=1, keepdim=True) / _LARGEST).log2().ceil().clamp(min=0)
+    lead = 2 - x.shape[1] % 2  # an even number of halves in all
+    return torch.cat([power.expand(-1, lead), x * 2.0**-power], dim=1).half().view(torch.float32)
+
+
+def unpack(packed: Float32[Tensor, "b words"], shape: tuple[int, int, int]) -> Float32[Tensor, "b blocks l d"]:
+    """What was packed, to float16's precision."""
+    halves = packed.view(torch.float16).float()
+    lead = 2 - shape[0] * shape[1] * shape[2] % 2
+    return (halves[:, lead:] * 2.0 ** halves[:, :1]).view(-1, *shape)

@@ -1,0 +1,1 @@
+"""What is fitted on frozen features, on tokens or on images, and how its settings are chosen without a look at test."""

@@ -1,0 +1,164 @@
+"""k-nearest neighbours by DINO's rule: the k most similar training images vote with weight exp(cosine similarity / temperature)."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from ssl_vit.errors import UsageError
+from ssl_vit_eval.distributed import device, merge_parts, parts
+from ssl_vit_eval.probes.base import Probe, check_features, check_training
+from ssl_vit_eval.probes.neighbours import CHUNK, QUERIES, Vectors, neighbours
+from ssl_vit_eval.probes.selection import Axes, Found, check_slice, choose, points, record
+
+PARAMETERS: dict[str, type] = {"k": list, "temperature": list, "standardise": bool, "slice_fraction": float, "slice_seed": int}
+
+
+class KNNProbe(Probe):
+    """Weighted k-NN on L2-normalised features, as DINO evaluates (Caron et al. 2021, section 3.2; Wu et al. 2018, section 3.4).
+
+    Scikit-learn manners: `fit(X, y)`, `predict`, `predict_proba`, `score`. All training rows are in the bank; it refers to `X` and holds
+    no copy. Of equally similar training rows the earlier one is nearer, of equal votes the lower class wins.
+
+    Args:
+        k: neighbours that vote. A bank of fewer rows votes as a whole: `k_` is the number that did.
+        temperature: of the weights exp(similarity / temperature).
+        chunk: similarities held at once, which bounds the memory: the parts of the bank and of the queries are of that order too.
+    """
+
+    k_: int
+
+    def __init__(self, k: int = 20, temperature: float = 0.07, chunk: int = CHUNK) -> None:
+        self.k = k
+        self.temperature = temperature
+        self.chunk = chunk
+
+    def fit(self, X: Float[Tensor, "n d"], y: Int64[Tensor, " n"]) -> "KNNProbe":
+        """Keep features [n d] and class indices [n] as the bank; UsageError for non-finite features, an empty set or a single class."""
+        _check_grid([self.k], [self.temperature])
+        check_training(X, y)
+        self.classes_, self._targets = torch.unique(y.to(X.device), return_inverse=True)
+        self._bank = Vectors(X, torch.arange(len(X)))
+        self.n_features_in_ = X.shape[1]
+        self.k_ = min(self.k, len(X))
+        return self
+
+    def predict_proba(self, X: Float[Tensor, "m d"]) -> Float64[Tensor, "m c"]:
+        """Each class's share of the votes, columns in the order of `classes_`; UsageError where `X` does not fit the bank."""
+        self.check_query(X)
+        shares = []
+        for similarity, rows in neighbours(self._bank, Vectors(X, torch.arange(len(X))), self.k_, self._targets.device, self.chunk):
+            votes = next(_votes(similarity, self._targets[rows], len(self.classes_), [self.k_], self.temperature))
+            shares.append(votes / votes.sum(dim=1, keepdim=True))
+        return torch.cat(shares)
+
+
+def run(
+    parameters: Mapping[str, Any],
+    train: Mapping[str, Float[Tensor, "n _"]],
+    y_train: Int64[Tensor, " n"],
+    test: Mapping[str, Float[Tensor, "m _"]],
+    y_test: Int64[Tensor, " m"],
+    held_out: Bool[Tensor, " n"],
+) -> dict[str, Found]:
+    """The protocol kind `knn`: k and temperature by the slice of train that `held_out` marks, then test with all of train as the bank.
+
+    A k above the bank's rows is cut to them. Of equally good points the first is chosen, temperatures before k, both in the order of
+    their lists. A grid of one point leaves the slice alone. Several processes share the queries, so that all of them must call this.
+    UsageError for a grid that cannot be used, and for features, by readout, split and row.
+    """
+    _check_grid(parameters["k"], parameters["temperature"])
+    ks = list(dict.fromkeys(min(k, len(y_train)) for k in parameters["k"]))
+    axes = {"temperature": [float(t) for t in parameters["temperature"]], "k": ks}
+    selecting, standardise = len(points(axes)) > 1, parameters["standardise"]
+    if selecting:
+        check_slice(held_out)
+    y_train, y_test, held_out = y_train.cpu(), y_test.cpu(), held_out.cpu()
+    every, kept, drawn = torch.arange(len(y_train)), (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    found = {}
+    for spec, X in train.items():
+        _check_readout(spec, X, y_train, test[spec])
+        answers = _answers(X, y_train, every, test[spec], torch.arange(len(y_test)), axes, standardise)
+        if not selecting:
+            found[spec] = Found(answers[:, 0], points(axes)[0], bank=len(X))
+            continue
+        slice_accuracy = _accuracies(_answers(X, y_train, kept, X, drawn, axes, standardise), y_train[drawn])
+        test_accuracy = _accuracies(answers, y_test)
+        settings, place, edge = choose(axes, slice_accuracy, ends={"k": len(X)})
+        grid = record(axes, slice_accuracy, test_accuracy)
+        found[spec] = Found(answers[:, place], settings, grid, edge, max(test_accuracy), bank=len(X))
+    return found
+
+
+def _votes(
+    similarity: Float[Tensor, "m k"], labels: Int64[Tensor, "m k"], classes: int, ks: Sequence[int], temperature: float
+) -> Iterator[Float64[Tensor, "m c"]]:
+    """What the first k neighbours give each class, for every k of `ks` in ascending order. The tensor is the same one each time."""
+    # relative to the nearest neighbour, so that a low temperature cannot overflow; the shares stay the same
+    weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
+    votes = weights.new_zeros(len(weights), classes)
+    # one rank after the other: a single scatter would add in no fixed order on a GPU, and break ties by chance
+    for rank, (weight, label) in enumerate(zip(weights.T.contiguous(), labels.T.contiguous(), strict=True), start=1):
+        votes.scatter_add_(1, label[:, None], weight[:, None])
+        if rank in ks:
+            yield votes
+
+
+def _answers(
+    X: Float[Tensor, "n d"],
+    y: Int64[Tensor, " n"],
+    bank: Int64[Tensor, " bank"],
+    Z: Float[Tensor, "m d"],
+    queries: Int64[Tensor, " queries"],
+    axes: Axes,
+    standardise: bool,
+) -> Int64[Tensor, "queries points"]:
+    """The classes that rows `bank` of X give to rows `queries` of Z at every point of the grid, by one search."""
+    on, moments = device(), _moments(X, bank) if standardise else None
+    classes, targets = torch.unique(y[bank], return_inverse=True)
+    targets = targets.to(on)
+    used = [min(int(k), len(bank)) for k in axes["k"]]
+    ascending = sorted(set(used))
+    own = torch.cat([torch.arange(0), *(torch.arange(*part) for part in parts(len(queries), QUERIES))])
+    answers = [torch.empty(0, len(points(axes)), dtype=torch.int64)]
+    for similarity, place in neighbours(Vectors(X, bank, moments), Vectors(Z, queries[own], moments), ascending[-1], on):
+        some = max(1, CHUNK // len(classes))  # votes held at once
+        for near, labels in zip(torch.split(similarity, some), torch.split(targets[place], some), strict=True):
+            columns = []
+            for temperature in axes["temperature"]:
+                votes = _votes(near, labels, len(classes), ascending, temperature)
+                winners = {k: sums.argmax(dim=1).cpu() for k, sums in zip(ascending, votes, strict=True)}
+                columns += [classes[winners[k]] for k in used]
+            answers.append(torch.stack(columns, dim=1))
+    return merge_parts(torch.cat(answers), len(queries), QUERIES)
+
+
+def _accuracies(answers: Int64[Tensor, "m points"], y: Int64[Tensor, " m"]) -> list[float]:
+    return [float(share) for share in (answers == y[:, None]).double().mean(dim=0)]
+
+
+def _moments(X: Float[Tensor, "n d"], rows: Int64[Tensor, " bank"]) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:
+    """Mean and biased standard deviation of the rows; a feature that is constant, but for the rounding of float32, keeps 1."""
+    pieces = torch.split(rows, 4096)
+    mean = torch.stack([X[piece].double().sum(dim=0) for piece in pieces]).sum(dim=0) / len(rows)
+    std = (torch.stack([(X[piece].double() - mean).square().sum(dim=0) for piece in pieces]).sum(dim=0) / len(rows)).sqrt()
+    return mean, torch.where(std > 1e-6 * mean.abs(), std, 1.0)
+
+
+def _check_grid(ks: Sequence[Any], temperatures: Sequence[Any]) -> None:
+    numbers = all(type(k) is int for k in ks) and all(type(t) in (int, float) for t in temperatures)
+    if not (ks and temperatures and numbers and min(ks) >= 1 and min(temperatures) > 0 and max(temperatures) < math.inf):
+        raise UsageError(f"k-NN got k {ks} and temperature {temperatures}: k must be at least 1 and whole, the temperature above 0")
+
+
+def _check_readout(spec: str, X: Tensor, y: Tensor, X_test: Tensor) -> None:
+    split = "train"
+    try:
+        check_training(X, y)
+        split = "test"
+        check_features(X_test)
+    except UsageError as error:
+        raise UsageError(f"readout {spec!r}: in {split}, {error}") from error

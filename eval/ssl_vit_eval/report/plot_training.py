@@ -1,0 +1,54 @@
+"""What a pretraining did, as figures: the curves that it logged."""
+
+from collections.abc import Sequence
+
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+from ssl_vit_eval.compare.runs import Run
+from ssl_vit_eval.report.plotting import Plot, draw, legend, looks, name_of
+
+CURVES = {  # drawn where a method logs them
+    "loss": ("loss", "Losses do not compare between methods."),
+    "teacher_information": (
+        "teacher information",
+        "H(mean teacher output) − mean H(teacher output), as a share of ln k; near 0 the teacher has collapsed.",
+    ),
+    "knn_top1": ("k-NN top-1 while training (share)", "A monitor with fixed settings, not the protocol of the tables."),
+}
+POINTS = 200  # of a curve at most, so that long runs do not make the report large
+
+
+def training_curves(runs: Sequence[Run]) -> list[Plot]:
+    """For each recipe and logged curve a figure; in it a line for each run, which looks like its trained-with, seeds alike."""
+    recipes = dict.fromkeys((run.recipe["method"], run.name) for run in runs)
+    drawn = []
+    for method, name in recipes:
+        of = [run for run in runs if (run.recipe["method"], run.name) == (method, name)]
+        for key, (text, note) in CURVES.items():
+            logged = [(run.recipe["readout"], [(line["step"], line[key]) for line in run.metrics if key in line]) for run in of]
+            if curves := [(spec, points) for spec, points in logged if points]:
+                count = f"{len(curves)} runs" if len(curves) > 1 else "1 run"
+                drawn.append(
+                    _curves(name_of("curve", method, name, key), f"{method} ({name}): {text}", curves, f"{count}, a line each. {note}")
+                )
+    return drawn
+
+
+def _curves(name: str, title: str, curves: list[tuple[str, list[tuple[int, float]]]], note: str) -> Plot:
+    look = looks(spec for spec, _ in curves)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        lines: dict[str, Artist] = {}
+        for spec, points in curves:
+            thinned = [*points[:: max(1, len(points) // POINTS)], points[-1]]
+            steps, values = zip(*thinned, strict=True)
+            # a curve of one or two values is seen by its markers only
+            marker = look[spec].marker if len(points) < 3 else ""
+            (line,) = axes.plot(steps, values, color=look[spec].colour, dashes=look[spec].dashes, marker=marker, linewidth=1.0, alpha=0.85)
+            lines[f"trained with {spec}"] = line
+        axes.set_xlabel("optimiser step")
+        legend(figure, lines)
+
+    return draw(name, title, (4.4, 2.5), paint, note)

@@ -1,0 +1,163 @@
+"""Figures of a comparison, as SVG for the report and as PNG for everything else, in one style."""
+
+import hashlib
+import io
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from xml.sax.saxutils import quoteattr
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+
+from ssl_vit_eval.compare.arms import FIRST
+
+DPI = 200
+INK, SOFT, FAINT = "#1b1f24", "#57606a", "#e6e8eb"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0609a", "#4aa3d8", "#8c6d1f")  # after Okabe and Ito: told apart by the colour-blind
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: tuple[tuple[float, ...], ...] = ((), (4.5, 1.5), (1.2, 1.2), (6.0, 1.5, 1.2, 1.5), (3.0, 1.0, 1.0, 1.0, 1.0, 1.0))
+COLUMNS = 3  # of panels
+LINE = 0.2  # inches of a line of text
+SHORTEST = 8  # characters of a line
+STYLE: dict[str, Any] = {
+    "text.parse_math": False,  # names are shown as they are
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": SOFT,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": FAINT,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure. name: of its files; title and note: plain text; svg: the element, without a header; png: the same at 200 dpi.
+
+    The title is drawn in the figure, the note is not. Ids in the svg begin with the name: figures of one page do not disturb each other.
+    """
+
+    name: str
+    title: str
+    svg: str
+    png: bytes
+    note: str = ""
+
+
+class Look(NamedTuple):
+    """How a readout is drawn: what its colour says, marker and dashes say in grey too."""
+
+    colour: str
+    marker: str
+    dashes: tuple[float, ...]
+
+
+def looks(specs: Iterable[str]) -> dict[str, Look]:
+    """A look for each spec (or other name), in their order behind cls, gap and register, which always have their own."""
+    names = list(dict.fromkeys(specs))
+    others = [name for name in names if name not in FIRST]
+    place = {name: i for i, name in enumerate((*FIRST, *others))}
+    return {
+        name: Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
+        for name, i in place.items()
+        if name in names
+    }
+
+
+def name_of(kind: str, *words: str, key: object = None) -> str:
+    """A file name, and the beginning of ids: the kind, the words, and a hash that differs where words or `key` do."""
+    readable = [re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words]
+    return "-".join([kind, *filter(None, readable), hashlib.sha256(repr((words, key)).encode()).hexdigest()[:6]])
+
+
+def draw(name: str, title: str, size: tuple[float, float], paint: Callable[[Figure], None], note: str = "") -> Plot:
+    """What `paint` puts into a new figure, in the one style and under its title; the same bytes every time.
+
+    size: inches without title and legend, which add the height that they take."""
+    style: Any = STYLE | {"svg.hashsalt": name}
+    with matplotlib.rc_context(style):
+        head = wrapped(title, size[0] - 0.2, 10.0, "bold")
+        figure = Figure(figsize=(size[0], size[1] + LINE * (1 + head.count("\n"))), layout="constrained")
+        figure.suptitle(head, x=0.01, ha="left", fontsize=10, fontweight="bold")
+        paint(figure)
+        svg, png = io.StringIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
+    return Plot(name, title, _element(svg.getvalue(), name, title), png.getvalue(), note)
+
+
+def wrapped(text: str, inches: float, size: float = 9.0, weight: str = "normal") -> str:
+    """Lines that are at most so wide at this size in points; a name that is longer than a line is broken."""
+    font = FontProperties(family=STYLE["font.sans-serif"][0], size=size, weight=weight)
+    count = len(text)
+    while count > SHORTEST and any(_width(line, font) > inches for line in textwrap.wrap(text, count)):
+        count = min(count - 1, int(0.95 * count))
+    return "\n".join(textwrap.wrap(text, max(count, SHORTEST)))
+
+
+def panels(figure: Figure, count: int, share: bool = True) -> list[Axes]:
+    """So many axes, of one scale if they `share` it, in rows of three; `size_of` is the figure that they fit into."""
+    columns = min(count, COLUMNS)
+    grid: list[Axes] = figure.subplots(-(-count // columns), columns, sharex=share, sharey=share, squeeze=False).flatten().tolist()
+    for axes in grid[:count]:
+        axes.tick_params(labelbottom=True, labelleft=True)
+    for axes in grid[count:]:
+        axes.remove()
+    return grid[:count]
+
+
+def size_of(count: int, height: float = 2.5) -> tuple[float, float]:
+    """Inches of a figure of `count` panels, of which one is `height` high."""
+    return 1.0 + 3.1 * min(count, COLUMNS), 0.2 + height * -(-count // COLUMNS)
+
+
+def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
+    """Below the axes, in as many columns as fit; the figure grows by it."""
+    size, beside = STYLE["legend.fontsize"], 0.6  # of inches: the line or marker, and what is between the columns
+    width, height = figure.get_size_inches()
+    names = [wrapped(name, width - beside - 0.2, size) for name in handles]
+    font = FontProperties(family=STYLE["font.sans-serif"][0], size=size)
+    widest = max((_width(line, font) for name in names for line in name.split("\n")), default=0.0)
+    columns = max(1, min(len(names), int((width - 0.1) / (widest + beside))))
+    lines = -(-len(names) // columns) + sum(name.count("\n") for name in names)
+    figure.set_size_inches(width, height + LINE * lines)
+    figure.legend(list(handles.values()), names, loc="outside lower left", ncols=columns, handlelength=2.6)
+
+
+def _width(text: str, font: FontProperties) -> float:
+    """Inches."""
+    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72)
+
+
+def _element(text: str, name: str, title: str) -> str:
+    """The svg element with ids of its own; what no one refers to loses its id, and coordinates keep a hundredth of a point."""
+    text = text[text.index("<svg") :]
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+
+    def tag(match: re.Match[str]) -> str:  # a name of the user's may look like an attribute, but never stands in a tag
+        found = re.sub(r' id="([^"]*)"', lambda own: f' id="{name}-{own[1]}"' if own[1] in used else "", match[0])
+        found = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", found)
+        return re.sub(r' d="[^"]*"', lambda path: re.sub(r"\d+\.\d{3,}", lambda of: f"{float(of[0]):.2f}", path[0]), found)
+
+    text = re.sub(r"<[^>]+>", tag, text)
+    return text.replace("<svg", f'<svg role="img" aria-label={quoteattr(title)}', 1).rstrip()

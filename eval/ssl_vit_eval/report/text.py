@@ -1,0 +1,126 @@
+"""Differences and verdicts as text: signs, bounds, p-values and sentences, the same in the terminal, the report and W&B."""
+
+import math
+
+from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule, Side, Unit, excludes_zero, within_margin
+from ssl_vit_eval.stats.seeds import seeds_needed, smallest_p
+
+TITLES = {
+    "trained with": "Trained with: arms of one recipe, each read as it was trained",
+    "self-consistency": "Self-consistency: read as trained, minus the best other readout",
+    "read with": "Read with, post hoc: one backbone, read in several ways",
+    "norm": "Norm: the same readout with the final norm at another place",
+    "null control": "Null control: cls and the only register are exchangeable",
+}
+_MOST_DIGITS = 6
+
+
+def signed(points: float, digits: int = 1) -> str:
+    """With its sign; zero, also a rounded one, has none."""
+    text = f"{points:+.{digits}f}".replace("-", "−")
+    return text if float(text[1:]) else text[1:]
+
+
+def estimate_text(points: float, low: float, high: float, rule: Rule) -> str:
+    """`+1.2 points [0.3, 2.1]`, with as many decimals as `digits_of` says."""
+    return f"{signed(points, digits_of(low, high, rule))} points {interval_text(low, high, rule)}"
+
+
+def interval_text(low: float, high: float, rule: Rule) -> str:
+    """`[0.3, 2.1]`, with as many decimals as `digits_of` says."""
+    digits = digits_of(low, high, rule)
+    return f"[{signed(low, digits).lstrip('+')}, {signed(high, digits).lstrip('+')}]"
+
+
+def digits_of(low: float, high: float, rule: Rule) -> int:
+    """Decimals to show: one, or more where one would tell another story of zero or of the margin than the unrounded bounds."""
+    truth, digits = _facts(low, high, rule), 1
+    while digits < _MOST_DIGITS and truth != _facts(round(low, digits), round(high, digits), rule):
+        digits += 1
+    return digits
+
+
+def p_text(p: float, rule: Rule) -> str:
+    """`.031`, `< .001`, with more decimals where three would put it on the other side of the level."""
+    if p < 0.001:
+        return "< .001"
+    if p > 0.9995:
+        return "1"
+    digits = 3
+    while digits < _MOST_DIGITS and (round(p, digits) <= rule.level) != (p <= rule.level):
+        digits += 1
+    return f"{p:.{digits}f}".removeprefix("0")
+
+
+def points_text(points: float) -> str:
+    """`1 point`, `1.2 points`."""
+    return f"{points:g} point{'' if points == 1 else 's'}"
+
+
+def side_name(question: Question, side: Side) -> str:
+    """What a side is called within its family, whose scope says the rest."""
+    if question in ("trained with", "null control"):
+        return str(side.arm.trained_with)
+    return f"{side.arm.trained_with} read with {side.read_with}" if question == "self-consistency" else side.read_with
+
+
+def line(family: Family, difference: Difference, rule: Rule) -> str:
+    """`cls − gap: +1.2 points [0.3, 2.1], p .031 (corrected .031), 8.1 % discordant, 6 seeds: better`."""
+    a, b = (side_name(family.question, side) for side in (difference.a, difference.b))
+    corrected = f"corrected {p_text(difference.corrected, rule)}" if family.is_corrected else "not corrected"
+    count = len(difference.seeds)
+    of = f"{difference.images:,} images" if family.unit == "images" else f"{count} seed{'' if count == 1 else 's'}"
+    return (
+        f"{a} − {b}: {estimate_text(difference.points, difference.low, difference.high, rule)}, "
+        f"p {p_text(difference.p, rule)} ({corrected}), {100 * difference.discordance:.1f} % discordant, {of}: {difference.outcome}"
+    )
+
+
+def words_of(question: Question, unit: Unit, difference: Difference, comparisons: int, rule: Rule, remark: str = "") -> str:
+    """The verdict as a sentence. comparisons: that are corrected together; remark: how the difference came to be, said behind it."""
+    text = _verdict(question, unit, difference, comparisons, rule)
+    if question == "null control":
+        text = f"null control, a difference is not expected to be resolvable: {text}"
+        if difference.outcome in ("better", "worse"):
+            text += (
+                f". This is a false alarm by construction: chance gives one in {1 / rule.level:.0f} such controls; "
+                "if it comes oftener, the instrument is off"
+            )
+    return f"{text}; {remark}" if remark else text
+
+
+def _facts(low: float, high: float, rule: Rule) -> tuple[bool, bool]:
+    return excludes_zero(low, high), within_margin(low, high, rule)
+
+
+def _verdict(question: Question, unit: Unit, d: Difference, comparisons: int, rule: Rule) -> str:
+    a, b = (side_name(question, side) for side in (d.a, d.b))
+    of = "of these weights, " if unit == "images" else ""
+    if d.outcome in ("better", "worse"):
+        by = (d.points, d.low, d.high) if d.outcome == "better" else (-d.points, -d.high, -d.low)
+        less = f", by less than the margin of {points_text(rule.margin)}" if within_margin(d.low, d.high, rule) else ""
+        return f"{of}{a} is {d.outcome} than {b} by {estimate_text(*by, rule).lstrip('+')}{less}"
+    if d.outcome == "no difference":
+        seen = f"these {d.images:,} images" if unit == "images" else "this study"
+        return f"{of}no difference between {a} and {b} of more than {points_text(_rounded_up(d))} that {seen} could see"
+    if unit == "seeds" and len(d.seeds) < 2:
+        two = question in ("trained with", "null control")
+        why = "one seed of each is two networks, and says nothing about the readouts" if two else "one seed says nothing about another one"
+        return f"undecided: {why}; {_needs(comparisons, rule)}"
+    interval = f"undecided: {of}{a} − {b} lies in {interval_text(d.low, d.high, rule)}"
+    if math.isinf(d.resolvable):
+        reach = p_text(min(1.0, comparisons * smallest_p(len(d.seeds))), rule)
+        return (
+            f"{interval}; no difference is resolvable: the best corrected p of {len(d.seeds)} seeds is {reach}, {_needs(comparisons, rule)}"
+        )
+    return f"{interval}; a true difference of {d.resolvable:.1f} points would have been found four times in five"
+
+
+def _needs(comparisons: int, rule: Rule) -> str:
+    family = "one comparison" if comparisons == 1 else f"a family of {comparisons} comparisons"
+    return f"{family} needs {seeds_needed(comparisons, rule.level)} seeds"
+
+
+def _rounded_up(d: Difference) -> float:
+    # to 0.1, but 0.3 is not 0.30000000000000004
+    return max(0.1, math.ceil(round(10 * max(abs(d.low), abs(d.high)), 6)) / 10)

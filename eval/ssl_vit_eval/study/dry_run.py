@@ -1,0 +1,183 @@
+"""`ssl-vit study --dry-run`: what a study will cost. Trains nothing that is kept, and writes nothing."""
+
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from ssl_vit.data.images import ImageStore
+from ssl_vit.data.stream import ImageData
+from ssl_vit.train.cost import training_flops
+from ssl_vit.train.dry_run import total_steps
+from ssl_vit.train.pretrain import build_method, parse_recipe
+from ssl_vit_eval.controls import controls_of
+from ssl_vit_eval.diagnostics.run import with_blocks
+from ssl_vit_eval.evaluate import wanted_specs
+from ssl_vit_eval.rows import RowStore
+from ssl_vit_eval.sources import Source
+from ssl_vit_eval.study.plan import Cell, Plan, start_source
+from ssl_vit_eval.study.run import check
+
+STEPS = 4  # timed, of which the first is left out
+STEP_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one cell. seconds_from: done, mean of done cells, or timed."""
+
+    cell: Cell
+    steps: int
+    images: int
+    flops: float
+    seconds: float
+    seconds_from: str
+
+
+def dry_run(study: str, out: str | None) -> None:
+    """Print the cells of a study with steps, images, operations and time, the number of evaluations, the sums, and what is done."""
+    plan = Plan.load(study, out)
+    check(plan, plan.cells)
+    costs = cell_costs(plan.cells)
+    lines = [["cell", "steps", "images", "FLOPs", "time", ""]]
+    for cost in costs:
+        numbers = [f"{cost.steps:,}", f"{cost.images:,}", f"{cost.flops:.2g}", clock(cost.seconds)]
+        lines.append([cost.cell.folder.name, *numbers, cost.seconds_from])
+    missing = [cost for cost in costs if cost.cell.summary is None]
+    for title, of in (("all", costs), ("still to do", missing)):
+        sums = [sum(cost.steps for cost in of), sum(cost.images for cost in of)]
+        flops, seconds = (sum((getattr(cost, key) for cost in of), 0.0) for key in ("flops", "seconds"))
+        lines.append([f"{title}: {len(of)} cells", *(f"{value:,}" for value in sums), f"{flops:.2g}", clock(seconds), ""])
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    for name, *numbers, source in lines:
+        print(
+            "  ".join(
+                [f"{name:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(numbers, widths[1:5], strict=True)), source]
+            ).rstrip()
+        )
+    print("FLOPs: products of forward and backward passes, 2 a multiply-add; time: of one cell on one device")
+    print(evaluations(plan))
+
+
+def cell_costs(cells: Sequence[Cell]) -> list[Cost]:
+    """What was measured of finished cells; of the others the same of finished cells of their recipe, else a few steps, timed here."""
+    known: dict[str, list[float]] = defaultdict(list)
+    for cell in cells:
+        if cell.summary:
+            known[cell.start.name].append(cell.summary["seconds"])
+    operations: dict[tuple[str, str], int] = {}
+    steps: dict[str, int] = {}
+    timed: dict[str, float] = {}
+    costs = []
+    for cell in cells:
+        name, summary = cell.start.name, cell.summary
+        if summary:
+            costs.append(Cost(cell, summary["steps"], summary["images"], float(summary["flops"]), float(summary["seconds"]), "done"))
+            continue
+        parser, config = parse_recipe(cell.start.recipe, cell.options)
+        values = parser.instantiate(config)
+        if (name, cell.readout) not in operations:
+            operations[name, cell.readout] = training_flops(build_method(config, values))
+        if name not in steps:
+            steps[name] = total_steps(config) or 0  # never None where sources are opened
+        images = steps[name] * config.data.batch_size
+        if not known[name] and name not in timed:
+            timed[name] = step_seconds(config, values)
+        seconds = fmean(known[name]) if known[name] else steps[name] * timed[name]
+        source = f"as {len(known[name])} done" if known[name] else f"{STEPS - 1} steps timed on {_device()}"
+        costs.append(Cost(cell, steps[name], images, float(images * operations[name, cell.readout]), seconds, source))
+    return costs
+
+
+def step_seconds(config: Namespace, values: Namespace) -> float:
+    """Seconds of one optimiser step, by a real training of a few batches of synthetic pictures of the model's size.
+
+    The recipe's batch if that takes `STEP_SECONDS` at most. Else two smaller ones, since a step costs something whatever its batch, and
+    the line through both is read at the recipe's. Decoding and reading are not in it.
+    """
+    whole = config.data.batch_size
+    small = min(whole, 4)
+    first = _timed(config, values, small)
+    large = min(whole, max(2 * small, int(STEP_SECONDS * small / first)))
+    second = _timed(config, values, large) if large > small else first
+    slope = max(0.0, second - first) / max(1, large - small)
+    return float(second + slope * (whole - large))
+
+
+def _timed(config: Namespace, values: Namespace, batch_size: int) -> float:
+    """Median seconds of a batch."""
+    method, clock = build_method(config, values), _Clock()
+    size = method.backbone.image_size
+    data = ImageData(config.data.source, batch_size)
+    data.images = ImageStore.stacked(torch.randint(0, 256, (STEPS * batch_size, 3, size, size), dtype=torch.uint8))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [clock]}
+    length = {"max_steps": STEPS, "max_epochs": -1, "limit_train_batches": None}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, about a training of a few steps
+        Trainer(**{**dict(values.trainer), **quiet, **length, "default_root_dir": folder}).fit(method, datamodule=data)
+    return median(b - a for a, b in zip(clock.times[:-1], clock.times[1:], strict=True))
+
+
+class _Clock(Callback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+
+def evaluations(plan: Plan) -> str:
+    """How many evaluations the study holds, how many are there, and what the rest takes by the rows that there are."""
+    wanted: dict[str, int] = defaultdict(int)
+    for start in plan.starts:
+        random = start_source(start)
+        trained = [replace(random, method="trained", trained_with=cell.readout) for cell in plan.cells if cell.start == start]
+        for source in (random, *trained):
+            for rule, count in _evaluations(plan, source).items():
+                wanted[rule] += count * len(plan.data)
+    rows = [row for row in RowStore(plan.folder / "eval").rows() if row.metric == "top1" and row.method != "pixels"]
+    parts, seconds = [], 0.0
+    unknown = False
+    for rule, count in wanted.items():
+        took = [row.seconds for row in rows if row.protocol == rule]
+        parts.append(f"{rule} {count:,} ({len(took):,} done)")
+        seconds += max(0, count - len(took)) * (fmean(took) if took else 0.0)
+        unknown |= count > 0 and not took
+    time = f"; the rest takes {clock(seconds)} and the extraction of features, by the rows that are there"
+    return f"evaluations: {', '.join(parts)}" + ("; their time is not estimated, since no row tells it yet" if unknown else time)
+
+
+def _evaluations(plan: Plan, source: Source) -> dict[str, int]:
+    """Of one source on one dataset, by protocol."""
+    assert source.backbone is not None
+    specs = wanted_specs(source, plan.rules, plan.study.read_with, [cell.readout for cell in plan.cells])
+    counts = {}
+    for rule in plan.rules:
+        diagnosed = plan.study.diagnostics and source.seed == plan.study.seeds[0] and rule.kind == "knn"
+        of = with_blocks(specs[rule.name], source.backbone.depth) if diagnosed else specs[rule.name]
+        controls = plan.study.controls if rule.reads == "features" else []
+        counts[rule.name] = sum(len(controls_of(controls, source.width(spec), source.backbone.width)) for spec in of)
+    return counts
+
+
+def clock(seconds: float) -> str:
+    """`48 s`, `12 min`, `3.4 h`, `2.1 days`."""
+    for unit, size, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"

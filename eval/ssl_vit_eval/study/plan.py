@@ -1,0 +1,184 @@
+"""What a study file asks for: the cells that are trained, the data and protocols that they meet, and what was declared before."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ssl_vit.assets import find_asset, read_yaml
+from ssl_vit.data.folders import local_path
+from ssl_vit.errors import UsageError, one_of
+from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit_eval.controls import check_controls
+from ssl_vit_eval.protocols import Protocol, load_protocols
+from ssl_vit_eval.sources import Source, open_source, random_source
+from ssl_vit_eval.study.studyfile import TOKENS, Study
+from ssl_vit_eval.suites import Dataset, load_suite, parse_dataset
+
+PRIMARY = ("recipe", "data", "protocol", "compare")
+CONTROLS = "controls"  # the unit of work that evaluates what is not trained
+
+
+class Start(NamedTuple):
+    """What the arms of one seed share: recipe is the file, name what cells call it with its token set, options what changes it."""
+
+    recipe: str
+    name: str
+    options: tuple[str, ...]
+    seed: int
+
+    @property
+    def token_set(self) -> str:
+        """`r4`; empty for the recipe's own."""
+        return self.name.removeprefix(Path(self.recipe).stem).removeprefix("-")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pretraining of a study."""
+
+    start: Start
+    readout: str
+    folder: Path
+
+    @property
+    def options(self) -> list[str]:
+        # One device: a study is a loop over small runs; what is spread over several GPUs is pretrained by `ssl-vit pretrain`.
+        own = ["--readout", self.readout, "--seed", str(self.start.seed), "--trainer.devices", "1", "--out", str(self.folder)]
+        return [*self.start.options, *own]
+
+    @property
+    def lock(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.lock")
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """Its run.json, None while it is unfinished."""
+        file = self.folder / "run.json"
+        return dict(json.loads(file.read_text())) if file.exists() else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study in its output folder."""
+
+    study: Study
+    name: str
+    folder: Path
+    cells: list[Cell]
+    data: list[Dataset]
+    rules: list[Protocol]
+
+    @classmethod
+    def load(cls, name: str, out: str | None) -> "Plan":
+        """Find and read a study; nothing is written. UsageError, in one line, for whatever is wrong in it."""
+        file = find_asset("studies", name)
+        study = Study.parse(read_yaml(file), name)
+        folder = Path(out or Path("runs") / Path(name).stem)
+        specs = {str(parsed): parsed.slug for parsed in map(ReadoutSpec.parse, study.trained_with)}
+        cells = [
+            Cell(Start(recipe, named, options, seed), spec, folder / "cells" / f"{named}-{slug}-s{seed}")
+            for recipe in (_beside(file, recipe) for recipe in study.recipes)
+            for named, options in _token_sets(Path(recipe).stem, study.tokens)
+            for spec, slug in specs.items()
+            for seed in study.seeds
+        ]
+        for number, cell in enumerate(cells):
+            if any(other.folder == cell.folder for other in cells[:number]):
+                raise UsageError(f"two recipes of the study are called {cell.folder.name!r}; rename one of the files")
+        data = [parse_dataset(f"study {name}, dataset {number}", entry, {}, file.parent) for number, entry in enumerate(study.data, 1)]
+        data = list(dict.fromkeys([*data, *(dataset for suite in study.suites for dataset in load_suite(suite))]))
+        plan = cls(study, Path(name).stem, folder, cells, data, load_protocols(study.protocols))
+        plan._check()
+        return plan
+
+    @property
+    def starts(self) -> list[Start]:
+        return list(dict.fromkeys(cell.start for cell in self.cells))
+
+    @property
+    def read_with(self) -> list[str]:
+        """What controls are read with: `trained` is what the arms are trained with."""
+        trained = list(dict.fromkeys(cell.readout for cell in self.cells))
+        return list(dict.fromkeys(spec for text in self.study.read_with for spec in (trained if text == "trained" else [text])))
+
+    def cell(self, name: str) -> Cell | None:
+        """The cell of this name, None for the controls; UsageError if there is none."""
+        cells = {cell.folder.name: cell for cell in self.cells}
+        if name not in cells and name != CONTROLS:
+            raise UsageError(f"the study has no cell {name!r}; {one_of(name, [*cells, CONTROLS])}")
+        return cells.get(name)
+
+    def controls(self, starts: Sequence[Start]) -> list[Source]:
+        """Raw pixels at the size of each model, and the backbone of each start without training."""
+        randoms = [start_source(start) for start in starts]
+        return [*(open_source(f"pixels:{size}") for size in dict.fromkeys(source.image_size for source in randoms)), *randoms]
+
+    def open(self) -> None:
+        """Create the study's folder, or find the same study in it. UsageError for another study there, or something else."""
+        plan, now = self.folder / "study.yaml", asdict(self.study)
+        if plan.exists():
+            before = asdict(Study.parse(read_yaml(plan), str(plan)))
+            if changed := [key for key, value in now.items() if value != before[key] and key != "slurm"]:
+                raise UsageError(f"{self.folder} holds a study with other {', '.join(changed)}; name another folder with --out")
+            return
+        ours = (".study.yaml", "cells")  # what a kill, or a process beside this one, may have left before study.yaml was there
+        if self.folder.exists() and (not self.folder.is_dir() or any(not entry.name.startswith(ours) for entry in self.folder.iterdir())):
+            raise UsageError(f"{self.folder} already holds something else; name another folder with --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".study.yaml.{os.getpid()}"
+        partial.write_text(yaml.safe_dump(now, sort_keys=False))
+        os.replace(partial, plan)
+
+    def _check(self) -> None:
+        for dataset in self.data:
+            dataset.check()
+        check_controls(self.study.controls)
+        declared = self.study.primary
+        if declared is None:
+            return
+        compare, where = declared.get("compare"), f"study {self.name}: primary"
+        if set(declared) != set(PRIMARY) or not isinstance(compare, list) or len(compare) != 2:
+            raise UsageError(f"{where} is {declared!r}; give {', '.join(PRIMARY)}, the last one two readouts in brackets")
+        arms = [str(ReadoutSpec.parse(str(spec))) for spec in compare]
+        read = {str(ReadoutSpec.parse(spec)) for spec in self.read_with}
+        options = {
+            "recipe": {start.name for start in self.starts},
+            "data": {row_name(dataset) for dataset in self.data},
+            "protocol": {rule.name for rule in self.rules},
+            "compare": read & {cell.readout for cell in self.cells},
+        }
+        for key, known in options.items():
+            for value in arms if key == "compare" else [declared[key]]:
+                if value not in known:
+                    raise UsageError(f"{where}.{key} {value!r} is not in the study; {one_of(str(value), known)}")
+        if arms[0] == arms[1]:
+            raise UsageError(f"{where}.compare names {arms[0]!r} twice; name two arms")
+
+
+def start_source(start: Start) -> Source:
+    """The backbone that the arms of a start begin with, named as they are."""
+    return replace(random_source(start.recipe, [*start.options, "--seed", str(start.seed)]), name=f"random:{start.name}")
+
+
+def row_name(dataset: Dataset) -> str:
+    """What rows call it."""
+    path = local_path(dataset.source)
+    return dataset.name or (path.resolve().name if path.exists() else dataset.source)
+
+
+def _beside(file: Path, recipe: str) -> str:
+    return str(file.parent / recipe) if recipe.startswith(".") else str(local_path(recipe))
+
+
+def _token_sets(recipe: str, sets: Sequence[Mapping[str, int]]) -> list[tuple[str, tuple[str, ...]]]:
+    """The recipe's name with each token set, `dino-r4`, and the options that make it; its own name where none is given."""
+    named = []
+    for tokens in sets or [{}]:
+        suffix = "".join(f"-{TOKENS[key]}{tokens[key]}" for key in TOKENS if key in tokens)
+        named.append((recipe + suffix, tuple(part for key in tokens for part in (f"--backbone.{key}", str(tokens[key])))))
+    return named

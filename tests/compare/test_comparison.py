@@ -1,0 +1,242 @@
+"""The comparison: gains are the paired ones, nothing is averaged that differs, nothing missing is left out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit_eval.compare.arms import Arm
+from ssl_vit_eval.compare.comparison import Cell, Gain, build
+from ssl_vit_eval.compare.runs import find_runs, recipe_name
+from ssl_vit_eval.report.score_tables import gain_text, score_text
+from ssl_vit_eval.report.terminal import compare, sentences, terminal
+from ssl_vit_eval.report.text import signed
+from ssl_vit_eval.rows import RowStore
+from ssl_vit_eval.stats.images import paired_difference
+from tests.planted import plant, plant_arm, plant_random
+
+DINO_CLS = Arm("dino", "toy", "cls")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RowStore:
+    return RowStore(tmp_path / "eval")
+
+
+def answers(accuracy: float, n: int = 400, seed: int = 0) -> torch.Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < accuracy
+
+
+def only_cell(store: RowStore, arm: Arm = DINO_CLS, read_with: str = "cls") -> Cell:
+    (table,) = build([store.folder]).tables
+    return table.cells[arm, read_with]
+
+
+def test_gain_is_the_paired_difference_over_the_backbones_own_initialisation(store: RowStore) -> None:
+    trained, start = answers(0.8), answers(0.6, seed=1)
+    plant(store, trained)
+    plant_random(store, start)
+    # neighbours that must not be taken for it: another start, readout, protocol, version, data, transform
+    plant_random(store, torch.zeros(400), start="another")
+    for change in ({"read_with": "gap"}, {"protocol": "logreg"}, {"protocol_version": 2}, {"data": "other"}, {"transform": "resize64"}):
+        plant_random(store, torch.zeros(400), **change)
+    cell = build([store.folder]).tables[0].cells[DINO_CLS, "cls"]
+    assert cell.gain is not None
+    assert (cell.gain.points, cell.gain.low, cell.gain.high) == tuple(paired_difference(trained.double(), start.double()))
+    assert cell.gain.points == pytest.approx(100 * (trained.double().mean() - start.double().mean()).item())
+    # and a loop over resampled images, of other random numbers, agrees to a few tenths of a point
+    rng, difference = np.random.default_rng(7), trained.numpy().astype(float) - start.numpy()
+    draws = [100 * difference[rng.integers(0, 400, 400)].mean() for _ in range(4000)]
+    assert np.percentile(draws, [2.5, 97.5]) == pytest.approx([cell.gain.low, cell.gain.high], abs=0.6)
+    assert cell.macro == pytest.approx(cell.top1 / 2)
+
+
+@pytest.mark.parametrize("init", [None, "not evaluated"])
+def test_without_its_baseline_a_cell_has_no_gain_and_that_is_said(store: RowStore, init: str | None) -> None:
+    plant(store, answers(0.8), init=init)
+    plant_random(store, answers(0.6))
+    comparison = build([store.folder])
+    assert comparison.tables[0].cells[DINO_CLS, "cls"].gain is None
+    assert any("1 of 1 trained cells have no gain" in note for note in comparison.notes)
+    assert "its random initialisation was not evaluated" in terminal(comparison)
+
+
+def test_what_was_not_measured_is_shown_as_missing(store: RowStore) -> None:
+    plant(store, answers(0.8), read_with="cls+gap")
+    plant(store, answers(0.8), trained_with="gap", read_with="gap", source="toy-gap-s0")
+    plant(store, answers(0.8), trained_with="gap", read_with="gap", source="toy-gap-s0", dataset="other", data="other")
+    comparison = build([store.folder])
+    assert comparison.trained_with == ["cls", "gap"]
+    assert comparison.read_with == ["gap", "cls+gap"]  # single tokens first
+    for table in comparison.tables:
+        assert comparison.trained(table) == [DINO_CLS, DINO_CLS._replace(trained_with="gap"), DINO_CLS._replace(trained_with=None)]
+    lines = [line.split() for line in terminal(comparison).splitlines() if line.startswith("dino (toy)")]
+    assert [line[-2:] for line in lines[3:]] == [["–", "–"], ["79.8*", "–"], ["–", "–"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"protocol_version": 2}, "protocol version"), ({"data": "other"}, "data"), ({"transform": "resize64"}, "transform")],
+)
+def test_different_settings_are_different_tables(store: RowStore, change: dict[str, object], said: str) -> None:
+    plant(store, answers(0.8), seed=0)
+    plant(store, answers(0.5), seed=1, source="toy-cls-s1", **change)
+    comparison = build([store.folder])
+    assert [table.cells[DINO_CLS, "cls"].seeds for table in comparison.tables] == [1, 1]
+    assert f"2 tables that differ in {said}: never averaged" in comparison.notes[0]
+
+
+def test_seeds_are_averaged_without_an_invented_interval(store: RowStore) -> None:
+    accuracies, gains = [], []
+    for seed in range(3):
+        trained, start = answers(0.8, 300, seed), answers(0.6 + 0.1 * seed, 300, 20 + seed)
+        plant(store, trained, seed=seed, source=f"toy-cls-s{seed}", init=f"start{seed}")
+        plant_random(store, start, start=f"start{seed}", seed=seed)
+        accuracies.append(trained.double().mean().item())
+        gains.append(100 * (accuracies[-1] - start.double().mean().item()))
+    cell = only_cell(store)
+    assert (cell.seeds, cell.ci) == (3, None)
+    assert cell.top1 == pytest.approx(np.mean(accuracies))
+    assert cell.spread == pytest.approx(np.std(accuracies, ddof=1))
+    assert cell.gain is not None
+    shown = (cell.gain.points, cell.gain.low, cell.gain.high, cell.gain.seeds)
+    assert shown == pytest.approx((np.mean(gains), min(gains), max(gains), 3))
+    control = only_cell(store, DINO_CLS._replace(trained_with=None))
+    assert control.seeds == 3
+    assert score_text(cell).endswith(", n = 3")
+    assert (
+        f"({signed(min(gains))[1:]} … {signed(max(gains))[1:]}) over its random initialisation"
+        in sentences(build([store.folder]).tables[0])[0]
+    )
+
+
+def test_a_seed_without_its_baseline_is_said(store: RowStore) -> None:
+    for seed in range(2):
+        plant(store, answers(0.8, seed=seed), seed=seed, source=f"toy-cls-s{seed}", init=f"start{seed}")
+    plant_random(store, answers(0.6), start="start0")
+    comparison = build([store.folder])
+    assert comparison.tables[0].cells[DINO_CLS, "cls"].gain.seeds == 1  # type: ignore[union-attr]
+    assert any("gain over fewer seeds" in note for note in comparison.notes)
+
+
+def test_different_recipes_and_equal_seeds_are_not_averaged(store: RowStore) -> None:
+    plant(store, answers(0.8), source="toy-cls-s0")
+    plant(store, answers(0.7), source="slow-cls-s0")
+    plant(store, answers(0.6), source="slow-cls-s0", checkpoint="another")  # trained again, elsewhere
+    comparison = build([store.folder])
+    assert {cell.seeds for cell in comparison.tables[0].cells.values()} == {1}
+    assert comparison.sections == [("dino", "toy"), ("dino", "slow weights-"), ("dino", "slow another")]
+
+
+def test_controls_stand_with_what_they_control(store: RowStore) -> None:
+    plant(store, answers(0.8))
+    plant(store, answers(0.7), method="mae", source="patches-cls-s0", init="xavier")
+    plant_random(store, answers(0.6))
+    plant_random(store, answers(0.5), start="xavier", source="random:patches")
+    plant_random(store, answers(0.4), start="unused", source="random:unused")
+    plant(store, answers(0.3), method="pixels", trained_with=None, read_with="pixels", source="pixels:32", checkpoint="pixels", init=None)
+    plant(store, answers(0.9), method="timm", trained_with=None, source="timm:vit", init=None, recipe=None, seed=None)
+    comparison = build([store.folder])
+    (table,) = comparison.tables
+    random = table.cells[DINO_CLS._replace(trained_with=None), "cls"]
+    assert random.ci == pytest.approx((random.top1 - 0.05, random.top1 + 0.05), abs=0.01)
+    assert table.cells[Arm("mae", "patches", None), "cls"].top1 < random.top1
+    assert comparison.others(table) == [Arm("random", "random:unused", None), Arm("timm", "timm:vit", None)]
+    assert comparison.read_with == ["cls"]
+    text = terminal(comparison)
+    assert text.index("pixels:32") < text.index("not trained here") < text.index("timm:vit")
+
+
+def test_a_table_of_controls_alone_has_no_empty_lines(store: RowStore) -> None:
+    plant(store, answers(0.8))
+    plant(store, answers(0.3), method="timm", trained_with=None, source="timm:vit", init=None, transform="resize224")
+    comparison = build([store.folder])
+    alone = next(table for table in comparison.tables if table.setting.transform == "resize224")
+    assert comparison.trained(alone) == []
+
+
+def test_an_interval_that_includes_zero_is_said(store: RowStore) -> None:
+    plant(store, answers(0.7))
+    plant_random(store, answers(0.7, seed=3))
+    (sentence,) = sentences(build([store.folder]).tables[0])
+    assert sentence.startswith("dino trained with cls, read with cls, builtin:photos, knn: 71.0 %, −2.0 points ")
+    assert sentence.endswith("over its random initialisation, includes zero: no gain that these 400 images could show")
+
+
+def test_verdicts_follow_the_tables_and_notes_come_last(store: RowStore) -> None:
+    for readout, count in (("cls", 300), ("gap", 200)):
+        plant_arm(store, readout, range(6), lambda seed, count=count: torch.arange(400) < count)
+    text = terminal(build([store.folder]))
+    parts = ["* read as trained", "A is better than B if", "cls − gap: +25.0 points [", ", 6 seeds: better", "\n\nnote: "]
+    assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("gain", "text"),
+    [
+        (Gain(6.11, 4.4, 7.75, 1), "+6.1 [4.4, 7.8]"),
+        (Gain(-6.11, -8.0, -4.4, 1), "−6.1 [−8.0, −4.4]"),
+        (Gain(0.01, -0.02, 1.5, 1), "0.0 [0.0, 1.5] ○"),
+        (Gain(2.0, 0.04, 4.0, 1), "+2.0 [0.0, 4.0] ○"),  # as shown, it includes zero
+        (Gain(6.0, 5.0, 7.0, 3), "+6.0 (5.0 … 7.0)"),
+    ],
+)
+def test_gain_text(gain: Gain, text: str) -> None:
+    assert gain_text(gain) == text
+
+
+def test_compare_prints_the_table_and_ends_with_the_path(store: RowStore, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(store, answers(0.8))
+    plant_random(store, answers(0.6))
+    path = compare([store.folder])
+    assert path == store.folder / "report.html"
+    output = capsys.readouterr().out
+    assert terminal(build([store.folder])) in output
+    assert output.splitlines()[-1] == f"report: {path}"
+    assert compare([store.folder], store.folder / "new" / "folder").is_file()
+    path.write_text(path.read_text().replace("Which token", "Old"))
+    compare([store.folder])
+    assert "Which token" in path.read_text()  # our own report is replaced
+    there = {p.name for p in store.folder.iterdir() if not p.name.startswith(".")}
+    assert there == {"predictions", "rows.jsonl", "rows.lock", "new", "plots", "report.html", "report.md", "tables"}
+
+
+def test_compare_overwrites_nothing_else(store: RowStore, tmp_path: Path) -> None:
+    plant(store, answers(0.8))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(UsageError, match="is a file: name a folder"):
+        compare([store.folder], file)
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(UsageError, match="not written by ssl-vit compare"):
+        compare([store.folder], tmp_path)
+    assert (tmp_path / "report.html").read_text() == "mine"
+    with pytest.raises(UsageError, match="no folder"):
+        compare([])
+
+
+def test_predictions_that_do_not_fit_their_row_are_refused(store: RowStore) -> None:
+    plant(store, answers(0.8), n_test=399)
+    plant_random(store, answers(0.6))
+    with pytest.raises(Failure, match="400 predictions, its row 399 images"):
+        build([store.folder])
+
+
+def test_runs(tmp_path: Path) -> None:
+    finished, killed = tmp_path / "toy-cls+gap-s1", tmp_path / "cells" / "toy-cls.gap-s1"
+    for folder in (finished, killed):
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({"method": "dino", "readout": "cls+gap", "seed": 1}))
+    (finished / "run.json").write_text(json.dumps({"steps": 3}))
+    (killed / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    unfinished, done = find_runs([tmp_path, tmp_path / "cells"])
+    assert (done.name, done.summary, done.metrics) == ("toy-cls+gap-s1", {"steps": 3}, [])
+    assert (unfinished.name, unfinished.summary, unfinished.metrics) == ("toy", None, [{"step": 1, "loss": 2.5}])
+    assert recipe_name("random:toy", None, 1) == "random:toy"
+    (finished / "run.json").write_text("{")
+    with pytest.raises(Failure, match=r"run\.json"):
+        find_runs([tmp_path])

@@ -1,0 +1,180 @@
+"""The rule and its words on hand-made differences: every outcome at its bounds, and no text that says otherwise than the numbers."""
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+
+from ssl_vit_eval.compare.arms import Arm
+from ssl_vit_eval.compare.verdict import Difference, Family, Rule, Side, outcome_of
+from ssl_vit_eval.report.terminal import SHOWN, verdicts
+from ssl_vit_eval.report.text import interval_text, line, p_text, side_name, signed, words_of
+from ssl_vit_eval.rows import Setting
+
+RULE = Rule()
+CLS, GAP = (Side(Arm("dino", "toy", spec), spec) for spec in ("cls", "gap"))
+SETTING = Setting("photos", "hash", "resize32", "knn", 1, "parameters", "")
+
+
+def difference(points: float, low: float, high: float, corrected: float, seeds: int = 6, resolvable: float = 1.5) -> Difference:
+    found = Difference(
+        CLS,
+        GAP,
+        points,
+        low,
+        high,
+        p=corrected / 2,
+        corrected=corrected,
+        discordance=0.081,
+        seeds=tuple(range(seeds)),
+        of_seeds=(points,) * seeds,
+        images=10_000,
+        resolvable=resolvable,
+        outcome="undecided",
+        words="",
+    )
+    return replace(found, outcome=outcome_of(found, "seeds", RULE))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "corrected", "outcome"),
+    [
+        (0.3, 2.1, 0.05, "better"),  # the level belongs to it
+        (-2.1, -0.3, 0.05, "worse"),
+        (0.3, 2.1, 0.0501, "undecided"),
+        (0.0, 2.1, 0.01, "undecided"),  # zero is not excluded
+        (-2.1, 0.0, 0.01, "undecided"),
+        (0.1, 0.9, 0.01, "better"),  # within the margin, and yet not zero
+        (-1.0, 1.0, 0.01, "no difference"),
+        (-1.0001, 0.5, 1.0, "undecided"),
+        (-0.5, 1.0001, 1.0, "undecided"),
+        (0.1, 0.9, 0.06, "no difference"),
+        (1.1, 1.9, 0.06, "undecided"),
+    ],
+)
+def test_the_rule_at_its_bounds(low: float, high: float, corrected: float, outcome: str) -> None:
+    assert difference((low + high) / 2, low, high, corrected).outcome == outcome
+
+
+def test_the_margin_is_the_studys() -> None:
+    found = difference(0.2, -0.3, 0.7, 1.0)
+    assert [outcome_of(found, "seeds", Rule(margin)) for margin in (0.6, 0.7)] == ["undecided", "no difference"]
+    assert "within ±0.7 points" in Rule(0.7).text
+    assert "p is at most 0.05 and the 95 % interval" in RULE.text
+
+
+def test_one_seed_decides_about_its_weights_and_not_about_readouts() -> None:
+    for count in (0, 1):
+        one = replace(difference(5.0, 4.0, 6.0, 0.001), seeds=(3,) * count)
+        assert outcome_of(one, "seeds", RULE) == "undecided"
+        assert outcome_of(one, "images", RULE) == "better"
+    words = words_of("trained with", "seeds", replace(one, resolvable=inf, outcome="undecided"), 3, RULE)
+    assert (
+        words == "undecided: one seed of each is two networks, and says nothing about the readouts; a family of 3 comparisons needs 7 seeds"
+    )
+
+
+def words(found: Difference, comparisons: int = 1, remark: str = "") -> str:
+    return words_of("trained with", "seeds", found, comparisons, RULE, remark)
+
+
+def test_words() -> None:
+    assert words(difference(1.2, 0.3, 2.1, 0.03)) == "cls is better than gap by 1.2 points [0.3, 2.1]"
+    assert words(difference(-1.2, -2.1, -0.3, 0.03)) == "cls is worse than gap by 1.2 points [0.3, 2.1]"
+    assert words(difference(0.5, 0.2, 0.8, 0.03)) == "cls is better than gap by 0.5 points [0.2, 0.8], by less than the margin of 1 point"
+    assert words(difference(-0.5, -0.8, -0.2, 0.03)).endswith("by less than the margin of 1 point")
+    assert words(difference(0.1, -0.42, 0.3, 1.0)) == "no difference between cls and gap of more than 0.5 points that this study could see"
+    assert words(difference(0.1, -0.1, 0.3, 1.0), remark="why") == (
+        "no difference between cls and gap of more than 0.3 points that this study could see; why"
+    )
+    assert words(difference(0.2, -0.9, 1.3, 0.3)) == (
+        "undecided: cls − gap lies in [−0.9, 1.3]; a true difference of 1.5 points would have been found four times in five"
+    )
+    assert words(difference(9.0, 8.0, 10.0, 0.094, resolvable=inf), comparisons=3) == (
+        "undecided: cls − gap lies in [8.0, 10.0]; no difference is resolvable: the best corrected p of 6 seeds is .094, "
+        "a family of 3 comparisons needs 7 seeds"
+    )
+    assert words(difference(9.0, 8.0, 10.0, 0.0625, seeds=5, resolvable=inf)).endswith("5 seeds is .062, one comparison needs 6 seeds")
+
+
+def test_words_of_weights() -> None:
+    better = difference(1.2, 0.3, 2.1, 0.03)
+    assert words_of("read with", "images", better, 1, RULE) == "of these weights, cls is better than gap by 1.2 points [0.3, 2.1]"
+    same = words_of("read with", "images", replace(better, outcome="no difference", high=0.7), 1, RULE)
+    assert same == "of these weights, no difference between cls and gap of more than 0.7 points that these 10,000 images could see"
+    assert words_of("norm", "images", replace(better, outcome="undecided"), 1, RULE).startswith("undecided: of these weights, cls − gap")
+
+
+def test_a_null_control_that_is_resolved_is_a_false_alarm() -> None:
+    expected = "null control, a difference is not expected to be resolvable: "
+    alarm = words_of("null control", "seeds", difference(1.2, 0.3, 2.1, 0.03), 1, RULE)
+    assert alarm.startswith(f"{expected}cls is better than gap by 1.2 points [0.3, 2.1]. This is a false alarm by construction")
+    assert "one in 20" in alarm
+    assert "the instrument is off" in alarm
+    quiet = words_of("null control", "seeds", difference(0.1, -0.2, 0.4, 0.7), 1, RULE)
+    assert quiet.startswith(f"{expected}no difference")
+    assert "false alarm" not in quiet
+
+
+def test_sides_are_named_by_what_differs() -> None:
+    assert side_name("trained with", CLS) == side_name("null control", CLS) == "cls"
+    assert side_name("self-consistency", Side(CLS.arm, "gap/pre")) == "cls read with gap/pre"
+    assert side_name("read with", Side(CLS.arm, "gap/pre")) == side_name("norm", Side(CLS.arm, "gap/pre")) == "gap/pre"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (0.3, 2.1, "[0.3, 2.1]"),
+        (-2.14, -0.26, "[−2.1, −0.3]"),
+        (0.04, 2.1, "[0.04, 2.10]"),  # excludes zero, and is seen to
+        (-2.1, -0.004, "[−2.100, −0.004]"),
+        (-0.04, 2.1, "[0.0, 2.1]"),
+        (-0.2, 1.04, "[−0.20, 1.04]"),  # not within the margin of 1
+        (-1.0, 0.96, "[−1.0, 1.0]"),
+    ],
+)
+def test_bounds_are_shown_so_that_they_tell_what_was_decided(low: float, high: float, text: str) -> None:
+    assert interval_text(low, high, RULE) == text
+
+
+def test_p_as_text() -> None:
+    values = (0.03125, 0.0009, 0.001, 0.0504, 0.05, 1.0, 0.9996, 0.25)
+    assert [p_text(p, RULE) for p in values] == [".031", "< .001", ".001", ".0504", ".050", "1", "1", ".250"]
+
+
+def test_signs() -> None:
+    assert [signed(value) for value in (1.25, -0.04, 0.0, -1.0)] == ["+1.2", "0.0", "0.0", "−1.0"]
+    assert signed(-0.04, 2) == "−0.04"
+
+
+def test_a_line_has_everything_that_the_verdict_was_made_of() -> None:
+    found = difference(1.2, 0.3, 2.1, 0.032)
+    family = Family("trained with", SETTING, "dino (toy)", "seeds", [found])
+    assert line(family, found, RULE) == "cls − gap: +1.2 points [0.3, 2.1], p .016 (corrected .032), 8.1 % discordant, 6 seeds: better"
+    primary = line(replace(family, primary=True), replace(found, seeds=(0,)), RULE)
+    assert primary.endswith("p .016 (not corrected), 8.1 % discordant, 1 seed: better")
+    assert line(replace(family, unit="images"), found, RULE).endswith("10,000 images: better")
+    small = difference(0.06, 0.03, 0.09, 0.01)
+    assert "+0.06 points [0.03, 0.09]" in line(family, small, RULE)
+    assert "by 0.06 points [0.03, 0.09]" in words(small)
+
+
+def test_verdicts_in_the_terminal() -> None:
+    found = replace(difference(1.2, 0.3, 2.1, 0.031), words="in words")
+    family = Family("trained with", SETTING, "dino (toy)", "seeds", [found] * 3)
+    post_hoc = Family("read with", SETTING, "dino (toy), trained with cls", "images", [found] * (SHOWN - 3))
+    nothing = Family("read with", SETTING, "timm (vit)", "images", [replace(difference(0.0, -0.5, 0.5, 1.0), words="in words")] * 2)
+    text = verdicts([replace(family, primary=True, differences=[found]), family, post_hoc, nothing], RULE)
+    places = [text.index(part) for part in ("A is better than B if", "Primary comparison", "Trained with:", "Read with,")]
+    assert places == sorted(places)
+    assert "dino (toy), photos, knn v1, resize32 (Holm over 3)" in text
+    assert "dino (toy), photos, knn v1, resize32 (not corrected)" in text
+    assert text.count("in words") == 4  # sentences are for what training changes
+    assert f"read in several ways: {SHOWN - 3} better, 2 no difference; the report lists all" in text
+    assert text.count(": +1.2") == 4 + SHOWN - 3
+    assert "timm (vit)" not in text  # only what was found is listed
+    many = verdicts([post_hoc, replace(post_hoc, scope="timm (vit)")], RULE)
+    assert many.count(": +1.2") == SHOWN
+    assert many.endswith(f"and {SHOWN - 6} more: in the report")
+    assert verdicts([], RULE) == ""

@@ -1,0 +1,108 @@
+"""Features on disk: what is written comes back, and what is cut short or of something else is never taken for it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_vit_eval.features.store import FeatureFile, FeatureKey
+
+KEY = FeatureKey("weights", "pictures", "train", "resize16", "mean std", "cls", rows=7, width=3)
+VALUES = torch.arange(21.0).view(7, 3)
+
+
+def written(folder: Path, key: FeatureKey = KEY, values: torch.Tensor = VALUES) -> FeatureFile:
+    file = FeatureFile(folder, key)
+    with file.writing():
+        file.write(4, values[4:])
+        file.write(0, values[:4])
+    return file
+
+
+def test_features_come_back_mapped(tmp_path: Path) -> None:
+    assert FeatureFile(tmp_path, KEY).read() is None
+    found = written(tmp_path / "new").read()
+    assert found is not None
+    torch.testing.assert_close(found, VALUES, rtol=0, atol=0)
+    mapped = Path("/proc/self/maps")
+    assert not mapped.exists() or written(tmp_path / "new").path.name in mapped.read_text()
+    found[0, 0] = 99.0  # a write stays in memory
+    again = FeatureFile(tmp_path / "new", KEY).read()
+    assert again is not None
+    assert again[0, 0] == 0.0
+    assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".features"]
+
+
+def test_an_unfinished_pass_leaves_nothing_that_is_read(tmp_path: Path) -> None:
+    file = FeatureFile(tmp_path, KEY)
+
+    def stopped() -> None:
+        with file.writing():
+            file.write(0, VALUES)
+            assert FeatureFile(tmp_path, KEY).read() is None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert list(tmp_path.iterdir()) == []
+    left = [tmp_path / f"{KEY.digest}.{age}.partial" for age in ("old", "new")]
+    for path in left:
+        path.write_bytes(b"of a process that was killed, or is at work")
+    os.utime(left[0], (1, 1))
+    assert written(tmp_path).read() is not None
+    assert [path.exists() for path in left] == [False, True]
+
+
+def test_two_evaluations_may_write_the_same_features(tmp_path: Path) -> None:
+    one, other = FeatureFile(tmp_path, KEY), FeatureFile(tmp_path, KEY)
+    with one.writing():
+        one.write(0, VALUES)
+        with other.writing():
+            other.write(0, VALUES[:3])
+            other.write(3, VALUES[3:])
+    found = FeatureFile(tmp_path, KEY).read()
+    assert found is not None
+    assert torch.equal(found, VALUES)
+
+
+def test_damaged_numbers_are_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path)
+    content = bytearray(file.path.read_bytes())
+    content[-20] ^= 1
+    file.path.write_bytes(content)
+    assert file.read() is None
+    assert "damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [0, 10, 4096, 4096 + 83, 4096 + 84])
+def test_a_file_that_was_cut_short_is_computed_again(tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path)
+    file.path.write_bytes(file.path.read_bytes()[:size])
+    assert FeatureFile(tmp_path, KEY).read() is None
+    assert "is cut short, damaged or belongs to something else; computed again" in capsys.readouterr().out
+    assert written(tmp_path).read() is not None
+
+
+@pytest.mark.parametrize("field", ["checkpoint", "data", "split", "transform", "normalisation", "spec", "format"])
+def test_features_of_something_else_are_not_read(tmp_path: Path, field: str, capsys: pytest.CaptureFixture[str]) -> None:
+    other = replace(KEY, **{field: 99 if field == "format" else "other"})  # type: ignore[arg-type]
+    file = written(tmp_path)
+    assert FeatureFile(tmp_path, other).read() is None  # another file
+    assert capsys.readouterr().out == ""
+    file.path.rename(FeatureFile(tmp_path, other).path)  # this file under the other's name
+    assert FeatureFile(tmp_path, other).read() is None
+    assert "belongs to something else" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_an_error_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = FeatureFile(tmp_path, KEY)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ssl_vit_eval.features.store.os.pwrite", full)
+    with pytest.raises(OSError, match="No space left"), file.writing():
+        file.write(0, VALUES)
+    assert list(tmp_path.iterdir()) == []
