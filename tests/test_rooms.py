@@ -26,7 +26,7 @@ MODULES = [
     pytest.param(package, path, id=str(path.relative_to(folder.parent)))
     for package, folder in FOLDERS.items()
     for path in sorted(folder.rglob("*.py"))
-    if path.name != "__init__.py"
+    if path != folder / "__init__.py"  # whose public names come from everywhere
 ]
 
 
@@ -38,6 +38,7 @@ def imported(path: Path) -> set[str]:
     """The modules of the two packages that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        assert not getattr(node, "level", 0), f"{path} imports relative to itself; name the whole module"
         if isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module in FOLDERS else {node.module}
         elif isinstance(node, ast.Import):
@@ -50,8 +51,8 @@ def upward(package: str, path: Path) -> set[str]:
     rooms, found = ROOMS[package], set()
     for name in imported(path):
         of, *parts = name.split(".")
-        if of == package and parts and parts[0] in rooms and rooms.index(parts[0]) < rooms.index(room(package, path)):
-            found.add(name)
+        if of == package and (not parts or parts[0] not in rooms or rooms.index(parts[0]) < rooms.index(room(package, path))):
+            found.add(name)  # a public name of the package itself stands above all rooms
     return found
 
 
