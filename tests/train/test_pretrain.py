@@ -76,7 +76,7 @@ def test_shipped_recipes_parse_and_are_short(recipe: str) -> None:
     assert config.method == recipe.split("_")[0]
 
 
-IMAGES = {"ILSVRC/imagenet-1k": 1_281_167, "frgfm/imagenette": 9_469, "uoft-cs/cifar10": 50_000}  # of the train split, as published
+IMAGES = {"ILSVRC/imagenet-1k": 1_281_167, "frgfm/imagenette:320px": 9_469, "uoft-cs/cifar10": 50_000}  # of the train split, as published
 QUICK = ("mae_cifar10_small", "mae_vitti4_cifar10")  # to count
 
 
