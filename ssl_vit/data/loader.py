@@ -144,7 +144,10 @@ def told_of_lost_workers(taking: bool = True) -> Iterator[None]:
         lost = "DataLoader worker" in str(error) or (taking and not isinstance(error, RuntimeError))
         if isinstance(error, Failure) or not lost:
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the others end next, and torch's handler would raise for each of them
+        # A killed process closes its connections before its SIGCHLD arrives: torch's handler would raise once more, amid the clean-up
+        # after the first error. Without the handler torch still looks every few seconds.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         what = f"a data worker was ended by the system ({' '.join(str(error).split())})"
         raise Failure(f"{what}: out of memory? lower data.workers, and go on with --resume") from error
 

@@ -74,8 +74,7 @@ class RunFolder(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The run goes on after its last optimiser step, also if it was stopped (by a time limit) between two micro-batches."""
-        for key in [key for key in checkpoint["callbacks"] if key.startswith("Timer")]:
-            del checkpoint["callbacks"][key]  # trainer.max_time is of each start: a job that is submitted again has all of it
+        checkpoint["callbacks"].pop("Timer", None)  # trainer.max_time is of each start: a job that is submitted again has all of it
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         parts = trainer.accumulate_grad_batches
         set_loop_counters(checkpoint, whole_batches(data.limit, data.count // data.batch_size) * parts, parts)
@@ -108,10 +107,10 @@ class RunFolder(Checkpoint):
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if step % every == 0 or step == self._total:
             record = {"step": step, **{key: float(value) for key, value in trainer.callback_metrics.items()}}
-            record["data_seconds"] = round(self.waited, 3)
-        if trainer.is_global_zero and (step % every == 0 or step == self._total):
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            record["data_seconds"] = round(self.waited, 3)  # all ranks ask
+            if trainer.is_global_zero:
+                with (self.folder / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(record) + "\n")
         if self.interrupted:
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
             raise Interrupted(f"stopped at step {step} and saved {self.checkpoint}")

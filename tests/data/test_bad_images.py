@@ -230,3 +230,19 @@ def test_only_a_broken_connection_to_a_worker_is_a_worker_s() -> None:
     ):
         with pytest.raises(kind), told_of_lost_workers(taking):
             raise error
+
+
+def test_the_signal_of_a_lost_worker_that_comes_late_raises_nothing() -> None:
+    """Its connection breaks first; torch's handler, here one that raises as it does, must not cut the clean-up short."""
+
+    def handler(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with pytest.raises(Failure), told_of_lost_workers():
+            raise EOFError
+        os.kill(os.getpid(), signal.SIGCHLD)
+        time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
