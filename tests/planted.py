@@ -8,6 +8,7 @@ import yaml
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.comparison import Comparison, build
 from ssl_vit_eval.compare.verdict import Difference, Family
+from ssl_vit_eval.report.text import words_of
 from ssl_vit_eval.rows import Row, RowStore
 from ssl_vit_eval.stats.images import wilson_interval
 
@@ -86,6 +87,12 @@ def only(comparison: Comparison, question: str, primary: bool = False) -> Differ
     (family,) = families(comparison, question, primary)
     (difference,) = family.differences
     return difference
+
+
+def words(comparison: Comparison, found: Difference) -> str:
+    """The sentence of a difference of one of the families."""
+    (family,) = [family for family in comparison.families if any(found is one for one in family.differences)]
+    return words_of(family, found, comparison.rule)
 
 
 def specs(family: Family) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from ssl_vit_eval.report.terminal import verdicts
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.stats.images import paired_difference
 from ssl_vit_eval.stats.seeds import crossed_interval
-from tests.planted import PRIMARY, compared, declare, families, first, noisy, only, plant, plant_arm, plant_three, right, specs
+from tests.planted import PRIMARY, compared, declare, families, first, noisy, only, plant, plant_arm, plant_three, right, specs, words
 
 
 @pytest.fixture
@@ -47,10 +47,11 @@ def test_a_difference_in_all_seeds_is_a_verdict_of_either_sign(store: RowStore) 
     for dataset, (cls, gap) in {"one": (180, 140), "two": (140, 180)}.items():
         plant_arm(store, "cls", range(6), right(cls), dataset=dataset, data=dataset)
         plant_arm(store, "gap", range(6), right(gap), dataset=dataset, data=dataset)
-    better, worse = (family.differences[0] for family in families(compared(store), "trained with"))
+    comparison = compared(store)
+    better, worse = (family.differences[0] for family in families(comparison, "trained with"))
     assert (better.points, better.p, better.outcome) == (pytest.approx(20.0), 2 / 64, "better")
     assert (worse.points, worse.p, worse.outcome) == (pytest.approx(-20.0), 2 / 64, "worse")
-    assert better.words.startswith("cls is better than gap by 20.0 points [")
+    assert words(comparison, better).startswith("cls is better than gap by 20.0 points [")
 
 
 def test_ties_are_no_difference_only_where_the_images_can_tell(store: RowStore) -> None:
@@ -71,8 +72,8 @@ def test_one_seed_is_two_networks(store: RowStore) -> None:
     comparison = compared(store)
     found = only(comparison, "trained with")
     assert (found.outcome, found.seeds) == ("undecided", (4,))
-    assert found.words.startswith("undecided: one seed of each is two networks")
-    assert found.words.endswith("one comparison needs 6 seeds")
+    assert words(comparison, found).startswith("undecided: one seed of each is two networks")
+    assert words(comparison, found).endswith("one comparison needs 6 seeds")
     assert found.resolvable == float("inf")
     assert (found.points, found.low, found.high) == tuple(paired_difference(a.double(), b.double()))
     assert found.p < 1e-6
@@ -81,7 +82,8 @@ def test_one_seed_is_two_networks(store: RowStore) -> None:
 
 def test_many_comparisons_need_more_seeds_than_the_one_that_was_declared(store: RowStore) -> None:
     plant_three(store, range(6))
-    (family,) = families(compared(store), "trained with")
+    comparison = compared(store)
+    (family,) = families(comparison, "trained with")
     assert [(found.a.read_with, found.b.read_with) for found in family.differences] == [
         ("cls", "gap"),
         ("cls", "register"),
@@ -90,7 +92,7 @@ def test_many_comparisons_need_more_seeds_than_the_one_that_was_declared(store: 
     for found in family.differences:
         assert (found.outcome, found.corrected) == ("undecided", pytest.approx(3 * 2 / 64))
         assert found.points > 14
-        assert "a family of 3 comparisons needs 7 seeds" in found.words
+        assert "a family of 3 comparisons needs 7 seeds" in words(comparison, found)
 
     declare(store, primary=PRIMARY)
     comparison = compared(store)
@@ -127,13 +129,14 @@ def test_a_comparison_of_one_seed_does_not_count_among_those_of_several(store: R
     plant_arm(store, "cls", range(6), right(160))
     plant_arm(store, "gap", range(6), right(130))
     plant_arm(store, "register", [3], right(100))
-    (family,) = families(compared(store), "trained with")
+    comparison = compared(store)
+    (family,) = families(comparison, "trained with")
     assert [found.outcome for found in family.differences] == ["better", "undecided", "undecided"]
     assert family.differences[0].corrected == 2 / 64
     assert np.isfinite(family.differences[0].resolvable)
     one = family.differences[1]
     assert (one.seeds, one.of_seeds) == ((3,), pytest.approx((30.0,)))
-    assert one.words.endswith("a family of 3 comparisons needs 7 seeds")
+    assert words(comparison, one).endswith("a family of 3 comparisons needs 7 seeds")
 
 
 def test_equivalence_within_the_margin(store: RowStore) -> None:

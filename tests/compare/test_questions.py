@@ -27,6 +27,7 @@ from tests.planted import (
     plant_three,
     right,
     specs,
+    words,
 )
 
 
@@ -103,7 +104,7 @@ def test_self_consistency_is_against_the_best_by_the_slice(store: RowStore) -> N
     assert (found.a.read_with, found.b.read_with, found.a.arm, found.b.arm) == ("cls", "gap", *[Arm("dino", "toy", "cls")] * 2)
     assert found.points == pytest.approx(5.0)
     assert found.seeds == (0, 1, 2)
-    assert found.words.endswith("; gap was picked on the slice of train")
+    assert words(comparison, found).endswith("; gap was picked on the slice of train")
     assert "dino (toy), trained with cls: max lacks seeds, and is not among the readouts that it is compared with" in comparison.notes
 
 
@@ -117,17 +118,19 @@ def test_another_norm_is_no_other_readout(store: RowStore) -> None:
 def test_without_a_slice_the_best_is_picked_on_test_and_that_is_said(store: RowStore) -> None:
     for read_with, count in (("cls", 150), ("gap", 140), ("register", 170)):
         plant_arm(store, "cls", range(3), right(count), read_with, grid=graded(0.5, 0.4) if read_with == "gap" else None)
-    found = only(compared(store), "self-consistency")
+    comparison = compared(store)
+    found = only(comparison, "self-consistency")
     assert (found.b.read_with, found.points) == ("register", pytest.approx(-10.0))
-    assert found.words.endswith("; register was picked on test: the gap is too small by that")
+    assert words(comparison, found).endswith("; register was picked on test: the gap is too small by that")
 
 
 def test_self_consistency_is_one_family_of_all_arms_of_a_recipe(store: RowStore) -> None:
     for readout, read_with in itertools.product(("cls", "gap"), repeat=2):
         plant_arm(store, readout, range(2), right(150 if readout == read_with else 140), read_with)
-    (family,) = families(compared(store), "self-consistency")
+    comparison = compared(store)
+    (family,) = families(comparison, "self-consistency")
     assert (family.scope, specs(family)) == ("dino (toy)", [("cls", "gap"), ("gap", "cls")])
-    assert family.differences[0].words.endswith("gap is the only other readout")
+    assert words(comparison, family.differences[0]).endswith("gap is the only other readout")
 
 
 def test_post_hoc_of_one_set_of_weights_is_about_images(store: RowStore) -> None:
@@ -145,7 +148,7 @@ def test_post_hoc_of_one_set_of_weights_is_about_images(store: RowStore) -> None
     chi = (abs(only_a - only_b) - 1) ** 2 / (only_a + only_b)  # McNemar's with continuity correction
     assert worse.p == pytest.approx(float(torch.special.erfc(torch.tensor(chi / 2).double().sqrt())), rel=1e-6)
     assert worse.outcome == "worse"
-    assert worse.words.startswith("of these weights, gap is worse than cls")
+    assert words(comparison, worse).startswith("of these weights, gap is worse than cls")
     exact = family.differences[1]
     only_a, only_b = (int((one & ~other).sum()) for one, other in itertools.permutations((answers["cls+gap"], answers["cls"])))
     if only_a + only_b < 25:
@@ -203,7 +206,7 @@ def test_null_control(store: RowStore, registers: int, cls_tokens: int, arm: str
     assert specs(together) == [("cls", "gap"), ("gap", "register")]
     found = only(comparison, "null control")
     assert (found.corrected, found.outcome) == (2 / 64, "better")
-    assert "false alarm by construction" in found.words
+    assert "false alarm by construction" in words(comparison, found)
 
 
 def test_runs_of_one_name_with_other_tokens_are_no_null_control() -> None:

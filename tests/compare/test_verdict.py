@@ -6,7 +6,7 @@ from math import inf
 import pytest
 
 from ssl_vit_eval.compare.arms import Arm
-from ssl_vit_eval.compare.verdict import Difference, Family, Rule, Side, outcome_of
+from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule, Side, Unit, outcome_of
 from ssl_vit_eval.report.terminal import SHOWN, verdicts
 from ssl_vit_eval.report.text import interval_text, line, p_text, side_name, signed, words_of
 from ssl_vit_eval.rows import Setting
@@ -31,7 +31,6 @@ def difference(points: float, low: float, high: float, corrected: float, seeds: 
         images=10_000,
         resolvable=resolvable,
         outcome="undecided",
-        words="",
     )
     return replace(found, outcome=outcome_of(found, "seeds", RULE))
 
@@ -68,14 +67,14 @@ def test_one_seed_decides_about_its_weights_and_not_about_readouts() -> None:
         one = replace(difference(5.0, 4.0, 6.0, 0.001), seeds=(3,) * count)
         assert outcome_of(one, "seeds", RULE) == "undecided"
         assert outcome_of(one, "images", RULE) == "better"
-    words = words_of("trained with", "seeds", replace(one, resolvable=inf, outcome="undecided"), 3, RULE)
-    assert (
-        words == "undecided: one seed of each is two networks, and says nothing about the readouts; a family of 3 comparisons needs 7 seeds"
-    )
+    sentence = words(replace(one, resolvable=inf, outcome="undecided"), 3)
+    assert sentence.startswith("undecided: one seed of each is two networks, and says nothing about the readouts; ")
+    assert sentence.endswith("; a family of 3 comparisons needs 7 seeds")
 
 
-def words(found: Difference, comparisons: int = 1, remark: str = "") -> str:
-    return words_of("trained with", "seeds", found, comparisons, RULE, remark)
+def words(found: Difference, comparisons: int = 1, remark: str = "", question: Question = "trained with", unit: Unit = "seeds") -> str:
+    found = replace(found, comparisons=comparisons, remark=remark)
+    return words_of(Family(question, SETTING, "dino (toy)", unit, [found]), found, RULE)
 
 
 def test_words() -> None:
@@ -99,19 +98,19 @@ def test_words() -> None:
 
 def test_words_of_weights() -> None:
     better = difference(1.2, 0.3, 2.1, 0.03)
-    assert words_of("read with", "images", better, 1, RULE) == "of these weights, cls is better than gap by 1.2 points [0.3, 2.1]"
-    same = words_of("read with", "images", replace(better, outcome="no difference", high=0.7), 1, RULE)
+    assert words(better, question="read with", unit="images") == "of these weights, cls is better than gap by 1.2 points [0.3, 2.1]"
+    same = words(replace(better, outcome="no difference", high=0.7), question="read with", unit="images")
     assert same == "of these weights, no difference between cls and gap of more than 0.7 points that these 10,000 images could see"
-    assert words_of("norm", "images", replace(better, outcome="undecided"), 1, RULE).startswith("undecided: of these weights, cls − gap")
+    assert words(replace(better, outcome="undecided"), question="norm", unit="images").startswith("undecided: of these weights, cls − gap")
 
 
 def test_a_null_control_that_is_resolved_is_a_false_alarm() -> None:
     expected = "null control, a difference is not expected to be resolvable: "
-    alarm = words_of("null control", "seeds", difference(1.2, 0.3, 2.1, 0.03), 1, RULE)
+    alarm = words(difference(1.2, 0.3, 2.1, 0.03), question="null control", unit="seeds")
     assert alarm.startswith(f"{expected}cls is better than gap by 1.2 points [0.3, 2.1]. This is a false alarm by construction")
     assert "one in 20" in alarm
     assert "the instrument is off" in alarm
-    quiet = words_of("null control", "seeds", difference(0.1, -0.2, 0.4, 0.7), 1, RULE)
+    quiet = words(difference(0.1, -0.2, 0.4, 0.7), question="null control", unit="seeds")
     assert quiet.startswith(f"{expected}no difference")
     assert "false alarm" not in quiet
 
@@ -161,16 +160,16 @@ def test_a_line_has_everything_that_the_verdict_was_made_of() -> None:
 
 
 def test_verdicts_in_the_terminal() -> None:
-    found = replace(difference(1.2, 0.3, 2.1, 0.031), words="in words")
+    found = difference(1.2, 0.3, 2.1, 0.031)
     family = Family("trained with", SETTING, "dino (toy)", "seeds", [found] * 3)
     post_hoc = Family("read with", SETTING, "dino (toy), trained with cls", "images", [found] * (SHOWN - 3))
-    nothing = Family("read with", SETTING, "timm (vit)", "images", [replace(difference(0.0, -0.5, 0.5, 1.0), words="in words")] * 2)
+    nothing = Family("read with", SETTING, "timm (vit)", "images", [difference(0.0, -0.5, 0.5, 1.0)] * 2)
     text = verdicts([replace(family, primary=True, differences=[found]), family, post_hoc, nothing], RULE)
     places = [text.index(part) for part in ("A is better than B if", "Primary comparison", "Trained with:", "Read with,")]
     assert places == sorted(places)
     assert "dino (toy), photos, knn v1, resize32 (Holm over 3)" in text
     assert "dino (toy), photos, knn v1, resize32 (not corrected)" in text
-    assert text.count("in words") == 4  # sentences are for what training changes
+    assert text.count("cls is better than gap by") == 4  # sentences are for what training changes
     assert f"read in several ways: {SHOWN - 3} better, 2 no difference; the report lists all" in text
     assert text.count(": +1.2") == 4 + SHOWN - 3
     assert "timm (vit)" not in text  # only what was found is listed

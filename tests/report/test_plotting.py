@@ -28,7 +28,7 @@ SETTING = Setting("cifar10", "data-hash", "resize32", "knn", 1, "parameters", ""
 
 def difference(a: str, b: str, points: float, low: float, high: float, outcome: Outcome, of_seeds: tuple[float, ...] = ()) -> Difference:
     sides = [Side(Arm("dino", "toy", spec), spec) for spec in (a, b)]
-    return Difference(*sides, points, low, high, 0.03, 0.03, 0.1, tuple(range(len(of_seeds))), of_seeds, 100, 1.0, outcome, "words")
+    return Difference(*sides, points, low, high, 0.03, 0.03, 0.1, tuple(range(len(of_seeds))), of_seeds, 100, 1.0, outcome)
 
 
 FAMILY = Family(

@@ -68,11 +68,11 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return build([folder])
 
 
-def family(comparison: Comparison, words: str, **changes: Any) -> Family:
+def family(comparison: Comparison, remark: str, **changes: Any) -> Family:
     arms = [Arm("dino", "toy", spec) for spec in ("cls", "gap")]
     sides = [Side(arm, str(arm.trained_with)) for arm in arms]
     numbers = {"points": 1.2, "low": 0.3, "high": 2.1, "p": 0.031, "corrected": 0.031, "discordance": 0.081, "resolvable": 1.5}
-    difference = Difference(*sides, **numbers, seeds=(0, 1), of_seeds=(1.0, 1.4), images=40, outcome="better", words=words)
+    difference = Difference(*sides, **numbers, seeds=(0, 1), of_seeds=(1.0, 1.4), images=40, outcome="better", remark=remark)
     values: dict[str, Any] = {"question": "trained with", "setting": comparison.tables[0].setting, "scope": "dino (toy)", "unit": "seeds"}
     return Family(**values | changes, differences=[difference])
 
@@ -127,9 +127,8 @@ def test_text_has_the_primary_first_then_every_difference_the_rule_and_the_notes
     assert not any("words of" in text for text in texts[:first])
     whole = "\n".join(texts)
     for question in ("norm", "trained with", "self-consistency", "read with"):
-        assert (
-            f"+1.2 points [0.3, 2.1], p .031 (corrected .031), 8.1 % discordant, 2 seeds: better. In words: words of {question}." in whole
-        )
+        assert f"; words of {question}." in whole
+        assert "+1.2 points [0.3, 2.1], p .031 (corrected .031), 8.1 % discordant, 2 seeds: better. In words: " in whole
     assert whole.index("the declared words") < whole.index("words of trained with")
     assert compared.rule.text in whole
     assert "half a seed." in whole

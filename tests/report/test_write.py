@@ -24,7 +24,7 @@ from ssl_vit_eval.report.score_grids import GAIN, LOSS
 from ssl_vit_eval.report.terminal import compare, terminal
 from ssl_vit_eval.report.write import write_report
 from ssl_vit_eval.rows import RowStore
-from tests.planted import PRIMARY, plant, plant_arm, plant_random
+from tests.planted import PRIMARY, plant, plant_arm, plant_random, words
 
 SEEDS = range(6)
 ACCURACY = {"cls": 0.8, "gap": 0.74, "register": 0.79, "cls+gap": 0.76}
@@ -140,7 +140,7 @@ def test_the_declared_comparison_leads_and_every_difference_is_in_its_table(stud
     (primary,) = [family for family in comparison.families if family.primary]
     assert primary.differences[0].outcome == "better"
     findings = page.sections["findings"]
-    assert findings.index(f"Declared before training, dino (toy), builtin:photos, knn: {primary.differences[0].words}.") < 60
+    assert findings.index(f"Declared before training, dino (toy), builtin:photos, knn: {words(comparison, primary.differences[0])}.") < 60
     assert comparison.rule.text in findings
     for question in ("trained with", "read with", "self-consistency", "norm"):
         of, lines = differences(comparison, question), lines_of(out / "tables" / f"differences-{question.replace(' ', '-')}.csv")
@@ -152,7 +152,7 @@ def test_the_declared_comparison_leads_and_every_difference_is_in_its_table(stud
             assert float(line["discordant"]) == pytest.approx(100 * one.discordance)
             assert (line["verdict of A"], line["images"]) == (one.outcome, "300")
             assert line["seeds"] == ("6" if one.seeds else "")
-            assert one.words in page.words
+            assert words(comparison, one) in page.words
     first, *others = lines_of(out / "tables" / "differences-trained-with.csv")
     assert (first["A"], first["B"], first["corrected p"]) == ("cls", "gap", "")  # declared in advance, so not corrected
     assert {line["corrected p"] for line in others} == {str(of.corrected) for of in differences(comparison, "trained with")[1:]}
@@ -261,7 +261,7 @@ def test_markdown_says_the_same_and_its_pictures_are_there(study: tuple[Path, Co
     assert {study[0] / name for name in pictures} == set((study[0] / "plots").glob("*.png"))
     assert {file.stem for file in (study[0] / "plots").glob("*.svg")} == {file.stem for file in (study[0] / "plots").glob("*.png")}
     for of in differences(study[1], "trained with"):
-        assert of.words in re.sub(r"\\(.)", r"\1", text)
+        assert words(study[1], of) in re.sub(r"\\(.)", r"\1", text)
     assert text.startswith("<!-- written by ssl-vit compare -->\n\n# Which token")
 
 

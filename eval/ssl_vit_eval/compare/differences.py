@@ -12,7 +12,6 @@ from torch import Tensor
 from ssl_vit.errors import Failure
 from ssl_vit_eval.compare.questions import Group, Pair
 from ssl_vit_eval.compare.verdict import Difference, Family, Rule, Unit, outcome_of
-from ssl_vit_eval.report.text import words_of
 from ssl_vit_eval.rows import Key, Row, RowStore
 from ssl_vit_eval.stats.images import holm, paired_difference, paired_p, resolvable_images, sign_flip
 from ssl_vit_eval.stats.seeds import crossed_interval, resolvable_seeds
@@ -53,9 +52,8 @@ def family_of(group: Group, answers: Answers, rule: Rule) -> Family:
         # with more seeds, those of one seed would be tested beside the others
         count = len(pairs) if tested else len(group.pairs)
         for pair, found in zip(pairs, corrected, strict=True):
-            judged = replace(found, outcome=outcome_of(found, family.unit, rule))
-            words = words_of(group.question, family.unit, judged, count, rule, pair.remark)
-            family.differences.append(replace(judged, words=words))
+            outcome = outcome_of(found, family.unit, rule)
+            family.differences.append(replace(found, outcome=outcome, comparisons=count, remark=pair.remark))
     order = [(pair.a, pair.b) for pair in group.pairs]
     family.differences.sort(key=lambda found: order.index((found.a, found.b)))
     return family
@@ -96,7 +94,6 @@ def _measure(pair: Pair, answers: Answers, unit: Unit, level: float) -> Differen
         images=a.shape[1],
         resolvable=resolvable,
         outcome="undecided",
-        words="",
     )
 
 

@@ -47,7 +47,8 @@ class Difference:
     within its family, the differences of one seed apart from those of several. discordance: share of images that just one of them
     answers rightly, mean over seeds. of_seeds: the difference of each seed, in the order of `seeds`; both are empty for weights
     without a seed. resolvable: the smallest true difference that this comparison would have called better four times in five; infinite
-    where its seeds cannot, however large it is. outcome: of A; words: the verdict as a sentence, without its full stop.
+    where its seeds cannot, however large it is. outcome: of A. comparisons: that are corrected together with it; remark: how the
+    difference came to be, where that is to be said.
     """
 
     a: Side
@@ -63,7 +64,8 @@ class Difference:
     images: int
     resolvable: float
     outcome: Outcome
-    words: str
+    comparisons: int = 1
+    remark: str = ""
 
 
 @dataclass(frozen=True)

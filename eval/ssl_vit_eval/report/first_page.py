@@ -8,13 +8,13 @@ from math import isinf
 
 from ssl_vit_eval.compare.arms import arms_of, weights_of
 from ssl_vit_eval.compare.comparison import Comparison
-from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question
+from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question, Rule
 from ssl_vit_eval.report.page import Block, Bullets, Drawings, Grid, Heading, Text
 from ssl_vit_eval.report.plot_differences import paired_seeds
 from ssl_vit_eval.report.run_tables import selection_warnings
 from ssl_vit_eval.report.score_grids import at_last
 from ssl_vit_eval.report.table import Sheet, Value, slug
-from ssl_vit_eval.report.text import side_name, signed
+from ssl_vit_eval.report.text import side_name, signed, words_of
 
 SIGNS: dict[Outcome, str] = {"better": ">", "worse": "<", "no difference": "≈", "undecided": "?"}
 MEANINGS: dict[Outcome, str] = {
@@ -48,7 +48,7 @@ def blocks(comparison: Comparison) -> list[Block]:
     """The primary comparison, every verdict at a glance, the rule and the warnings."""
     primary = [family for family in comparison.families if family.primary]
     found: list[Block] = [
-        Text(f"{difference.words}.", difference.outcome, f"Declared before training, {about(family)}:")
+        Text(f"{words_of(family, difference, comparison.rule)}.", difference.outcome, f"Declared before training, {about(family)}:")
         for family in primary
         for difference in family.differences
     ]
@@ -121,22 +121,24 @@ def _glances(comparison: Comparison) -> list[Block]:
     """A table for each question, tables A apart from tables B and folded where there are both; the first is led by what the signs mean."""
     asked = {question: of for question in QUESTIONS if (of := families_of(comparison, question))}
     both = asked.keys() & TABLE_A and asked.keys() - TABLE_A
-    grids = [_glance(question, of, folded=bool(both and question in TABLE_A)) for question, of in asked.items()]
+    grids = [_glance(question, of, comparison.rule, folded=bool(both and question in TABLE_A)) for question, of in asked.items()]
     signs = "".join(f'<span class="badge {slug(outcome)}">A {sign} B</span> {MEANINGS[outcome]}' for outcome, sign in SIGNS.items())
     return [replace(grid, html=grid.html if place else f'<p class="key">{signs}</p>{grid.html}') for place, grid in enumerate(grids)]
 
 
-def _glance(question: Question, families: Sequence[Family], folded: bool) -> Grid:
+def _glance(question: Question, families: Sequence[Family], rule: Rule, folded: bool) -> Grid:
     """A line for each family, a coloured chip for each of its differences."""
     body, lines = "", []
     for family in families:
         declared = ", declared before training" if family.primary else ""
         cells = [family.scope + declared, family.setting.dataset, family.setting.rule]
         named = list(map(Value, cells))
-        chips = [(slug(of.outcome), escape(of.words), escape(chip(family, of))) for of in family.differences]
+        chips = [(slug(of.outcome), escape(words_of(family, of, rule)), escape(chip(family, of))) for of in family.differences]
         badges = " ".join(f'<span class="badge {name}" title="{words}">{text}</span>' for name, words, text in chips)
         body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}<td>{badges}</td></tr>\n"
-        lines += [[*named, Value(chip(family, of)), Value(of.outcome, style=of.outcome), Value(of.words)] for of in family.differences]
+        for of in family.differences:
+            sentence = Value(words_of(family, of, rule))
+            lines.append([*named, Value(chip(family, of)), Value(of.outcome, style=of.outcome), sentence])
     what = "trained with: read so, and with the best other" if question == "self-consistency" else "A and B"
     head = ["of", "data set", "protocol", f"{what}; A − B in points"]
     columns = "".join(f'<th scope="col">{name}</th>' for name in head)

@@ -13,7 +13,7 @@ from ssl_vit_eval.compare.verdict import Family, Outcome, Rule
 from ssl_vit_eval.report.report_files import check_out
 from ssl_vit_eval.report.score_tables import ZERO, bounds_text, score_text, scores, under_text
 from ssl_vit_eval.report.table import MISSING
-from ssl_vit_eval.report.text import TITLES, line, signed
+from ssl_vit_eval.report.text import TITLES, line, signed, words_of
 from ssl_vit_eval.report.wandb import write_wandb_report
 from ssl_vit_eval.report.write import write_report
 from ssl_vit_eval.rows import Setting
@@ -143,7 +143,10 @@ def _question(title: str, families: Sequence[Family], rule: Rule) -> str:
             )
             lines.append(f"  {family.scope}, {place(family.setting)} ({how})")
         for difference in shown:
-            lines += [f"    {line(family, difference, rule)}", *(f"      {text}" for text in wrap(difference.words, _WIDTH - 6))]
+            lines += [
+                f"    {line(family, difference, rule)}",
+                *(f"      {text}" for text in wrap(words_of(family, difference, rule), _WIDTH - 6)),
+            ]
     rest = sum(len(family.differences) for family in families) - (SHOWN - left)
     return "\n".join([*lines, *([f"  and {rest} more differences: in the report"] if rest else [])])
 

@@ -76,24 +76,25 @@ def line(family: Family, difference: Difference, rule: Rule) -> str:
     )
 
 
-def words_of(question: Question, unit: Unit, difference: Difference, comparisons: int, rule: Rule, remark: str = "") -> str:
-    """The verdict as a sentence. comparisons: that are corrected together; remark: how the difference came to be, said behind it."""
-    text = _verdict(question, unit, difference, comparisons, rule)
-    if question == "null control":
+def words_of(family: Family, difference: Difference, rule: Rule) -> str:
+    """The verdict as a sentence, without its full stop."""
+    text = _verdict(family.question, family.unit, difference, rule)
+    if family.question == "null control":
         text = f"null control, a difference is not expected to be resolvable: {text}"
         if difference.outcome in ("better", "worse"):
             text += (
                 f". This is a false alarm by construction: chance gives one in {1 / rule.level:.0f} such controls; "
                 "if it comes oftener, the instrument is off"
             )
-    return f"{text}; {remark}" if remark else text
+    return f"{text}; {difference.remark}" if difference.remark else text
 
 
 def _facts(low: float, high: float, rule: Rule) -> tuple[bool, bool]:
     return excludes_zero(low, high), within_margin(low, high, rule)
 
 
-def _verdict(question: Question, unit: Unit, d: Difference, comparisons: int, rule: Rule) -> str:
+def _verdict(question: Question, unit: Unit, d: Difference, rule: Rule) -> str:
+    needs = _needs(d.comparisons, rule)
     a, b = (side_name(question, side) for side in (d.a, d.b))
     of = "of these weights, " if unit == "images" else ""
     if d.outcome in ("better", "worse"):
@@ -106,13 +107,11 @@ def _verdict(question: Question, unit: Unit, d: Difference, comparisons: int, ru
     if unit == "seeds" and len(d.seeds) < 2:
         two = question in ("trained with", "null control")
         why = "one seed of each is two networks, and says nothing about the readouts" if two else "one seed says nothing about another one"
-        return f"undecided: {why}; {_needs(comparisons, rule)}"
+        return f"undecided: {why}; {needs}"
     interval = f"undecided: {of}{a} − {b} lies in {interval_text(d.low, d.high, rule)}"
     if math.isinf(d.resolvable):
-        reach = p_text(min(1.0, comparisons * smallest_p(len(d.seeds))), rule)
-        return (
-            f"{interval}; no difference is resolvable: the best corrected p of {len(d.seeds)} seeds is {reach}, {_needs(comparisons, rule)}"
-        )
+        reach = p_text(min(1.0, d.comparisons * smallest_p(len(d.seeds))), rule)
+        return f"{interval}; no difference is resolvable: the best corrected p of {len(d.seeds)} seeds is {reach}, {needs}"
     return f"{interval}; a true difference of {d.resolvable:.1f} points would have been found four times in five"
 
 

@@ -23,7 +23,7 @@ from ssl_vit_eval.report import first_page
 from ssl_vit_eval.report.first_page import QUESTIONS, families_of
 from ssl_vit_eval.report.page import Block, Bullets, Drawings, Grid, Heading, Listing, Picture, Text
 from ssl_vit_eval.report.table import Sheet, markdown
-from ssl_vit_eval.report.text import line
+from ssl_vit_eval.report.text import line, words_of
 from ssl_vit_eval.report.wandb_panels import Panels
 
 PLAIN = ("plain", "soft", "note")  # styles of a text that is no verdict
@@ -108,7 +108,7 @@ def _differences(wr: Any, comparison: Comparison, families: Iterable[Family]) ->
         setting = family.setting
         declared = ", declared before training" if family.primary else ""
         blocks.append(wr.H3(f"{family.scope}: {setting.dataset}, {setting.rule} v{setting.version}{declared}"))
-        items = [f"{line(family, of, comparison.rule)}. In words: {of.words}." for of in family.differences]
+        items = [f"{line(family, of, comparison.rule)}. In words: {words_of(family, of, comparison.rule)}." for of in family.differences]
         blocks.append(wr.UnorderedList(items))
     return blocks
 

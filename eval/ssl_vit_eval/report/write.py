@@ -19,7 +19,7 @@ from ssl_vit_eval.report.run_tables import costs, datasets, evaluations, pretrai
 from ssl_vit_eval.report.score_grids import full_colour, other_grids, trained_grids
 from ssl_vit_eval.report.score_tables import ZERO, differences, norms, ranking_sheets, scores
 from ssl_vit_eval.report.table import MISSING, slug, table_files
-from ssl_vit_eval.report.text import TITLES
+from ssl_vit_eval.report.text import TITLES, words_of
 
 TITLE = "Which token should carry the image?"
 READING = f"""Large: top-1 accuracy on the test images, in %. Small: the gain in points over the same backbone at its random
@@ -119,7 +119,7 @@ def _differences(comparison: Comparison, question: Question, text: str = "") -> 
     if not families:
         return []
     sheet = differences(f"differences-{slug(question)}", TITLES[question], families, comparison.rule)
-    words = [f"{about(family)}: {of.words}." for family in families for of in family.differences]
+    words = [f"{about(family)}: {words_of(family, of, comparison.rule)}." for family in families for of in family.differences]
     forests = [forest(family, comparison.rule) for family in families] if question in DRAWN else []
     drawn = [Drawings(forests, f"Drawn ({len(forests)})" if len(forests) > FEW else "")] if forests else []
     return [
