@@ -52,6 +52,11 @@ def _no_process_is_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _no_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_VIT_CACHE", str(tmp_path_factory.getbasetemp() / "ssl_vit_cache"))
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(THREADS)  # results differ in the last bits between thread counts
     torch.manual_seed(0)

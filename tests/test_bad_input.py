@@ -95,6 +95,13 @@ def test_bad_recipes_are_one_line(text: str, message: str, capsys: pytest.Captur
     assert message in error
 
 
+def test_help_starts_with_what_is_changed_most(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "mae.yaml", "--help"]) == 0
+    first = capsys.readouterr().out.splitlines()[:14]
+    for option, value in (("readout", "(gap)"), ("data.source", "(./pictures)"), ("data.batch_size", "(8)"), ("optim.lr", "(0.02)")):
+        assert any(line.startswith(f"  --{option} ") and line.endswith(value) for line in first)
+
+
 def test_checkpoints_that_are_none() -> None:
     Path("empty.ckpt").write_bytes(b"")
     Path("text.ckpt").write_text("hello")

@@ -12,10 +12,12 @@ from sklearn.metrics import balanced_accuracy_score
 from ssl_vit.cli import run
 from ssl_vit.data.images import ImageStore
 from ssl_vit.model.readout import available, readout
-from ssl_vit_eval.features.extract import cached_features
+from ssl_vit_eval import lazy_images, memory
+from ssl_vit_eval.features.extract import Reading, read_all
 from ssl_vit_eval.probes.knn import KNNProbe
+from ssl_vit_eval.protocols import KINDS
 from ssl_vit_eval.rows import RowStore
-from ssl_vit_eval.sources import open_source
+from ssl_vit_eval.sources import Source, open_source
 from tests.conftest import errors
 
 pytestmark = pytest.mark.usefixtures("three_classes")
@@ -84,7 +86,9 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
     images = ImageStore.stacked(torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8))
 
     def features(specs: list[str], folder: str) -> Mapping[str, torch.Tensor]:
-        return cached_features(source, images, specs, Path(folder), "data", "test", "none", "")
+        reading = Reading.of(source, specs, images, Path(folder), "data", "test", "none")
+        assert read_all([reading], images) == {}
+        return reading.features()
 
     for spec, values in features(["cls", "gap/pre", "register1@block0", "cls+gap"], "together").items():
         alone = features([spec], "alone")[spec]
@@ -151,3 +155,60 @@ def test_a_suite_is_a_list_of_data() -> None:
     assert [row.dataset for row in RowStore("out").rows() if row.metric == "top1"] == ["pictures", "train"]
     assert run(["compare", "out"]) == 0
     assert "pixels:16" in Path("out/report.html").read_text()
+
+
+EVAL = ["eval", "random:mae.yaml", "--data", "./pictures", "--out", "out", "--readouts", "cls", "gap"]
+
+
+def test_memory_that_runs_out_costs_the_run_that_asked_for_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setitem(KINDS, "logreg", KINDS["logreg"]._replace(run=full))
+    assert run([*EVAL, "--protocols", "logreg", "knn"]) == 1
+    assert "2 of 4 runs failed, the others are kept: memory ran out (CUDA out of memory); " in errors(capsys)[0]
+    assert {row.protocol for row in RowStore("out").rows()} == {"knn"}
+
+
+def test_what_memory_is_too_small_for_is_refused_before_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 30 * 24 * 28 - 1)
+    assert run([*EVAL, "--protocols", "logreg"]) == 1
+    assert "logreg of cls works on 0.0 GiB" in errors(capsys)[0]
+    assert not Path("out").exists()
+    monkeypatch.setattr(memory, "available_memory", lambda: 30 * 24 * 28)
+    assert run([*EVAL, "--protocols", "logreg"]) == 0
+
+
+def test_images_are_decoded_once_for_all_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    original = lazy_images.decode
+    monkeypatch.setattr(lazy_images, "MEMORY_SHARE", 0.0)  # nothing is kept
+    monkeypatch.setattr(lazy_images, "decode", lambda data, name: decoded.append(name) or original(data, name))  # type: ignore[func-returns-value]
+    command = ["eval", "random:mae.yaml", "random:dino.yaml", "pixels:16", "--data", "./pictures", "--out", "out", "--protocols", "knn"]
+    assert run(command) == 0
+    assert len(decoded) == len(set(decoded)) == 30 + 12
+    assert {row.source for row in RowStore("out").rows()} == {"random:mae", "random:dino", "pixels:16"}
+
+
+def test_a_source_that_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    original = Source.features
+
+    def broken(self: Source, images: torch.Tensor, specs: list[str]) -> dict[str, torch.Tensor]:
+        found = original(self, images, specs)
+        return {spec: values * float("nan") for spec, values in found.items()} if self.name == "random:mae" else found
+
+    monkeypatch.setattr(Source, "features", broken)
+    assert run(["eval", "random:mae.yaml", "random:dino.yaml", "--data", "./pictures", "--out", "out", "--protocols", "knn"]) == 1
+    assert "could not be evaluated: random:mae on ./pictures" in errors(capsys)[0]
+    assert {row.source for row in RowStore("out").rows()} == {"random:dino"}
+    assert not list(Path("out/features").glob("*.partial"))
+
+
+def test_a_joint_run_shares_out_its_time_by_what_was_trained() -> None:
+    assert run([*EVAL, "cls+gap", "--protocols", "linear-dino"]) == 0
+    rows = {row.read_with: row for row in RowStore("out").rows() if row.metric == "top1"}
+    one, two = rows["cls"], rows["cls+gap"]
+    assert one.seconds == rows["gap"].seconds
+    assert one.parameters is not None
+    assert two.parameters is not None
+    assert two.seconds / one.seconds == pytest.approx(two.parameters / one.parameters, rel=0.05)

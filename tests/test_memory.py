@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
-from ssl_vit_eval.memory import available_memory
+import pytest
+import torch
+
+from ssl_vit.errors import Failure
+from ssl_vit_eval.memory import available_memory, place_for
 
 
 def test_there_is_some() -> None:
@@ -33,3 +37,25 @@ def test_cached_files_count_as_available(tmp_path: Path) -> None:
             plant(job + used, f"{300_000 + inactive + active}\n")
             plant(job + "stat", f"anon 300000\n{prefix}inactive_file {inactive}\n{prefix}active_file {active}\n")
             assert available_memory(tmp_path) == 700_000
+
+
+def test_the_processes_of_a_machine_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 4096 kB\n")
+    assert available_memory(tmp_path) == 4096 * 1024
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # as torchrun sets it
+    assert available_memory(tmp_path) == 1024 * 1024
+
+
+def test_what_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_vit_eval.memory.available_memory", lambda: 3 * 2**30)
+    monkeypatch.setattr("ssl_vit_eval.memory.device", lambda: torch.device("cpu"))
+    assert place_for(3 * 2**30, "it", "") == torch.device("cpu")
+    with pytest.raises(Failure, match=r"it works on 4.0 GiB, 3.0 GiB of memory are available; take linear"):
+        place_for(4 * 2**30, "it", "take linear")
+    monkeypatch.setattr("ssl_vit_eval.memory.device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (5 * 2**30, 8 * 2**30))
+    assert place_for(5 * 2**30, "it", "") == torch.device("cuda", 0)
+    with pytest.raises(Failure, match=r"6.0 GiB, 3.0 GiB of memory, 5.0 GiB of the GPU are available"):
+        place_for(6 * 2**30, "it", "")

@@ -123,16 +123,16 @@ def test_a_file_may_not_pass_for_a_shipped_protocol(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("  temperature", "  temprature", "unknown key 'temprature': did you mean 'temperature'"),
+        ("  temperature", "  temprature", "unknown key 'temprature'; did you mean 'temperature'"),
         ("  k: [5]\n", "", "lacks the key 'k'"),
-        ("kind: knn", "kind: knnn", "unknown kind 'knnn': did you mean 'knn'"),
-        ("version: 2", "version: one", "version is 'one', a str: give a int"),
-        ("0.07\n", "7e-2\n", "slice_fraction is '7e-2', a str"),
-        (KNN, KNN + "deviations: none\n", "has deviations 'none': give a list"),
-        ("k: [5]", "k: true", "k is True, a bool"),
+        ("kind: knn", "kind: knnn", "kind 'knnn' is unknown; did you mean 'knn'"),
+        ("version: 2", "version: one", "version is 'one'; it should be a valid integer"),
+        ("0.07\n", "7e-2\n", "slice_fraction is '7e-2'; it should be a valid number .0.0001 or"),
+        (KNN, KNN + "deviations: none\n", "deviations is 'none'; give a list"),
+        ("k: [5]", "k: true", "k is True; it should be a valid array"),
         ("version: 2", "verson: 2", "unknown key 'verson'"),
-        (KNN, "- 1", "give a mapping"),
-        (KNN, "a: [", "not valid YAML"),
+        (KNN, "- 1", "not keys with values"),
+        (KNN, "a: [", "is not YAML"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -13,9 +13,9 @@ ROOMS = {
     "ssl_vit": ("__main__", "cli", "train", "methods", "weights", "data", "model", "provenance", "assets", "files", "errors"),
     "ssl_vit_eval": (
         *("study", "report", "compare"),
-        *("evaluate", "results", "tracking", "diagnostics", "protocols", "probes", "features"),
+        *("evaluate", "evaluation", "results", "tracking", "diagnostics", "protocols", "probes", "features"),
         *("suites", "splits", "lazy_images", "stats", "sources", "controls"),
-        *("rows", "locks", "memory", "distributed"),
+        *("rows", "locks", "memory", "distributed", "schema"),
     ),
 }
 MODULES = [

@@ -93,9 +93,10 @@ def test_a_kill_at_any_byte_costs_the_last_line_only(tmp_path: Path) -> None:
     whole = store.file.read_bytes()
     for size in (first + 1, first + 100, len(whole) - 1):
         store.file.write_bytes(whole[:size])
-        with pytest.warns(UserWarning, match="last line was cut short"):
-            assert [r.read_with for r in store.rows()] == ["gap"]
+        assert [r.read_with for r in store.rows()] == ["gap"]
+        assert "last line was cut short" in store.cut_line()
         store.append([row(read_with="cls")], PREDICTIONS, LABELS)
+        assert store.cut_line() == ""
         assert store.file.read_bytes() == whole
     store.file.write_bytes(whole[: first // 2])
     store.append([row(read_with="cls")], PREDICTIONS, LABELS)
@@ -122,7 +123,7 @@ def test_a_failed_write_of_predictions_leaves_no_row(tmp_path: Path, monkeypatch
         ("[1, 2]", "line 2 is not a row"),
         ('{"loss": 1.0}', "line 2 is not a row"),
         ('{"format": 2, "id": "x", "shape": "unknown"}', "line 2 has row format 2, this version of ssl_vit reads 1"),
-        ('{"format": 1, "id": "x", "method": "dino"}', "line 2 is not a row .*missing"),
+        ('{"format": 1, "id": "x", "method": "dino"}', "line 2 is not a row .*lacks the key"),
     ],
 )
 def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -166,7 +167,15 @@ def test_rows_are_found_below_the_folders_once(tmp_path: Path) -> None:
 
 def test_folders_without_rows_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="holds no rows"):
+    with pytest.raises(UsageError, match=r"holds no rows .*--out .*/empty` first"):
         find_rows([tmp_path / "empty"])
+    run = tmp_path / "run"  # where eval refuses to write
+    run.mkdir()
+    for name in ("recipe.yaml", "last.ckpt"):
+        (run / name).touch()
+    with pytest.raises(UsageError, match=r"run `ssl-vit eval .*/run/last.ckpt --out runs/eval` first, then compare runs/eval"):
+        find_rows([run])
+    RowStore(tmp_path / "rows").append([row()], PREDICTIONS, LABELS)
+    assert len(find_rows([run, tmp_path / "rows"])) == 1
     with pytest.raises(UsageError, match="there is no folder"):
         find_rows([tmp_path / "nowhere"])

@@ -89,15 +89,15 @@ def test_a_folder_starts_at_the_suites_file(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"data": []}, r"has data \[\]; give a list of names"),
+        ({"data": []}, r"data is \[\]; give a list of names"),
         ({"dta": ["a"]}, "unknown key 'dta'; did you mean 'data'"),
-        ({"data": [3]}, "dataset 1 is 3; give a name, or a mapping"),
-        ({"data": ["a", {"name": "b"}]}, "dataset 2 is .*at least a source"),
+        ({"data": [3]}, "dataset 1 is 3; give a mapping with the keys source"),
+        ({"data": ["a", {"name": "b"}]}, "dataset 2 lacks the key 'source'"),
         ({"data": [{"source": "a", "tset_split": "val"}]}, "dataset 1 has the unknown key 'tset_split'; did you mean 'test_split'"),
-        ({"data": [{"source": "a", "image_size": "64"}]}, "image_size is '64'; it must be of type int"),
+        ({"data": [{"source": "a", "image_size": "64"}]}, "image_size is '64'; give a side in pixels"),
         ({"data": [{"source": "a", "image_size": 0}]}, "dataset 1: image_size is 0"),
         ({"data": [{"source": "a", "crop": 1.5}]}, "dataset 1: crop is 1.5"),
-        ({"data": ["a"], "crop": "squeeze"}, "crop is 'squeeze'; it must be of type float or squash"),
+        ({"data": ["a"], "crop": "squeeze"}, "crop is 'squeeze'; give a share above 0 and up to 1, or squash"),
         ({"data": ["a"], "train_split": "val"}, "unknown key 'train_split'"),
     ],
 )

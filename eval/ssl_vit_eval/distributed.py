@@ -11,7 +11,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-from ssl_vit.errors import Failure, UsageError
+from ssl_vit.errors import Failure, UsageError, reason
 
 
 def rank() -> int:
@@ -49,11 +49,26 @@ def process_group() -> Iterator[None]:
 
 
 @contextmanager
+def in_memory() -> Iterator[None]:
+    """Around work whose failing ends that work alone: where memory runs out, a Failure says so and what was taken is given back."""
+    full = ""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        full = reason(error)
+    if full:  # not within `except`, whose error would keep the frames, and with them the tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise Failure(f"memory ran out ({full}); leave it to a larger machine, or ask for fewer readouts at a time")
+
+
+@contextmanager
 def agreed() -> Iterator[None]:
     """Around work that may fail on one process alone: its UsageError or Failure is then raised on all, which else would wait for it."""
     mine: Exception | None = None
     try:
-        yield
+        with in_memory():
+            yield
     except (UsageError, Failure) as error:
         mine = error
     for other in gather_objects(mine):

@@ -1,4 +1,4 @@
-"""Pictures that are decoded when they are asked for, so that evaluation needs no more memory for a larger set."""
+"""Images that are decoded when they are asked for, so that evaluation needs no more memory for a larger set."""
 
 import math
 import os
@@ -22,20 +22,20 @@ from ssl_vit_eval.memory import available_memory
 Crop = float | Literal["squash"]
 CROP = 224 / 256
 
-# the decoded pictures of a split are kept if they need at most this share of the memory that is available
+# the decoded images of a split are kept if they need at most this share of the memory that is available
 MEMORY_SHARE = 0.25
 _THREADS = min(8, os.cpu_count() or 1)
-_ROWS = 64  # encoded pictures held at once: a photograph may have 10 MB
+_ROWS = 64  # encoded images held at once: a photograph may have 10 MB
 
-Picture = tuple[str, bytes | Image.Image]
-"""What errors call it, and the picture itself, encoded or not."""
+Named = tuple[str, bytes | Image.Image]
+"""What errors call an image, and the image itself, encoded or not."""
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """How a picture is brought to a model's size: bicubic with antialiasing on 8-bit pixels, then a centre crop.
+    """How an image is brought to a model's size: bicubic with antialiasing on 8-bit pixels, then a centre crop.
 
-    The default is that of DINO's evaluation (Caron et al. 2021, official k-NN and linear protocols). A picture that has the model's
+    The default is that of DINO's evaluation (Caron et al. 2021, official k-NN and linear protocols). An image that has the model's
     size passes unchanged, whatever the crop.
 
     Args:
@@ -58,25 +58,25 @@ class EvalTransform:
             return f"squash{self.size}"
         return f"resize{self.size}" + ("" if self.crop == CROP else f"-crop{100 * self.crop:g}")
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        if picture.size == (self.size, self.size):
-            return picture
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if image.size == (self.size, self.size):
+            return image
         if self.crop == "squash":
-            return picture.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        picture = resize(picture, round(self.size / self.crop), InterpolationMode.BICUBIC)
-        left, top = round((picture.width - self.size) / 2), round((picture.height - self.size) / 2)
-        return picture.crop((left, top, left + self.size, top + self.size))
+            return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        image = resize(image, round(self.size / self.crop), InterpolationMode.BICUBIC)
+        left, top = round((image.width - self.size) / 2), round((image.height - self.size) / 2)
+        return image.crop((left, top, left + self.size, top + self.size))
 
 
 class EncodedImages(ImageStore):
-    """The pictures of a split at one size, [n 3 s s]: read, decoded and transformed when asked for, by a few threads.
+    """The images of a split at one size, [n 3 s s]: read, decoded and transformed when asked for, by a few threads.
 
-    Once decoded they are kept, where all of the split fits in `MEMORY_SHARE`; else they are decoded each time. A corrupt picture is
+    Once decoded they are kept, where all of the split fits in `MEMORY_SHARE`; else they are decoded each time. A corrupt image is
     found when it is asked for: `batch` then raises the Failure of `decode`, which names it.
     """
 
-    def __init__(self, read: Callable[[Sequence[int]], Sequence[Picture]], count: int, transform: EvalTransform) -> None:
-        """`read` gives the pictures of some rows, in their order; `count` is n."""
+    def __init__(self, read: Callable[[Sequence[int]], Sequence[Named]], count: int, transform: EvalTransform) -> None:
+        """`read` gives the images of some rows, in their order; `count` is n."""
         self.sizes = torch.full((count, 2), transform.size)
         self._read, self._transform = read, transform
         self._is_kept = torch.zeros(count, dtype=torch.bool)
@@ -85,7 +85,7 @@ class EncodedImages(ImageStore):
         return self.batch(torch.tensor([index]))[0][0]
 
     def batch(self, indices: Int64[Tensor, "b"]) -> tuple[UInt8[Tensor, "b 3 s s"], Int64[Tensor, "b 2"]]:
-        """The pictures `indices`, and their (height, width), which is s everywhere."""
+        """The images `indices`, and their (height, width), which is s everywhere."""
         if self._kept is None:
             return self._decoded(indices), self.sizes[indices]
         missing = torch.unique(indices[~self._is_kept[indices]])
@@ -95,7 +95,7 @@ class EncodedImages(ImageStore):
 
     @cached_property
     def _kept(self) -> UInt8[Tensor, "n 3 s s"] | None:
-        """The place of the decoded pictures; the system commits its pages as they are written."""
+        """The place of the decoded images; the system commits its pages as they are written."""
         shape = (len(self), 3, self._transform.size, self._transform.size)
         return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_SHARE * available_memory() else None
 
@@ -105,11 +105,11 @@ class EncodedImages(ImageStore):
         with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
             warnings.simplefilter("ignore")
             for start in range(0, len(rows), _ROWS):
-                pictures = self._read(rows[start : start + _ROWS].tolist())
-                for place, picture in enumerate(pool.map(self._picture, pictures), start):
-                    images[place] = picture
+                encoded = self._read(rows[start : start + _ROWS].tolist())
+                for place, image in enumerate(pool.map(self._one, encoded), start):
+                    images[place] = image
         return images
 
-    def _picture(self, picture: Picture) -> UInt8[Tensor, "3 s s"]:
-        name, data = picture
+    def _one(self, named: Named) -> UInt8[Tensor, "3 s s"]:
+        name, data = named
         return to_tensor(self._transform(decode(data, name)))

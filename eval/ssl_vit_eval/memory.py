@@ -1,12 +1,18 @@
-"""How much memory there is to hold images and features in."""
+"""How much memory there is to hold images and features in, and where."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+from ssl_vit.errors import Failure
+from ssl_vit_eval.distributed import device, world
+
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may still take: the system's, or what its control groups leave if that is less.
+    """Bytes of memory that this process may still take: its share, among the processes of this machine, of what the system has, or its
+    control groups leave if that is less.
 
     Cached files count as available, in a group as in the system: what was read before must not decide what is kept."""
     meminfo = root / "proc/meminfo"
@@ -18,7 +24,21 @@ def available_memory(root: Path = Path("/")) -> int:
             statistics = _numbers(group / "memory.stat")
             cached = statistics[f"{prefix}inactive_file"] + statistics[f"{prefix}active_file"]
             free = min(free, int(most) - int((group / used).read_text()) + cached)
-    return free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
+def place_for(needed: int, what: str, advice: str) -> torch.device:
+    """This process's GPU if `needed` bytes are free there, else the CPU if they are available here; a Failure with `advice` else."""
+    free = 0
+    if device().type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself is free, too
+        free = torch.cuda.mem_get_info(device())[0]
+        if needed <= free:
+            return device()
+    if needed > (available := available_memory()):
+        gpu = f", {free / 2**30:.1f} GiB of the GPU" if free else ""
+        raise Failure(f"{what} works on {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB of memory{gpu} are available; {advice}")
+    return torch.device("cpu")
 
 
 def _control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:

@@ -4,17 +4,19 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
-import yaml
 from jaxtyping import Bool, Int64
+from pydantic import AfterValidator, Field, create_model
 from torch import Tensor
 
-from ssl_vit.assets import find_asset, list_assets
+from ssl_vit.assets import find_asset, list_assets, read_yaml
 from ssl_vit.errors import UsageError, one_of
 from ssl_vit_eval.probes import attentive, finetune, knn, linear, logreg, lowshot, mlp
 from ssl_vit_eval.probes.selection import Found, stratified_slice
+from ssl_vit_eval.schema import STRICT, checked
 
 
 class Kind(NamedTuple):
@@ -22,7 +24,8 @@ class Kind(NamedTuple):
 
     parameters: every one of them is in the protocol's file, so that the file is the whole rule. reads: pooled `features`, the `tokens`
     of a frozen backbone, or the `images` themselves. joint: all readouts in one run, because that is faster than one after another.
-    shared: several processes divide one run; the runs of other kinds are divided among the processes.
+    shared: several processes divide one run; the runs of other kinds are divided among the processes. memory: bytes that a run on so
+    many rows of so many features takes beyond a batch, where that grows with the set.
     """
 
     parameters: Mapping[str, type]
@@ -30,11 +33,12 @@ class Kind(NamedTuple):
     reads: str = "features"
     joint: bool = False
     shared: bool = False
+    memory: Callable[[int, int], int] | None = None
 
 
 KINDS = {
     "knn": Kind(knn.PARAMETERS, knn.run, shared=True),
-    "logreg": Kind(logreg.PARAMETERS, logreg.run),
+    "logreg": Kind(logreg.PARAMETERS, logreg.run, memory=logreg.memory),
     "linear": Kind(linear.PARAMETERS, linear.run, joint=True),
     "mlp": Kind(mlp.PARAMETERS, mlp.run),
     "lowshot": Kind(lowshot.PARAMETERS, lowshot.run),
@@ -42,6 +46,23 @@ KINDS = {
     "finetune": Kind(finetune.PARAMETERS, finetune.run, reads="images"),
 }
 PRESET = "preset"  # a kind of file that only names others: {protocols: [...]}
+
+
+def _known_kind(kind: str) -> str:
+    if kind not in KINDS and kind != PRESET:
+        raise ValueError(f"{kind!r} is unknown; {one_of(kind, [*KINDS, PRESET])}")
+    return kind
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a protocol's file holds."""
+
+    __pydantic_config__ = STRICT
+    version: int
+    kind: Annotated[str, AfterValidator(_known_kind)]
+    parameters: dict[str, Any]
+    deviations: Annotated[tuple[str, ...], Field(description="a list of sentences")] = ()
 
 
 @dataclass(frozen=True)
@@ -89,48 +110,18 @@ def load_protocol(name: str) -> Protocol:
     a protocol that comes with ssl_vit but has other parameters: its rows would pass for those.
     """
     path = find_asset("protocols", name)
-    protocol = _read(path.stem, path.read_text(encoding="utf-8"))
+    protocol = _read(path.stem, path)
     if protocol.name in list_assets("protocols"):
-        shipped_path = find_asset("protocols", protocol.name)
-        shipped = _read(protocol.name, shipped_path.read_text(encoding="utf-8"))
+        shipped = _read(protocol.name, find_asset("protocols", protocol.name))
         if protocol != shipped and protocol.version == shipped.version:
             raise UsageError(f"protocol file {name!r} differs from version {shipped.version} of {shipped.name!r}: rename it")
     return protocol
 
 
-def _read(name: str, text: str) -> Protocol:
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"protocol {name!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    where = f"protocol {name!r}"
-    deviations = content.pop("deviations", []) if isinstance(content, dict) else []
-    if not isinstance(deviations, list) or not all(isinstance(item, str) for item in deviations):
-        raise UsageError(f"{where} has deviations {deviations!r}: give a list of sentences")
-    content = _checked(where, content, {"version": int, "kind": str, "parameters": dict})
-    kind = content["kind"]
-    if kind not in KINDS and kind != PRESET:
-        raise UsageError(f"{where} has the unknown kind {kind!r}: {one_of(kind, [*KINDS, PRESET])}")
-    types = {"protocols": list} if kind == PRESET else KINDS[kind].parameters
-    return Protocol(name, content["version"], kind, _checked(f"{where}, parameters", content["parameters"], types), tuple(deviations))
-
-
-def _checked(where: str, content: object, types: Mapping[str, type]) -> dict[str, Any]:
-    """`content` if it is a mapping with exactly these keys and types, whole numbers taken as floats where floats are asked."""
-    if not isinstance(content, dict):
-        raise UsageError(f"{where} is {content!r}: give a mapping with the keys {', '.join(types)}")
-    for key in content:
-        if key not in types:
-            raise UsageError(f"{where} has the unknown key {key!r}: {one_of(str(key), types)}")
-    values = {}
-    for key, expected in types.items():
-        if key not in content:
-            raise UsageError(f"{where} lacks the key {key!r}: add it ({expected.__name__})")
-        value = content[key]
-        values[key] = value = float(value) if expected is float and type(value) is int else value
-        if type(value) is not expected:
-            # YAML reads 1e-4 as text: it wants 1.0e-4
-            raise UsageError(
-                f"{where}: {key} is {value!r}, a {type(value).__name__}: give a {expected.__name__} (0.0001 or 1.0e-4, not 1e-4)"
-            )
-    return values
+def _read(name: str, path: Path) -> Protocol:
+    content = checked(_File, read_yaml(path), f"protocol {name!r}")
+    where = f"protocol {name!r}, parameters"
+    types = {"protocols": list} if content.kind == PRESET else KINDS[content.kind].parameters
+    fields: dict[str, Any] = {key: (kind, ...) for key, kind in types.items()}
+    parameters = checked(create_model(content.kind, __config__=STRICT, **fields), content.parameters, where)
+    return Protocol(name, content.version, content.kind, parameters.model_dump(), content.deviations)

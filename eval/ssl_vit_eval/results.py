@@ -21,7 +21,7 @@ def make_rows(
 ) -> list[Row]:
     """The two numbers of one evaluation: top-1 over images (Wilson's interval) and over classes (bootstrap within classes).
 
-    Of several draws of the training set both are means, with a bootstrap interval over the images for these draws."""
+    Of several replicates (draws of the training set, seeds of a probe) both are means, with a bootstrap interval over the images."""
     labels = test.labels
     assert labels is not None
     predictions = found.predictions.reshape(len(labels), -1)
@@ -29,42 +29,14 @@ def make_rows(
     one = predictions.shape[1] == 1
     scores = torch.tensor([accuracies(draw.contiguous(), labels) for draw in predictions.T], dtype=torch.float64).mean(dim=0).tolist()
     intervals = [wilson_interval(int(share.sum()), len(share)) if one else mean_interval(share), macro_interval(share, labels)]
+    of_source = {name: getattr(source, name) for name in ("method", "trained_with", "seed", "recipe", "family", "init")}
+    of_probe = {name: getattr(found, name) for name in ("selected", "grid", "edge_of_grid", "parameters", "bank")}
+    numbers = {"n_train": len(train.images), "n_test": len(test.images), "width": width, "seconds": round(seconds, 3)}
+    names = {"source": source.name, "dataset": train.dataset, "deviations": list(deviations), "git": git_revision()}
+    common = {**key._asdict(), **of_source, **of_probe, **numbers, **names}
     return [
-        Row(
-            method=source.method,
-            trained_with=source.trained_with,
-            read_with=key.read_with,
-            dataset=train.dataset,
-            protocol=key.protocol,
-            protocol_version=key.protocol_version,
-            protocol_hash=key.protocol_hash,
-            metric=metric,
-            value=value,
-            ci_low=interval.low,
-            ci_high=interval.high,
-            n_train=len(train.images),
-            n_test=len(test.images),
-            seed=source.seed,
-            selected=found.selected,
-            grid=found.grid,
-            edge_of_grid=found.edge_of_grid,
-            oracle=found.oracle if metric == "top1" else None,
-            deviations=list(deviations),
-            seconds=round(seconds, 3),
-            checkpoint=source.weights,
-            recipe=source.recipe,
-            family=source.family,
-            init=source.init,
-            data=key.data,
-            transform=key.transform,
-            git=git_revision(),
-            source=source.name,
-            control=key.control,
-            width=width,
-            parameters=found.parameters,
-            bank=found.bank,
-        )
-        for metric, value, interval in zip(METRICS, scores, intervals, strict=True)
+        Row(metric=metric, value=value, ci_low=interval.low, ci_high=interval.high, oracle=oracle, **common)
+        for metric, value, interval, oracle in zip(METRICS, scores, intervals, (found.oracle, None), strict=True)
     ]
 
 

@@ -4,12 +4,10 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +16,10 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from ssl_vit.errors import Failure, UsageError
+from ssl_vit.errors import Failure, UsageError, reason
+from ssl_vit.files import write_atomically
 from ssl_vit_eval.locks import locked
+from ssl_vit_eval.schema import STRICT, checked
 
 FORMAT = 1  # of a line; one with a higher number was written by a later version
 
@@ -46,6 +46,7 @@ class Key(NamedTuple):
 class Row:
     """One number and what it is of. Values, intervals and oracle are fractions in [0, 1]; `seconds` is the probe's time."""
 
+    __pydantic_config__ = STRICT
     method: str  # "dino", "mae"; of the controls "random" or "pixels"
     trained_with: str | None  # the readout spec in the checkpoint; None for controls
     read_with: str
@@ -79,12 +80,6 @@ class Row:
     parameters: int | None = None  # that the probe fitted and uses, a learned readout's among them
     bank: int | None = None  # images that could vote in k-NN
     predictions: str = ""  # file below the store's folder; filled in by `RowStore.append`
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not _fits(value, field.type):
-                raise ValueError(f"{field.name} is {value!r}, not of type {getattr(field.type, '__name__', field.type)}")
 
     @property
     def key(self) -> Key:
@@ -140,17 +135,13 @@ class RowStore:
         name = f"predictions/{rows[0].key.digest}.parquet"
         rows = [replace(row, predictions=name) for row in rows]
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         draws = predictions.reshape(len(labels), -1).T.tolist()
         columns = {"image": range(len(labels)), "label": labels.tolist()}
         columns |= {f"prediction{number or ''}": answers for number, answers in enumerate(draws)}
         lines = [json.dumps({"format": FORMAT, "id": row.id, **asdict(row)}, allow_nan=False) + "\n" for row in rows]
         with locked(self.folder / "rows.lock"):  # not the rows themselves: over NFS, closing a file that is read gives its locks back
-            partial = path.with_name(f"{path.name}.partial")
-            pq.write_table(pa.table({column: pa.array(values, pa.int64()) for column, values in columns.items()}), partial)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            table = pa.table({column: pa.array(values, pa.int64()) for column, values in columns.items()})
+            write_atomically(path, lambda file: pq.write_table(table, file))
             text, cut = self._read()
             with open(self.file, "ab") as file:
                 file.truncate(len(text) - len(cut))
@@ -166,10 +157,12 @@ class RowStore:
     def measured(self) -> list[Row]:
         """Every row in the order of writing, also those that were measured again; Failure as `rows`."""
         text, cut = self._read()
-        if cut:
-            warnings.warn(f"{self.file}: the last line was cut short and is ignored; evaluate again to have it back", stacklevel=2)
         lines = text.removesuffix(cut).decode(errors="replace").split("\n")[:-1]
         return [_parse(line, f"{self.file}, line {number}") for number, line in enumerate(lines, 1)]
+
+    def cut_line(self) -> str:
+        """A sentence about a last line that a kill has cut; empty where there is none."""
+        return f"{self.file}: the last line was cut short and is ignored; evaluate again to have it back" if self._read()[1] else ""
 
     def known(self) -> set[tuple[Key, str]]:
         """The evaluations and metrics that are there, with their predictions."""
@@ -183,7 +176,8 @@ class RowStore:
             names = ["label", "prediction", *(name for name in table.column_names if re.fullmatch(r"prediction\d+", name))]
             label, *draws = (torch.from_numpy(table[name].to_numpy().astype(np.int64)) for name in names)
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            raise Failure(f"cannot read the predictions {path}: {error}; remove the row or evaluate again") from error
+            why = reason(error) if path.exists() else "there is no such file"
+            raise Failure(f"cannot read the predictions {path}: {why}; remove the row or evaluate again") from error
         return torch.stack(draws, dim=1), label
 
     def correct(self, row: Row) -> tuple[Float64[Tensor, " n"], Int64[Tensor, " n"]]:
@@ -205,9 +199,10 @@ def find_rows(folders: Sequence[str | Path]) -> list[tuple[Row, RowStore]]:
     """Every row in and below the folders, with the store that has its predictions; what was measured again (equal ids) as often as it is
     there, the last one last.
 
-    UsageError for a folder that does not exist or has no rows.
+    UsageError for a folder that does not exist, or has neither rows nor, beside others that have some, pretrainings.
     """
     found: dict[Path, list[tuple[Row, RowStore]]] = {}  # by file: folders may lie in each other
+    lacking = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UsageError(f"there is no folder {str(folder)!r}: give folders that `ssl-vit eval` or `ssl-vit study` wrote to")
@@ -217,8 +212,17 @@ def find_rows(folders: Sequence[str | Path]) -> list[tuple[Row, RowStore]]:
                 store = RowStore(file.parent)
                 found[file.resolve()] = [(row, store) for row in store.measured()]
         if not any(found[file.resolve()] for file in files):
-            raise UsageError(f"folder {str(folder)!r} holds no rows (rows.jsonl): run `ssl-vit eval SOURCE --out {folder}` first")
-    return [pair for of_file in found.values() for pair in of_file]
+            lacking.append(folder)
+    rows = [pair for of_file in found.values() for pair in of_file]
+    for folder in lacking:
+        # beside rows, a run folder is welcome: its training is shown
+        if not rows or not any(folder.rglob("recipe.yaml")):
+            source = next((str(file) for file in sorted(folder.rglob("last.ckpt"))), "SOURCE")
+            where = "runs/eval" if any(folder.iterdir()) else folder
+            raise UsageError(
+                f"folder {str(folder)!r} holds no rows (rows.jsonl): run `ssl-vit eval {source} --out {where}` first, then compare {where}"
+            )
+    return rows
 
 
 def _parse(line: str, where: str) -> Row:
@@ -231,14 +235,6 @@ def _parse(line: str, where: str) -> Row:
     if version != FORMAT:
         raise Failure(f"{where} has row format {version}, this version of ssl_vit reads {FORMAT}: update ssl_vit or evaluate again")
     try:
-        return Row(**values)
-    except (TypeError, ValueError) as error:
-        raise Failure(f"{where} is not a row ({error}): remove this line") from error
-
-
-def _fits(value: object, annotation: Any) -> bool:
-    """Whether `value` has the type, one of the types of a union; of a `dict[...]` or `list[...]` only the container is looked at."""
-    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    if isinstance(value, bool):
-        return bool in options
-    return any(isinstance(value, get_origin(option) or option) for option in options)
+        return checked(Row, values, where)
+    except UsageError as error:
+        raise Failure(f"{where} is not a row ({str(error).removeprefix(where).strip(' :')}): remove this line") from error

@@ -1,7 +1,8 @@
 """What is evaluated: checkpoints, exported folders, the authors' weight files, timm models and the two controls, each with what a
 row says of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ssl_vit.model.readout import Readout, ReadoutSpec, available
 from ssl_vit.provenance import recipe_hash
 from ssl_vit.weights.checkpoint import backbone_of, is_ours, load_backbone, network_of, read_weights, split_network
 from ssl_vit.weights.official import check_size, official_backbone
+from ssl_vit_eval.distributed import device
 
 PIXELS = "pixels"
 
@@ -94,6 +96,19 @@ class Source:
         blocks = tuple({block for readout in readouts.values() for block in readout.spec.blocks})
         tokens = self.backbone(normalise(x, self.backbone.mean, self.backbone.std), blocks=blocks)
         return {spec: readout(tokens).float() for spec, readout in readouts.items()}
+
+
+@contextmanager
+def on_device(sources: Iterable[Source]) -> Iterator[None]:
+    """Their backbones on this process's accelerator inside; afterwards it has room for others."""
+    backbones = [source.backbone for source in sources if source.backbone is not None]
+    try:
+        for backbone in backbones:
+            backbone.to(device())
+        yield
+    finally:
+        for backbone in backbones:
+            backbone.cpu()
 
 
 def open_source(text: str, image_size: int | None = None) -> Source:

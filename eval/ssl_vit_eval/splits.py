@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,13 @@ from tqdm import tqdm
 
 from ssl_vit.data import photos
 from ssl_vit.data.folders import VALIDATION, hf_datasets, local_path, subfolders
+from ssl_vit.data.identity import stored_key
 from ssl_vit.data.images import ImageStore
+from ssl_vit.data.memory_map import cache_folder
 from ssl_vit.data.records import Records, find_column, read_records
 from ssl_vit.data.sources import builtin, display_name, find_split, open_tables, pil_images
 from ssl_vit.errors import Failure, UsageError, one_of
+from ssl_vit.files import write_atomically
 from ssl_vit_eval.lazy_images import CROP, Crop, EncodedImages, EvalTransform
 
 # of train, when a set has no other split to test on
@@ -60,7 +64,7 @@ class Labelled:
 
     def occurring(self) -> set[str]:
         """The names of the classes that have rows."""
-        return {self.classes[label] for label in set(self.labels.tolist())}
+        return {self.classes[label] for label in torch.unique(self.labels).tolist()}
 
 
 def load_split(
@@ -96,7 +100,7 @@ def load_train_test(
 ) -> tuple[Split, Split]:
     """Train and test of `source` with labels, for evaluation; the class ids of test are those of train, matched by name.
 
-    The pictures go through `EvalTransform(size, crop)` and are decoded when they are asked for. Test is the split named test, else
+    The images go through `EvalTransform(size, crop)` and are decoded when they are asked for. Test is the split named test, else
     validation (val, valid), else a stratified 20 % of train made with seed 0 and taken out of it; `notices` say which. Several splits
     are joined as `train+validation`. Raises as `load_split` does, and Failure when test holds a class that train lacks.
     """
@@ -166,12 +170,22 @@ def _encoded(found: Records | Labelled, transform: EvalTransform, progress: bool
     dataset = display_name(rows.source)
 
     def content() -> str:
+        # what was read once is remembered for as long as the files have the same names, sizes and times
+        stored = stored_key(rows)
+        known = cache_folder() / "fingerprints" / _fingerprint(hashlib.blake2b(stored.encode(), digest_size=16), labels, classes)
+        with suppress(OSError):
+            if stored:
+                return known.read_text()
         digest = hashlib.blake2b(digest_size=8)
-        title = f"reading {dataset}: {rows.split}"
         encoded = (image for some in rows.ranges() for image in rows.encoded_rows(some))
-        for _, data in tqdm(encoded, title, len(rows.table), leave=False, unit="img", disable=None if progress else True):
+        bar = {"desc": f"reading {dataset}: {rows.split}", "leave": False, "unit": "img", "disable": None if progress else True}
+        for _, data in tqdm(encoded, total=len(rows.table), **bar):
             digest.update(len(data).to_bytes(8, "little") + data)
-        return _fingerprint(digest, labels, classes)
+        found = _fingerprint(digest, labels, classes)
+        with suppress(OSError):
+            if stored:
+                write_atomically(known, found)
+        return found
 
     images = EncodedImages(rows.encoded_rows, len(rows.table), transform)
     return Split(images, labels, classes, None, dataset, rows.split, notices, content)
@@ -222,14 +236,14 @@ def _class_folders(rows: Records, base: Path) -> Labelled:
     """The label of a file is the folder of `base` that it lies in."""
     classes = [folder.name for folder in subfolders(base)]
     if not classes:
-        raise UsageError(f"{base} holds pictures but no class folders, and labels are needed; sort the pictures into one folder per class")
+        raise UsageError(f"{base} holds images but no class folders, and labels are needed; sort them into one folder per class")
     start = "" if base == local_path(rows.source) else f"{base.name}/"
     paths = [cell["path"].removeprefix(start) for cell in rows.cells(range(len(rows.table))).to_pylist()]
     if loose := next((path for path in paths if "/" not in path), None):
         raise Failure(f"{base / loose} lies beside the class folders, so it has no label; move it into one of them")
     folder_of = [path.split("/", 1)[0] for path in paths]
     if empty := sorted(set(classes) - set(folder_of)):
-        raise Failure(f"class folder {empty[0]!r} in {base} holds no pictures; fill it or remove it")
+        raise Failure(f"class folder {empty[0]!r} in {base} holds no images; fill it or remove it")
     ids = {name: i for i, name in enumerate(classes)}
     return Labelled(rows, torch.tensor([ids[name] for name in folder_of]), tuple(classes))
 
@@ -250,8 +264,7 @@ def divided(rows: Labelled) -> tuple[Labelled, Labelled]:
     """Train and test out of one split: of every class `TEST_SHARE`, at least one row unless it has only one."""
     generator = torch.Generator().manual_seed(0)
     is_test = torch.zeros(len(rows.labels), dtype=torch.bool)
-    for label in range(int(rows.labels.max()) + 1):
-        members = (rows.labels == label).nonzero().squeeze(1)
+    for members in torch.split(rows.labels.argsort(stable=True), torch.bincount(rows.labels).tolist()):
         # a class with a single row stays in train
         count = max(round(TEST_SHARE * len(members)), 1) if len(members) > 1 else 0
         is_test[members[torch.randperm(len(members), generator=generator)[:count]]] = True
@@ -265,12 +278,18 @@ def divided(rows: Labelled) -> tuple[Labelled, Labelled]:
 def with_classes_of(train: Labelled, test: Labelled) -> tuple[Labelled, tuple[str, ...]]:
     """The test rows with train's class ids, matched by name, and notices about classes that test lacks."""
     in_train, in_test = train.occurring(), test.occurring()
+    lacking = sorted(in_train - in_test)
     if strange := sorted(in_test - in_train):
+        alone = f" (classes of {train.rows.split!r} alone: {_some(lacking)})" if lacking else ""
+        what = f"{'classes' if strange[1:] else 'class'} {_some(strange)}"
         raise Failure(
-            f"{test.rows.source}: split {test.rows.split!r} holds the class {strange[0]!r}, which {train.rows.split!r} lacks; remove it or "
-            "add it to train"
+            f"{test.rows.source}: split {test.rows.split!r} holds the {what}, which {train.rows.split!r} lacks{alone}; "
+            "rename, remove or add them"
         )
     ids = torch.tensor([train.classes.index(name) if name in in_train else -1 for name in test.classes])
-    lacking = sorted(in_train - in_test)
-    notice = f"{test.rows.source}: split {test.rows.split!r} lacks {len(lacking)} of {len(in_train)} classes: {', '.join(lacking[:10])}."
+    notice = f"{test.rows.source}: split {test.rows.split!r} lacks {len(lacking)} of {len(in_train)} classes: {_some(lacking)}."
     return replace(test, labels=ids[test.labels], classes=train.classes), ((notice,) if lacking else ())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,16 +1,22 @@
-"""Suites: lists of downstream datasets, each with its columns, its official splits and how its pictures are brought to size."""
+"""Suites: lists of downstream datasets, each with its columns, its official splits and how its images are brought to size."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.sources import check_source
-from ssl_vit.errors import UsageError, one_of
 from ssl_vit_eval.distributed import rank
-from ssl_vit_eval.lazy_images import CROP, Crop, EvalTransform
+from ssl_vit_eval.lazy_images import CROP, EvalTransform
+from ssl_vit_eval.schema import STRICT, checked
 from ssl_vit_eval.splits import Split, load_train_test
+
+_Size = Annotated[int | None, Field(gt=0, description="a side in pixels, above 0")]
+_Share = Annotated[float, Field(gt=0, le=1)]
+_CROP = Field(description="a share above 0 and up to 1, or squash")
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,14 @@ class Dataset:
         name: what rows call it; by its source if not given.
     """
 
+    __pydantic_config__ = STRICT
     source: str
     train_split: str | None = None
     test_split: str | None = None
     image_column: str | None = None
     label_column: str | None = None
-    image_size: int | None = None
-    crop: Crop = CROP
+    image_size: _Size = None
+    crop: Annotated[_Share | Literal["squash"], _CROP] = CROP
     name: str | None = None
 
     def check(self) -> None:
@@ -50,8 +57,14 @@ class Dataset:
         return (replace(train, dataset=self.name), replace(test, dataset=self.name)) if self.name else (train, test)
 
 
-_TYPES: dict[str, type] = {field.name: {"image_size": int, "crop": float}.get(field.name, str) for field in fields(Dataset)}
-_COMMON = ("image_size", "crop")  # a suite may say them once for all of its datasets
+@dataclass(frozen=True)
+class _Suite:
+    """What a suite's file holds. image_size, crop: of the datasets that do not say theirs."""
+
+    __pydantic_config__ = STRICT
+    data: Annotated[list[Any], Field(min_length=1, description="a list of names in brackets")]
+    image_size: _Size = None
+    crop: Annotated[_Share | Literal["squash"] | None, _CROP] = None
 
 
 def load_suite(name: str) -> list[Dataset]:
@@ -61,39 +74,14 @@ def load_suite(name: str) -> list[Dataset]:
     say theirs. A source that begins with a dot starts at the file. UsageError, in one line, for anything else.
     """
     path = find_asset("suites", name)
-    content = read_yaml(path)
-    common = _checked(f"suite {name}", {key: value for key, value in content.items() if key != "data"}, ("data", *_COMMON))
-    entries = content.get("data")
-    if not isinstance(entries, list) or not entries:
-        raise UsageError(f"suite {name} has data {entries!r}; give a list of names in brackets")
-    return [parse_dataset(f"suite {name}, dataset {number}", entry, common, path.parent) for number, entry in enumerate(entries, 1)]
+    suite = checked(_Suite, read_yaml(path), f"suite {name}")
+    common = {key: value for key, value in (("image_size", suite.image_size), ("crop", suite.crop)) if value is not None}
+    return [parse_dataset(f"suite {name}, dataset {number}", entry, common, path.parent) for number, entry in enumerate(suite.data, 1)]
 
 
 def parse_dataset(where: str, entry: object, common: Mapping[str, Any], folder: Path) -> Dataset:
-    if isinstance(entry, str):
-        entry = {"source": entry}
-    if not isinstance(entry, dict) or "source" not in entry:
-        raise UsageError(f"{where} is {entry!r}; give a name, or a mapping with at least a source")
-    values = {**common, **_checked(where, entry, tuple(_TYPES))}
-    if values["source"].startswith("."):
-        # absolute, since `pictures` alone would pass for a hub id where there is no such folder
-        values["source"] = str(folder.absolute() / values["source"])
-    return Dataset(**values)
-
-
-def _checked(where: str, content: Mapping[Any, Any], allowed: tuple[str, ...]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        if key not in allowed:
-            raise UsageError(f"{where} has the unknown key {key!r}; {one_of(str(key), allowed)}")
-        value = float(value) if key == "crop" and type(value) is int else value
-        if type(value) is not _TYPES[key] and (key, value) != ("crop", "squash"):
-            raise UsageError(
-                f"{where}: {key} is {value!r}; it must be of type {_TYPES[key].__name__}" + (" or squash" if key == "crop" else "")
-            )
-        values[key] = value
-    try:
-        EvalTransform(values.get("image_size", 1), values.get("crop", CROP))
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
-    return values
+    """A name, or a mapping with the fields of `Dataset`, as that; `common` for what it does not say, `folder` where `./` starts."""
+    entry = {"source": entry} if isinstance(entry, str) else entry
+    dataset = checked(Dataset, {**common, **entry} if isinstance(entry, dict) else entry, where)
+    # absolute, since `pictures` alone would pass for a hub id where there is no such folder
+    return replace(dataset, source=str(folder.absolute() / dataset.source)) if dataset.source.startswith(".") else dataset

@@ -44,6 +44,23 @@ def identity(rows: Records) -> tuple[dict[str, Any], str]:
     return found, found["hash"]
 
 
+def stored_key(rows: Records) -> str:
+    """Changes whenever an image may have: with the names, sizes and times of their files, or of the table's files where these hold the
+    images. No image is read. Empty where nothing tells, for a table in memory."""
+    first = rows.cells([0]).to_pylist()[0]
+    digest = hashlib.blake2b(repr((rows.source, rows.split, len(rows.table))).encode(), digest_size=16)
+    if isinstance(first, str) or (isinstance(first, dict) and first.get("bytes") is None):
+        for stored in _stored(rows):
+            digest.update(repr(stored).encode())
+        return digest.hexdigest()
+    for name in (files := [file["filename"] for file in rows.table.cache_files]):
+        status = os.stat(name)
+        digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
+    if (chosen := rows.table._indices) is not None:  # of the table's rows
+        digest.update(chosen.column(0).to_numpy().tobytes())
+    return digest.hexdigest() if files else ""
+
+
 def stack_identity(stack: UInt8[Tensor, "n 3 h w"]) -> dict[str, Any]:
     """The same of embedded images."""
     count = len(stack)

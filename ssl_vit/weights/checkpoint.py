@@ -247,7 +247,8 @@ def _quick_offline_error(what: str, online: bool) -> Iterator[None]:
         if not online or not constants.HF_HUB_OFFLINE:
             raise
         raise Failure(
-            f"cannot fetch {what}: no network, and they are not in the cache; fetch them where there is one, or use pretrained=False"
+            f"cannot fetch {what}: no network, and they are not in the cache ({constants.HF_HUB_CACHE}); "
+            "run the same command once where there is one, with HF_HOME on a disk that both machines see"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline

@@ -277,14 +277,14 @@ def test_test_ids_are_trains_by_name(tmp_path: Path) -> None:
 
 def test_class_that_train_lacks_is_named(tmp_path: Path) -> None:
     write(tmp_path, "train/cat/a.png", "test/cat/b.png", "test/emu/c.png")
-    with pytest.raises(Failure, match="'test' holds the class 'emu', which 'train' lacks"):
+    with pytest.raises(Failure, match=r"'test' holds the class 'emu', which 'train' lacks; rename"):
         load_both(tmp_path)
 
 
 def test_empty_class_folder_is_named(tmp_path: Path) -> None:
     write(tmp_path, "train/cat/a.png", "train/dog/b.png")
     (tmp_path / "train" / "bee").mkdir()
-    with pytest.raises(Failure, match=r"class folder 'bee' in .* holds no pictures"):
+    with pytest.raises(Failure, match=r"class folder 'bee' in .* holds no images"):
         load(tmp_path, labels=True)
 
 
@@ -404,3 +404,31 @@ def test_a_real_set() -> None:
     train, test = load_both(Path(root) / "gtsrb", size=32)
     assert (len(train.images), len(test.images), len(train.classes)) == (3921, 4000, 43)
     assert train.images.batch(torch.arange(4))[0].shape == (4, 3, 32, 32)
+
+
+def test_a_fingerprint_is_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssl_vit.data.records import Records
+
+    read: list[int] = []
+    original = Records.encoded_rows
+    monkeypatch.setattr(Records, "encoded_rows", lambda self, rows: read.extend(rows) or original(self, rows))  # type: ignore[func-returns-value]
+    folder = write(tmp_path / "set", "cat/1.png", "dog/2.png", "dog/3.png")
+    first = load(folder, labels=True).fingerprint
+    assert read == [0, 1, 2]
+    assert load(folder, labels=True).fingerprint == first
+    assert read == [0, 1, 2]
+    (folder / "dog/2.png").write_bytes(png(9))
+    os.utime(folder / "dog/2.png", ns=(1, 1))
+    assert load(folder, labels=True).fingerprint != first
+    assert read == [0, 1, 2] * 2
+    (folder / "dog").rename(folder / "owl")  # the same images under another label
+    assert load(folder, labels=True).fingerprint != first
+    parquet = tmp_path / "a.parquet"
+    prints = []
+    for values in ([1, 2, 3], [1, 2, 3], [1, 4, 3]):
+        if len(prints) != 1:
+            table(values, [0, 1, 1]).to_parquet(str(parquet))
+            os.utime(parquet, ns=(1, len(prints) * 10**9))
+        prints.append(load(parquet, labels=True).fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+    assert len(read) == 9 + 6

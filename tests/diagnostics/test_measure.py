@@ -16,12 +16,15 @@ from ssl_vit.data.transforms import normalise
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.backbone import Backbone, build_backbone
 from ssl_vit.model.readout import READOUTS, Entry, readout
+from ssl_vit_eval.diagnostics import run as diagnostics_run
 from ssl_vit_eval.diagnostics.attention import watched
 from ssl_vit_eval.diagnostics.geometry import rankme
 from ssl_vit_eval.diagnostics.gradients import DIRECTIONS, gradient_mass
 from ssl_vit_eval.diagnostics.maps import save_maps
-from ssl_vit_eval.diagnostics.measure import diagnose
+from ssl_vit_eval.diagnostics.measure import VERSION, diagnose
+from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.sources import Source, open_source
+from ssl_vit_eval.splits import Split
 from tests.conftest import TINY
 
 
@@ -216,6 +219,19 @@ def test_what_cannot_be_diagnosed_is_said(backbone: Backbone, tmp_path: Path) ->
     with pytest.raises(Failure, match=f"a/b c read with gap@block1 is not finite for test image {number}"):
         diagnose(source_of(backbone), images, ["gap"], tmp_path, seed=4)
     handle.remove()
+
+
+def test_files_of_older_code_are_measured_again(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(diagnostics_run, "diagnose", lambda *_: measured.append(1) or {"version": VERSION})  # type: ignore[func-returns-value]
+    images = ImageStore.stacked(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+    split = Split(images, None, None, None, "d", "test", (), lambda: "")
+    for older, expected in (({}, 1), ({}, 1), ({"version": VERSION - 1}, 2), ({"readouts": ["gap"]}, 3)):
+        for path in tmp_path.glob("*.json"):
+            path.write_text(json.dumps({**json.loads(path.read_text()), **older}))
+        path = diagnostics_run.examine(source_of(backbone), split, "data", "t", ["cls"], RowStore(tmp_path))
+        assert len(measured) == expected
+    assert json.loads(path.read_text())["version"] == VERSION
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

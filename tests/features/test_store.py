@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit_eval.features.store import FeatureFile, FeatureKey
+from ssl_vit.errors import Failure
+from ssl_vit_eval.features.store import FeatureFile, FeatureKey, check_room
 
 KEY = FeatureKey("weights", "pictures", "train", "resize16", "mean std", "cls", rows=7, width=3)
 VALUES = torch.arange(21.0).view(7, 3)
@@ -21,15 +22,19 @@ def written(folder: Path, key: FeatureKey = KEY, values: torch.Tensor = VALUES) 
     return file
 
 
+def read(file: FeatureFile) -> torch.Tensor | None:
+    return file.mapped() if file.is_whole() else None
+
+
 def test_features_come_back_mapped(tmp_path: Path) -> None:
-    assert FeatureFile(tmp_path, KEY).read() is None
-    found = written(tmp_path / "new").read()
+    assert read(FeatureFile(tmp_path, KEY)) is None
+    found = read(written(tmp_path / "new"))
     assert found is not None
     torch.testing.assert_close(found, VALUES, rtol=0, atol=0)
     mapped = Path("/proc/self/maps")
     assert not mapped.exists() or written(tmp_path / "new").path.name in mapped.read_text()
     found[0, 0] = 99.0  # a write stays in memory
-    again = FeatureFile(tmp_path / "new", KEY).read()
+    again = read(FeatureFile(tmp_path / "new", KEY))
     assert again is not None
     assert again[0, 0] == 0.0
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".features"]
@@ -41,7 +46,7 @@ def test_an_unfinished_pass_leaves_nothing_that_is_read(tmp_path: Path) -> None:
     def stopped() -> None:
         with file.writing():
             file.write(0, VALUES)
-            assert FeatureFile(tmp_path, KEY).read() is None
+            assert read(FeatureFile(tmp_path, KEY)) is None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -51,7 +56,7 @@ def test_an_unfinished_pass_leaves_nothing_that_is_read(tmp_path: Path) -> None:
     for path in left:
         path.write_bytes(b"of a process that was killed, or is at work")
     os.utime(left[0], (1, 1))
-    assert written(tmp_path).read() is not None
+    assert read(written(tmp_path)) is not None
     assert [path.exists() for path in left] == [False, True]
 
 
@@ -62,7 +67,7 @@ def test_two_evaluations_may_write_the_same_features(tmp_path: Path) -> None:
         with other.writing():
             other.write(0, VALUES[:3])
             other.write(3, VALUES[3:])
-    found = FeatureFile(tmp_path, KEY).read()
+    found = read(FeatureFile(tmp_path, KEY))
     assert found is not None
     assert torch.equal(found, VALUES)
 
@@ -72,7 +77,7 @@ def test_damaged_numbers_are_computed_again(tmp_path: Path, capsys: pytest.Captu
     content = bytearray(file.path.read_bytes())
     content[-20] ^= 1
     file.path.write_bytes(content)
-    assert file.read() is None
+    assert read(file) is None
     assert "damaged" in capsys.readouterr().out
 
 
@@ -80,19 +85,19 @@ def test_damaged_numbers_are_computed_again(tmp_path: Path, capsys: pytest.Captu
 def test_a_file_that_was_cut_short_is_computed_again(tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path)
     file.path.write_bytes(file.path.read_bytes()[:size])
-    assert FeatureFile(tmp_path, KEY).read() is None
+    assert read(FeatureFile(tmp_path, KEY)) is None
     assert "is cut short, damaged or belongs to something else; computed again" in capsys.readouterr().out
-    assert written(tmp_path).read() is not None
+    assert read(written(tmp_path)) is not None
 
 
 @pytest.mark.parametrize("field", ["checkpoint", "data", "split", "transform", "normalisation", "spec", "format"])
 def test_features_of_something_else_are_not_read(tmp_path: Path, field: str, capsys: pytest.CaptureFixture[str]) -> None:
     other = replace(KEY, **{field: 99 if field == "format" else "other"})  # type: ignore[arg-type]
     file = written(tmp_path)
-    assert FeatureFile(tmp_path, other).read() is None  # another file
+    assert read(FeatureFile(tmp_path, other)) is None  # another file
     assert capsys.readouterr().out == ""
     file.path.rename(FeatureFile(tmp_path, other).path)  # this file under the other's name
-    assert FeatureFile(tmp_path, other).read() is None
+    assert read(FeatureFile(tmp_path, other)) is None
     assert "belongs to something else" in capsys.readouterr().out
 
 
@@ -105,4 +110,24 @@ def test_a_full_disk_is_an_error_and_no_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("ssl_vit_eval.features.store.os.pwrite", full)
     with pytest.raises(OSError, match="No space left"), file.writing():
         file.write(0, VALUES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_takes_half_the_room_and_is_another_file(tmp_path: Path) -> None:
+    half = written(tmp_path, replace(KEY, dtype="float16"), VALUES / 3)
+    found = read(half)
+    assert found is not None
+    assert torch.equal(found, (VALUES / 3).half())
+    assert half.size == half.path.stat().st_size == written(tmp_path).size - 2 * VALUES.numel()
+    # a key without the field, as earlier versions wrote it, is the same file
+    assert '"dtype"' not in KEY.text
+
+
+def test_room_is_asked_for_before_anything_is_written(tmp_path: Path) -> None:
+    check_room([FeatureFile(tmp_path, KEY)], "a")
+    huge = FeatureFile(tmp_path, replace(KEY, rows=2**40, width=2**10))
+    with pytest.raises(
+        Failure, match=r"vit: train needs 4194304\.0 GiB in .*, [\d.]+ GiB are free there; name another folder with --cache"
+    ):
+        check_room([huge], "vit: train")
     assert list(tmp_path.iterdir()) == []

@@ -182,7 +182,7 @@ def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         LinearProbe().fit(X, torch.ones_like(y))
     with pytest.raises(UsageError, match="6 wide, the probe was fitted on 12"):
         LinearProbe().fit(X, y).predict(X[:, :6])
-    monkeypatch.setattr("ssl_vit_eval.probes.logreg.available_memory", lambda: 3 * 8 * 20 * 12 - 1)
+    monkeypatch.setattr("ssl_vit_eval.memory.available_memory", lambda: 28 * 20 * 12 - 1)
     with pytest.raises(Failure, match=r"'gap': logistic regression works on .* use the protocol linear"):
         select_and_fit(X, y, X, y, [1.0], held_out, what="readout 'gap': ")
     with pytest.raises(UsageError, match="between 0 and 1"):

@@ -135,7 +135,7 @@ def test_a_resumed_run_measures_what_the_whole_one_does(stop: int, monkeypatch: 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("./pictures", "holds pictures but no class folders"),
+        ("./pictures", "holds images but no class folders"),
         ("builtin:potos", "no embedded set 'builtin:potos'"),
         ("./one", "two classes, two images each"),
         ("./few", "two classes, two images each"),

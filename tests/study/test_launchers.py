@@ -128,10 +128,10 @@ def test_slurm_refuses_what_would_go_wrong_later(monkeypatch: pytest.MonkeyPatch
         return line
 
     for message, slurm in {
-        "slurm has no timeout_min": {"gpus_per_node": 1},
+        "has no timeout_min": {"gpus_per_node": 1},
         "did you mean 'partition'?": {"timeout_min": 5, "partitoin": "gpu"},
-        "unknown slurm parameter 'nodes' (a job is one process)": {"timeout_min": 5, "nodes": 2},
-        "slurm.timeout_min is '5'; give a value of type int": {"timeout_min": "5"},
+        "slurm (a job is one process) has the unknown key 'nodes'": {"timeout_min": 5, "nodes": 2},
+        "timeout_min is '5'; it should be a valid integer": {"timeout_min": "5"},
     }.items():
         write(slurm=slurm)
         assert message in refusal()

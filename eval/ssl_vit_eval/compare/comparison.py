@@ -107,7 +107,8 @@ def build(folders: Sequence[str | Path], margin: float | None = None) -> Compari
     cells = {table.setting: cells[table.setting] for table in tables if table.setting in cells}  # in their order
     asked = ask(cells, null_controls(runs), declared.primary)
     rule = Rule(declared.margin)
-    notes = [*repeated(measured), *clash_notes(rows), *_notes(tables), *missing(cells)]
+    cut = [line for store in {store.file: store for _, store in measured}.values() if (line := store.cut_line())]
+    notes = [*cut, *repeated(measured), *clash_notes(rows), *_notes(tables), *missing(cells)]
     return Comparison(
         tables,
         sections=list(dict.fromkeys(arm[:2] for arm in trained)),

@@ -61,24 +61,19 @@ def cka_table(features: Mapping[str, Float[Tensor, "n _"]], permutations: int = 
     n = len(next(iter(features.values())))
     if n < 4:
         raise UsageError(f"debiased CKA got {n} images; give at least 4")
-    kernels = {name: _u_centred(X) for name, X in features.items()}
+    kernels = torch.stack([_u_centred(X) for X in features.values()])
+    flat = kernels.flatten(1)
+    scale = flat.norm(dim=1).outer(flat.norm(dim=1))
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(permutations))]
-    values: dict[tuple[str, str], list[float]] = {pair: [] for pair in combinations(kernels, 2)}
-    for order in orders:
-        for b in list(kernels)[1:]:
-            index = order.to(kernels[b].device)
-            shuffled = kernels[b][index][:, index].flatten()
-            for a in kernels:
-                if (a, b) in values:
-                    values[a, b].append(float(kernels[a].flatten() @ shuffled))
-    table = []
-    for (a, b), (own, *null) in values.items():
-        scale = float(kernels[a].norm() * kernels[b].norm())
-        mean, p95 = np.mean(null) / (scale or 1.0), np.percentile(null, 95) / (scale or 1.0)
-        known = {"cka": own / (scale or 1.0), "null_mean": float(mean), "null_p95": float(p95)}
-        table.append({"a": a, "b": b, **{key: value if scale else None for key, value in known.items()}})
-    return table
+    shuffled = (kernels[:, order][:, :, order].flatten(1) for order in (order.to(kernels.device) for order in orders))
+    own, *null = torch.stack([flat @ other.T / scale for other in shuffled]).cpu().numpy()
+    mean, p95 = np.mean(null, axis=0), np.percentile(null, 95, axis=0)
+    known = {"cka": own, "null_mean": mean, "null_p95": p95}
+    return [
+        {"a": a, "b": b, **{key: float(of[i, j]) if scale[i, j] else None for key, of in known.items()}}
+        for (i, a), (j, b) in combinations(enumerate(features), 2)
+    ]
 
 
 def _u_centred(X: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:

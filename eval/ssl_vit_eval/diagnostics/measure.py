@@ -3,6 +3,7 @@
 import hashlib
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,10 @@ from ssl_vit_eval.diagnostics.gradients import DIRECTIONS, gradient_mass
 from ssl_vit_eval.diagnostics.maps import save_maps
 from ssl_vit_eval.sources import Source
 
+VERSION = 2  # of what is measured: raised whenever a number could change, so that files of older code are measured again
 N_SPECTRA, N_TOKENS, N_GRADIENTS, N_PICTURES = 2048, 256, 32, 8
 MAP_BLOCKS = 6
+KINDS = ("patches", "cls", "registers")  # of tokens
 VALUES = 2**26  # of all blocks' tokens and one block's attention, held at once
 
 DEFINITIONS = {
@@ -61,13 +64,14 @@ def diagnose(
     backbone = source.backbone.to(distributed.device())
     specs = source.readouts(specs)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n_images]
-    first = {n: chosen[:n] for n in (N_TOKENS, N_GRADIENTS, N_PICTURES)}
     spectra, cka = _features(source, backbone, images, chosen, specs, seed)
-    gradients = _gradients(source, backbone, images, first[N_GRADIENTS], specs, seed)
-    shown, _ = images.batch(first[N_PICTURES])
+    blocks, attention, maps = _tokens(backbone, images, chosen[:N_TOKENS])
+    gradients = _gradients(source, backbone, images, chosen[:N_GRADIENTS], specs, seed)
+    shown, _ = images.batch(chosen[:N_PICTURES])
     digest = hashlib.sha256(shown.numpy().tobytes()).hexdigest()[:8]  # pictures of several data sets lie side by side
     picture = f"diagnostics-{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{source.weights[:8]}-{digest}.png"
     result = {
+        "version": VERSION,
         "source": source.name,
         "weights": source.weights,
         "trained_with": source.trained_with,
@@ -76,15 +80,14 @@ def diagnose(
         "layout": {name: getattr(backbone, name) for name in ("patch", "width", "depth", "cls_tokens", "registers")},
         "spectra": {"n": len(chosen), "readouts": spectra},
         "cka": {"n": len(chosen), "pairs": cka},
-        "tokens": {"n": len(first[N_TOKENS]), "blocks": _tokens(backbone, images, first[N_TOKENS])},
-        "attention": {"n": len(first[N_TOKENS]), **_attention(backbone, images, first[N_TOKENS])},
-        "gradients": {"n": len(first[N_GRADIENTS]), "readouts": {spec: _concentration(mass) for spec, mass in gradients.items()}},
+        "tokens": {"n": len(chosen[:N_TOKENS]), "blocks": blocks},
+        "attention": {"n": len(chosen[:N_TOKENS]), **attention},
+        "gradients": {"n": len(chosen[:N_GRADIENTS]), "readouts": {spec: _concentration(mass) for spec, mass in gradients.items()}},
         "picture": picture,
         "definitions": DEFINITIONS,
     }
-    maps = _cls_maps(backbone, shown)
-    maps |= {f"gradient\n{spec}": mass[: len(shown)] for spec, mass in gradients.items()}
-    save_maps(shown, maps, out / picture)
+    maps |= {f"gradient\n{spec}": mass for spec, mass in gradients.items()}
+    save_maps(shown, {title: values[: len(shown)] for title, values in maps.items()}, out / picture)
     return result
 
 
@@ -118,57 +121,54 @@ def at_each_block(text: str, depth: int) -> list[tuple[int | None, str]]:
 
 
 @torch.no_grad()
-def _tokens(backbone: Backbone, images: ImageStore, chosen: Tensor) -> list[dict[str, Any]]:
-    """Norms and CLS-patch cosines of each block."""
-    kinds = ("patches", "cls", "registers")
-    norms: list[dict[str, list[Tensor]]] = [{kind: [] for kind in kinds} for _ in range(backbone.depth)]
-    cosines: list[dict[str, list[Tensor]]] = [{"pre": [], "post": []} for _ in range(backbone.depth)]
-    for batch in _batches(backbone, images, chosen, "tokens"):
-        tokens = backbone(_normalised(backbone, batch), blocks=tuple(range(backbone.depth)))
-        for block in range(backbone.depth):
-            at = tokens.at(block)
-            for kind in kinds:
-                norms[block][kind].append(getattr(at, kind).norm(dim=-1))
-            for name, read in (("pre", at), ("post", at.normed)):
-                cosine = F.cosine_similarity(read.cls[:, :, None], read.patches[:, None], dim=-1)
-                cosines[block][name].append(cosine.mean(dim=(1, 2)))
-    return [
-        {
-            "block": block,
-            "norms": norm_histograms({kind: torch.cat(values) for kind, values in norms[block].items()}),
-            "cls_patch_cosine": {name: _spread(torch.cat(values)) for name, values in cosines[block].items()}
-            if backbone.cls_tokens
-            else None,
-        }
-        for block in range(backbone.depth)
-    ]
-
-
-@torch.no_grad()
-def _attention(backbone: Backbone, images: ImageStore, chosen: Tensor) -> dict[str, Any]:
-    """{available: True, STATISTIC: {mean, std}} by block and head, or {available: False, reason}."""
-    seen: list[dict[str, list[Tensor] | None]] = [{} for _ in range(backbone.depth)]
+def _tokens(backbone: Backbone, images: ImageStore, chosen: Tensor) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Tensor]]:
+    """Norms and CLS-patch cosines of each block; {available: True, STATISTIC: {mean, std}} by block and head, or {available: False,
+    reason}; and CLS's attention to the patches of each image, mean over heads and class tokens, at up to `MAP_BLOCKS` blocks, by title."""
+    depth, prefix = backbone.depth, (backbone.cls_tokens, backbone.registers)
+    count = min(MAP_BLOCKS, depth)
+    mapped = {round(i * (depth - 1) / max(count - 1, 1)) for i in range(count)} if backbone.cls_tokens else set()
+    found: defaultdict[tuple[int, str], list[Tensor]] = defaultdict(list)
+    seen: defaultdict[str, list[list[Tensor]]] = defaultdict(lambda: [[] for _ in range(depth)])
+    maps: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def see(block: int, attention: Tensor) -> None:
-        columns = math.isqrt(attention.shape[-1] - backbone.cls_tokens - backbone.registers)
-        for name, values in attention_statistics(attention, backbone.cls_tokens, backbone.registers, columns).items():
-            of = seen[block].setdefault(name, None if values is None else [])
-            if of is not None and values is not None:
-                of.append(values.cpu())
+        for name, values in attention_statistics(attention, *prefix, math.isqrt(attention.shape[-1] - sum(prefix))).items():
+            seen[name][block] += [] if values is None else [values.cpu()]
+        if block in mapped:
+            maps[f"attention\nblock {block}"].append(cls_attention(attention, *prefix).float().mean(dim=(1, 2)).cpu())
+
+    def measure() -> None:
+        for batch in _batches(backbone, images, chosen, "tokens and attention"):
+            tokens = backbone(_normalised(backbone, batch), blocks=tuple(range(depth)))
+            for block in range(depth):
+                at = tokens.at(block)
+                for kind in KINDS:
+                    found[block, kind].append(getattr(at, kind).norm(dim=-1))
+                for name, read in (("pre", at), ("post", at.normed)):
+                    cosine = F.cosine_similarity(read.cls[:, :, None], read.patches[:, None], dim=-1)
+                    found[block, name].append(cosine.mean(dim=(1, 2)))
 
     try:
         with watched(backbone, see):
-            for batch in _batches(backbone, images, chosen, "attention"):
-                backbone(_normalised(backbone, batch))
+            measure()
+        statistics = {name: [_spread(torch.cat(of)) for of in blocks if of] for name, blocks in seen.items()}
+        attention: dict[str, Any] = {"available": True}
+        for name, of in statistics.items():
+            attention[name] = {key: [spread[key] for spread in of] for key in ("mean", "std")} if of else None
     except NoAttention as error:
-        return {"available": False, "reason": str(error)}
-    blocks = [{name: None if of is None else _spread(torch.cat(of)) for name, of in block.items()} for block in seen]
-
-    def by_block(name: str) -> dict[str, Any] | None:
-        values = [block[name] for block in blocks]
-        return {key: [of[key] for of in values if of is not None] for key in ("mean", "std")} if None not in values else None
-
-    return {"available": True, **{name: by_block(name) for name in blocks[0]}}
+        for noted in (found, maps):
+            noted.clear()
+        measure()
+        attention = {"available": False, "reason": str(error)}
+    blocks = [
+        {
+            "block": block,
+            "norms": norm_histograms({kind: torch.cat(found[block, kind]) for kind in KINDS}),
+            "cls_patch_cosine": {n: _spread(torch.cat(found[block, n])) for n in ("pre", "post")} if backbone.cls_tokens else None,
+        }
+        for block in range(depth)
+    ]
+    return blocks, attention, {title: torch.cat(of) for title, of in maps.items()}
 
 
 def _gradients(
@@ -187,32 +187,12 @@ def _concentration(mass: Float[Tensor, "b n"]) -> dict[str, Any]:
     return {"entropy": _spread(entropy / (math.log(n) or 1.0)), "effective_patches": _spread(entropy.exp())}
 
 
-@torch.no_grad()
-def _cls_maps(backbone: Backbone, images: UInt8[Tensor, "b 3 s s"]) -> dict[str, Float[Tensor, "b n"]]:
-    """CLS's attention to the patches, mean over heads (and class tokens), at up to `MAP_BLOCKS` blocks; none where it cannot be had."""
-    count = min(MAP_BLOCKS, backbone.depth)
-    blocks = {round(i * (backbone.depth - 1) / max(count - 1, 1)) for i in range(count)} if backbone.cls_tokens else set()
-    maps: dict[str, Tensor] = {}
-
-    def see(block: int, attention: Tensor) -> None:
-        if block in blocks:
-            own = cls_attention(attention, backbone.cls_tokens, backbone.registers)
-            maps[f"attention\nblock {block}"] = own.float().mean(dim=(1, 2)).cpu()
-
-    try:
-        with watched(backbone, see):
-            backbone(_normalised(backbone, images.to(distributed.device())))
-    except NoAttention:
-        maps.clear()
-    return maps
-
-
 def _batches(backbone: Backbone, images: ImageStore, chosen: Tensor, title: str, share: int = 1) -> Iterator[UInt8[Tensor, "b 3 s s"]]:
     """The chosen images on the device, so many at once that all blocks' tokens and one block's attention stay bounded."""
     side = images.batch(chosen[:1])[0].shape[-1]
     length = (side // backbone.patch) ** 2 + backbone.cls_tokens + backbone.registers
     at_once = VALUES // share // (2 * backbone.depth * length * backbone.width + 16 * length**2)
-    for indices in tqdm(torch.split(chosen, min(max(at_once, 1), 256)), desc=title, leave=False):
+    for indices in tqdm(torch.split(chosen, min(max(at_once, 1), 256)), desc=title, leave=False, disable=None):
         yield images.batch(indices)[0].to(distributed.device())
 
 

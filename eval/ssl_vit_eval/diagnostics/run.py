@@ -1,16 +1,16 @@
 """What `--diagnostics` adds to an evaluation: the numbers of measure.py, and of the rows the accuracy by block and the redundancy."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ssl_vit.files import write_atomically
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.controls import PROJECTED
 from ssl_vit_eval.diagnostics.geometry import redundancy
-from ssl_vit_eval.diagnostics.measure import at_each_block, diagnose
+from ssl_vit_eval.diagnostics.measure import VERSION, at_each_block, diagnose
 from ssl_vit_eval.rows import Row, RowStore
 from ssl_vit_eval.sources import Source
 from ssl_vit_eval.splits import Split
@@ -21,15 +21,19 @@ def with_blocks(specs: Sequence[str], depth: int) -> list[str]:
     return list(dict.fromkeys([*specs, *(name for spec in specs for _, name in at_each_block(spec, depth))]))
 
 
+def half_precision(specs: Sequence[str]) -> list[str]:
+    """Those whose features are stored in half precision, since a set of every block is large: behind the final norm they fit into it."""
+    return [spec for spec in specs if all(term.norm != "pre" for term in ReadoutSpec.parse(spec).terms)]
+
+
 def examine(source: Source, test: Split, data: str, transform: str, specs: Sequence[str], store: RowStore) -> Path:
     """Write `diagnostics-SOURCE-WEIGHTS-DATA-TRANSFORM.json` beside the rows, and a picture that it names; the file's path.
 
-    What was measured before on these weights and images is kept, what comes from rows is always new."""
+    What this version measured before on these weights and images is kept, what comes from rows is always new."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)
     path = store.folder / f"diagnostics-{name}-{source.weights[:8]}-{data[:8]}-{transform}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    if found.get("readouts") != list(specs):
-        store.folder.mkdir(parents=True, exist_ok=True)
+    if (found.get("version"), found.get("readouts")) != (VERSION, list(specs)):
         found = {
             **diagnose(source, test.images, specs, store.folder),
             "dataset": test.dataset,
@@ -41,9 +45,7 @@ def examine(source: Source, test: Split, data: str, transform: str, specs: Seque
     rows = [row for row in store.rows() if (row.checkpoint, row.data, row.transform, row.metric) == place]
     found["accuracy_by_block"] = accuracy_by_block(rows, specs, source.backbone.depth)
     found["redundancy"] = redundancies(rows)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -1,63 +1,123 @@
-"""One pass over the images of a split yields the features of every readout, on disk."""
+"""One pass over the images of a split yields the features of every readout of every source, on disk."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.data.images import ImageStore
-from ssl_vit.errors import Failure
-from ssl_vit_eval.distributed import agreed, device, gather_objects, parts, rank
-from ssl_vit_eval.features.store import FeatureFile, FeatureKey
-from ssl_vit_eval.sources import Source
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit_eval.distributed import agreed, device, gather_objects, in_memory, parts, rank
+from ssl_vit_eval.features.store import FeatureFile, FeatureKey, check_room
+from ssl_vit_eval.sources import Source, on_device
 
 BATCH = 256  # images; the same for any number of processes, so that every image is computed in the same company
 
 
-def cached_features(
-    source: Source, images: ImageStore, specs: Sequence[str], folder: Path, data: str, split: str, transform: str, title: str
-) -> Mapping[str, Float32[Tensor, "n _"]]:
-    """The features of every readout, mapped from `folder`; those that are not there yet come from one pass.
+@dataclass(frozen=True)
+class Reading:
+    """The features that one source gives of one split, by readout spec, and the files that they lie in. name: for messages."""
 
-    data: the split's fingerprint. Several processes share the folder and the pass. Failure for features that are not finite."""
-    normalisation = "" if source.backbone is None else f"{source.backbone.mean} {source.backbone.std}"
-    files = {}
-    for spec in specs:
-        width = source.width(spec)
-        files[spec] = FeatureFile(folder, FeatureKey(source.weights, data, split, transform, normalisation, spec, len(images), width))
-    found = {spec: file.read() for spec, file in files.items()}
+    source: Source
+    files: Mapping[str, FeatureFile]
+    name: str
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        specs: Sequence[str],
+        images: ImageStore,
+        folder: Path,
+        data: str,
+        split: str,
+        transform: str,
+        half: Collection[str] = (),
+        dataset: str = "",
+    ) -> "Reading":
+        """data: the fingerprint of the split. half: the specs that are stored in half precision. dataset: for messages."""
+        normalisation = "" if source.backbone is None else f"{source.backbone.mean} {source.backbone.std}"
+        key = (source.weights, data, split, transform, normalisation)
+        files = {}
+        for spec in specs:
+            dtype = "float16" if spec in half else "float32"
+            files[spec] = FeatureFile(folder, FeatureKey(*key, spec, len(images), source.width(spec), dtype=dtype))
+        return cls(source, files, f"{source.name}: {dataset} {split}")
+
+    def features(self) -> dict[str, Float[Tensor, "n _"]]:
+        """All of them, mapped from the disk."""
+        return {spec: file.mapped() for spec, file in self.files.items()}
+
+
+def read_all(readings: Sequence[Reading], images: ImageStore) -> dict[int, Exception]:
+    """See that the files of all readings are there: what is missing comes from one pass over the images, each decoded once for all.
+
+    Several processes share the folder and the pass; all call it. What went wrong for a reading is given back by its place: features
+    that are not finite, no room on the disk or in memory, an image that cannot be decoded. Files of the others are whole."""
     # the first process decides what is missing: another evaluation may just be finishing a file
-    missing = gather_objects([spec for spec, values in found.items() if values is None])[0]
-    if missing:
-        extract(source, images, {spec: files[spec] for spec in missing}, title)
-    features = {}
-    for spec, file in files.items():
-        values = file.read() if found[spec] is None else found[spec]
-        if values is None:
-            raise Failure(f"{title}: {file.path} was lost while it was read; evaluate again")
-        features[spec] = values
-    return features
+    missing = [{spec: file for spec, file in reading.files.items() if rank() == 0 and not file.is_whole()} for reading in readings]
+    names = gather_objects([list(files) for files in missing])[0]
+    todo = {
+        place: {spec: reading.files[spec] for spec in of} for place, (reading, of) in enumerate(zip(readings, names, strict=True)) if of
+    }
+    if not any(names):
+        return {}
+    try:
+        with agreed():
+            check_room([file for files in todo.values() for file in files.values()], ", ".join(readings[place].name for place in todo))
+    except Failure as error:
+        return dict.fromkeys(todo, error)
+    failed: dict[int, Exception] = {}
+    for file in (files := [file for of in todo.values() for file in of.values()]):
+        file.begin()
+    try:
+        _pass(readings, todo, images, failed)
+    except BaseException:
+        for file in files:
+            file.abandon()
+        raise
+    for other in gather_objects(failed):
+        failed |= {place: error for place, error in other.items() if place not in failed}
+    for place, of in todo.items():
+        for file in of.values():
+            file.abandon() if place in failed else file.finish()
+    return failed
 
 
 @torch.no_grad()
-def extract(source: Source, images: ImageStore, files: Mapping[str, FeatureFile], title: str) -> None:
-    """One pass over `images`, this process's share of it, into the files of all readouts."""
-    if source.backbone is not None:
-        source.backbone.to(device())
-    with ExitStack() as written:
-        for file in files.values():
-            written.enter_context(file.writing())
-        written.enter_context(agreed())
-        for start, batch in tqdm(
-            batches(images), total=len(list(parts(len(images), BATCH))), desc=title, leave=False, disable=True if rank() else None
-        ):
-            for spec, values in source.features(batch.to(device()), list(files)).items():
-                files[spec].write(start, _finite(values.cpu(), spec, start, title))
+def _pass(
+    readings: Sequence[Reading], todo: Mapping[int, Mapping[str, FeatureFile]], images: ImageStore, failed: dict[int, Exception]
+) -> None:
+    """This process's share of the pass; what went wrong here goes into `failed`."""
+    names = [readings[place].name for place in todo]
+    title, total = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), len(list(parts(len(images), BATCH)))
+    with on_device(readings[place].source for place in todo):
+        try:
+            for start, batch in tqdm(batches(images), title, total, leave=False, unit="batch", disable=True if rank() else None):
+                for place in todo.keys() - failed.keys():
+                    try:
+                        with in_memory():
+                            _write(readings[place], todo[place], start, batch)
+                    except (UsageError, Failure) as error:
+                        failed[place] = error
+        except Failure as error:  # of an image
+            failed |= dict.fromkeys(todo.keys() - failed.keys(), error)
+
+
+def _write(reading: Reading, files: Mapping[str, FeatureFile], start: int, batch: UInt8[Tensor, "b 3 s s"]) -> None:
+    for spec, values in reading.source.features(batch.to(device()), list(files)).items():
+        bad = (~torch.isfinite(values)).any(dim=1).nonzero()
+        if len(bad):
+            raise Failure(
+                f"{reading.name}: image {start + int(bad[0])} read with {spec} gives features that are not finite; "
+                "look at the image and the weights, or leave this readout out"
+            )
+        files[spec].write(start, values.cpu())
 
 
 def batches(images: ImageStore) -> Iterator[tuple[int, UInt8[Tensor, "b 3 s s"]]]:
@@ -70,13 +130,3 @@ def batches(images: ImageStore) -> Iterator[tuple[int, UInt8[Tensor, "b 3 s s"]]
             if number + 1 < len(ranges):
                 waiting.append(ahead.submit(images.batch, torch.arange(*ranges[number + 1])))
             yield start, batch
-
-
-def _finite(values: Float[Tensor, "b width"], spec: str, start: int, title: str) -> Float[Tensor, "b width"]:
-    bad = (~torch.isfinite(values)).any(dim=1).nonzero()
-    if len(bad):
-        raise Failure(
-            f"{title}: image {start + int(bad[0])} read with {spec} gives features that are not finite; "
-            "look at the image and the weights, or leave this readout out"
-        )
-    return values

@@ -3,9 +3,10 @@
 import json
 import mmap
 import os
+import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -15,9 +16,10 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float
 from torch import Tensor
 
+from ssl_vit.errors import Failure
 from ssl_vit_eval.distributed import barrier, gather_objects, rank
 
 FORMAT = 1  # raised whenever the pass could give other numbers for the same key
@@ -40,14 +42,20 @@ class FeatureKey:
     rows: int
     width: int
     format: int = FORMAT
+    dtype: str = "float32"
+
+    @property
+    def text(self) -> str:
+        # as it was before there was another dtype
+        return json.dumps({name: value for name, value in asdict(self).items() if (name, value) != ("dtype", "float32")})
 
     @property
     def digest(self) -> str:
-        return sha256(json.dumps(asdict(self)).encode()).hexdigest()[:24]
+        return sha256(self.text.encode()).hexdigest()[:24]
 
 
 class FeatureFile:
-    """One readout's features of one split, float32 [rows width], in a file that says in its header what they are of.
+    """One readout's features of one split, [rows width], in a file that says in its header what they are of.
 
     It is written under another name, each process its own rows, and gets its name when all of them are there.
     """
@@ -55,28 +63,48 @@ class FeatureFile:
     def __init__(self, folder: Path, key: FeatureKey) -> None:
         self.key = key
         self.path = folder / f"{key.digest}.features"
-        self._end = _HEADER + 4 * key.rows * key.width  # of the numbers; their checksum follows
+        self._row = np.dtype(key.dtype).itemsize * key.width  # bytes
+        self._end = _HEADER + self._row * key.rows  # of the numbers; their checksum follows
         self._partial = self.path
         self._descriptor = -1
 
-    def read(self) -> Float32[Tensor, "rows width"] | None:
-        """The features, mapped from the file; None where there is none, or where it is cut short, damaged or of something else."""
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self._end + _SUM
+
+    def is_whole(self) -> bool:
+        """Whether it is there, neither cut short nor damaged nor of something else, which is said. Reads all of it: one process asks."""
         if not self.path.is_file():
-            return None
+            return False
         with self.path.open("rb") as file:
-            whole = file.read(_HEADER) == self._header() and os.fstat(file.fileno()).st_size == self._end + _SUM
+            whole = file.read(_HEADER) == self._header() and os.fstat(file.fileno()).st_size == self.size
             whole = whole and _checksum(file, self._end) == file.read(_SUM)
         if not whole:
-            if rank() == 0:
-                print(f"{self.path} is cut short, damaged or belongs to something else; computed again", flush=True)
-            return None
-        # mode c: torch wants memory that it may write to; a write would stay in memory and never reach the file
-        mapped = np.memmap(self.path, np.float32, "c", _HEADER, (self.key.rows, self.key.width))
-        return torch.from_numpy(mapped)
+            print(f"{self.path} is cut short, damaged or belongs to something else; computed again", flush=True)
+        return whole
+
+    def mapped(self) -> Float[Tensor, "rows width"]:
+        """The features, mapped from a file that is whole; Failure where it was lost."""
+        try:
+            # mode c: torch wants memory that it may write to; a write would stay in memory and never reach the file
+            return torch.from_numpy(np.memmap(self.path, self.key.dtype, "c", _HEADER, (self.key.rows, self.key.width)))
+        except (OSError, ValueError) as error:
+            raise Failure(f"{self.path} was lost while it was read; evaluate again") from error
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Around the writes of every process; the file gets its name at the end, and is gone if there is no end."""
+        self.begin()
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+        self.finish()
+
+    def begin(self) -> None:
+        """Make room for the rows; called by every process, as is `finish`."""
         # a name of its own: another evaluation may write the same features at the same time
         self._partial = self.path.with_suffix(f".{gather_objects(uuid4().hex[:12])[0]}.partial")
         if rank() == 0:
@@ -89,13 +117,15 @@ class FeatureFile:
                 file.truncate(self._end)
         barrier()
         self._descriptor = os.open(self._partial, os.O_WRONLY)
-        try:
-            yield
-        except BaseException:
-            self._partial.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """What was written is removed."""
+        os.close(self._descriptor)
+        self._partial.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """All processes have written their rows."""
+        os.close(self._descriptor)
         barrier()
         if rank() == 0:
             with self._partial.open("r+b") as file:
@@ -106,16 +136,25 @@ class FeatureFile:
             os.replace(self._partial, self.path)
         barrier()
 
-    def write(self, start: int, features: Float32[Tensor, "n width"]) -> None:
+    def write(self, start: int, features: Float[Tensor, "n width"]) -> None:
         """Rows from `start` on, within `writing`. Not by mapped memory, where a full disk would be a crash and not an error."""
-        data = memoryview(features.contiguous().numpy().data).cast("B")
-        offset = _HEADER + 4 * start * self.key.width
+        data = memoryview(features.contiguous().numpy().astype(self.key.dtype, copy=False).data).cast("B")
+        offset = _HEADER + self._row * start
         while data:
             written = os.pwrite(self._descriptor, data, offset)
             data, offset = data[written:], offset + written
 
     def _header(self) -> bytes:
-        return json.dumps(asdict(self.key)).encode().ljust(_HEADER)
+        return self.key.text.encode().ljust(_HEADER)
+
+
+def check_room(files: Sequence[FeatureFile], what: str) -> None:
+    """Failure, before anything is written, where the disk has no room for them; `what` stands before it."""
+    folder = files[0].path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if (needed := sum(file.size for file in files)) > (free := shutil.disk_usage(folder).free):
+        sizes = f"{needed / 2**30:.1f} GiB in {folder}, {free / 2**30:.1f} GiB are free there"
+        raise Failure(f"{what} needs {sizes}; name another folder with --cache, or ask for fewer readouts")
 
 
 def _checksum(file: BinaryIO, end: int) -> bytes:

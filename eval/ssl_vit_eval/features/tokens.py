@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float16, Float32, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -70,7 +70,7 @@ class StreamedTokens:
 class TokenCache:
     """The same from numbers mapped from disk (`pack`): 2 bytes a number, read image by image, so that memory does not grow with the set."""
 
-    def __init__(self, stream: StreamedTokens, packed: Float32[Tensor, "n words"], shape: tuple[int, int, int]) -> None:
+    def __init__(self, stream: StreamedTokens, packed: Float16[Tensor, "n numbers"], shape: tuple[int, int, int]) -> None:
         """shape: of one image's sequences, [blocks l d]."""
         self._stream, self._packed, self._shape = stream, packed, shape
         self.width = stream.width
@@ -94,36 +94,33 @@ def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folde
     assert source.backbone is not None
     stream = StreamedTokens(source.backbone, images, blocks)
     first = stream.sequences(torch.zeros(1, dtype=torch.int64))
-    words = pack(first).shape[1]
     spec = "tokens@" + ",".join(map(str, stream.blocks))
     normalisation = f"{source.backbone.mean} {source.backbone.std}"
-    file = FeatureFile(folder, FeatureKey(source.weights, key, "", "", normalisation, spec, len(images), words))
-    packed = file.read()
-    if packed is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        room = shutil.disk_usage(folder).free // 2 if limit is None else limit
-        if 4 * words * len(images) > gather_objects(room)[0]:  # the first process decides: disks may differ
-            return stream
+    fields = (source.weights, key, "", "", normalisation, spec, len(images), pack(first).shape[1])
+    file = FeatureFile(folder, FeatureKey(*fields, dtype="float16"))
+    folder.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(folder).free // 2 if limit is None else limit
+    # the first process decides: disks may differ
+    there, fits = gather_objects((rank() == 0 and file.is_whole(), file.size <= room))[0]
+    if not there and not fits:
+        return stream
+    if not there:
         ranges = list(parts(len(images), BATCH))
         with file.writing(), agreed():
-            for start, end in tqdm(ranges, desc=f"{source.name}: tokens", leave=False, disable=True if rank() else None):
+            for start, end in tqdm(ranges, f"{source.name}: tokens", leave=False, unit="batch", disable=True if rank() else None):
                 file.write(start, pack(stream.sequences(torch.arange(start, end))).cpu())
-        packed = file.read()
-    assert packed is not None
-    return TokenCache(stream, packed, (first.shape[1], first.shape[2], first.shape[3]))
+    return TokenCache(stream, file.mapped(), (first.shape[1], first.shape[2], first.shape[3]))
 
 
-def pack(sequences: Float[Tensor, "b blocks l d"]) -> Float32[Tensor, "b words"]:
-    """Rows of float16, two in each word of 32 bits. An image that exceeds float16 (massive activations reach beyond before the final
-    norm) is divided by a power of two, which stands in front."""
+def pack(sequences: Float[Tensor, "b blocks l d"]) -> Float16[Tensor, "b numbers"]:
+    """Rows of float16. An image that exceeds float16 (massive activations reach beyond before the final norm) is divided by a power of
+    two, which stands in front."""
     x = sequences.flatten(1)
     power = (x.abs().amax(dim=1, keepdim=True) / _LARGEST).log2().ceil().clamp(min=0)
-    lead = 2 - x.shape[1] % 2  # an even number of halves in all
-    return torch.cat([power.expand(-1, lead), x * 2.0**-power], dim=1).half().view(torch.float32)
+    return torch.cat([power, x * 2.0**-power], dim=1).half()
 
 
-def unpack(packed: Float32[Tensor, "b words"], shape: tuple[int, int, int]) -> Float32[Tensor, "b blocks l d"]:
+def unpack(packed: Float16[Tensor, "b numbers"], shape: tuple[int, int, int]) -> Float32[Tensor, "b blocks l d"]:
     """What was packed, to float16's precision."""
-    halves = packed.view(torch.float16).float()
-    lead = 2 - shape[0] * shape[1] * shape[2] % 2
-    return (halves[:, lead:] * 2.0 ** halves[:, :1]).view(-1, *shape)
+    numbers = packed.float()
+    return (numbers[:, 1:] * 2.0 ** numbers[:, :1]).view(-1, *shape)

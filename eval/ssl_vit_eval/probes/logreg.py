@@ -10,8 +10,8 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ssl_vit.errors import Failure, UsageError
-from ssl_vit_eval.memory import available_memory
+from ssl_vit.errors import UsageError
+from ssl_vit_eval.memory import place_for
 from ssl_vit_eval.probes.base import Probe, check_training
 from ssl_vit_eval.probes.selection import Found, check_slice, choose, record
 
@@ -157,6 +157,11 @@ def run(
     }
 
 
+def memory(n: int, d: int) -> int:
+    """Bytes that a fit on n rows of d features takes: the rows themselves, and three times in float64."""
+    return (3 * 8 + 4) * n * d
+
+
 def select_and_fit(
     X: Float[Tensor, "n d"],
     y: Int64[Tensor, " n"],
@@ -174,12 +179,8 @@ def select_and_fit(
     Failure for features that do not fit into memory three times in float64; `what` stands before the message.
     """
     check_slice(held_out)
-    need, free = 3 * 8 * X.numel(), available_memory()
-    if X.device.type == "cpu" and need > free:
-        raise Failure(
-            f"{what}logistic regression works on {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are available; "
-            "use the protocol linear, which reads features batch by batch"
-        )
+    on = place_for(memory(*X.shape), f"{what}logistic regression", "use the protocol linear, which reads features batch by batch")
+    X = X.to(on)
     axes, y_test = {"C": sorted(grid)}, y_test.to(X.device)
     held_out, y = held_out.to(X.device), y.to(X.device)
     try:

@@ -82,7 +82,8 @@ def stratified_slice(y: Int64[Tensor, " n"], fraction: float = 0.1, seed: int = 
     labels = y.cpu().numpy()
     order = np.random.default_rng(seed).permutation(len(labels))
     held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
+    _, counts = np.unique(labels, return_counts=True)
+    # class by class, each in the drawn order
+    for rows in np.split(order[np.argsort(labels[order], kind="stable")], counts.cumsum()[:-1]):
         held_out[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
     return torch.from_numpy(held_out)

@@ -5,10 +5,11 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
+import pandas as pd
 import torch
 from jsonargparse import Namespace
 from lightning import LightningModule, Trainer
@@ -29,18 +30,7 @@ from ssl_vit_eval.study.run import check
 
 STEPS = 4  # timed, of which the first is left out
 STEP_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one cell. seconds_from: done, mean of done cells, or timed."""
-
-    cell: Cell
-    steps: int
-    images: int
-    flops: float
-    seconds: float
-    seconds_from: str
+NUMBERS = ["steps", "images", "FLOPs", "time"]
 
 
 def dry_run(study: str, out: str | None) -> None:
@@ -48,58 +38,44 @@ def dry_run(study: str, out: str | None) -> None:
     plan = Plan.load(study, out)
     check(plan, plan.cells)
     costs = cell_costs(plan.cells)
-    lines = [["cell", "steps", "images", "FLOPs", "time", ""]]
-    for cost in costs:
-        numbers = [f"{cost.steps:,}", f"{cost.images:,}", f"{cost.flops:.2g}", clock(cost.seconds)]
-        lines.append([cost.cell.folder.name, *numbers, cost.seconds_from])
-    missing = [cost for cost in costs if cost.cell.summary is None]
-    for title, of in (("all", costs), ("still to do", missing)):
-        sums = [sum(cost.steps for cost in of), sum(cost.images for cost in of)]
-        flops, seconds = (sum((getattr(cost, key) for cost in of), 0.0) for key in ("flops", "seconds"))
-        lines.append([f"{title}: {len(of)} cells", *(f"{value:,}" for value in sums), f"{flops:.2g}", clock(seconds), ""])
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    for name, *numbers, source in lines:
-        print(
-            "  ".join(
-                [f"{name:{widths[0]}}", *(f"{text:>{width}}" for text, width in zip(numbers, widths[1:5], strict=True)), source]
-            ).rstrip()
-        )
+    for title, of in (("all", costs), ("still to do", costs[costs["from"] != "done"])):
+        of = of[of["from"] != ""]
+        costs.loc[f"{title}: {len(of)} cells"] = [*of[NUMBERS].sum(), ""]
+    formats = dict(zip(NUMBERS, ("{:,.0f}".format, "{:,.0f}".format, "{:.2g}".format, clock), strict=True))
+    print(costs.to_string(formatters={name: lambda value, shown=shown: f" {shown(value)}" for name, shown in formats.items()}))
     print("FLOPs: products of forward and backward passes, 2 a multiply-add; time: of one cell on one device")
     print(evaluations(plan))
 
 
-def cell_costs(cells: Sequence[Cell]) -> list[Cost]:
-    """What was measured of finished cells; of the others the same of finished cells of their recipe, else a few steps, timed here."""
+def cell_costs(cells: Sequence[Cell]) -> pd.DataFrame:
+    """`NUMBERS` of each cell, and where its time is `from`: what was measured of finished cells; of the others the mean of finished cells
+    of their recipe, else a few steps, timed here."""
     known: dict[str, list[float]] = defaultdict(list)
     for cell in cells:
         if cell.summary:
             known[cell.start.name].append(cell.summary["seconds"])
-    operations: dict[tuple[str, str], int] = {}
-    steps: dict[str, int] = {}
-    timed: dict[str, float] = {}
-    costs = []
+    costs: dict[str, list[Any]] = {}
+    of_start: dict[str, tuple[int, int, float]] = {}  # steps, images, and seconds of a step
     for cell in cells:
-        name, summary = cell.start.name, cell.summary
-        if summary:
-            costs.append(Cost(cell, summary["steps"], summary["images"], float(summary["flops"]), float(summary["seconds"]), "done"))
+        name, done = cell.start.name, cell.summary
+        if done:
+            costs[cell.folder.name] = [done["steps"], done["images"], done["flops"], done["seconds"], "done"]
             continue
         parser, config = parse_recipe(cell.start.recipe, cell.options)
         values = parser.instantiate(config)
-        if (name, cell.readout) not in operations:
-            operations[name, cell.readout] = training_flops(build_method(config, values))
-        if name not in steps:
-            steps[name] = total_steps(config) or 0  # never None where sources are opened
-        images = steps[name] * config.data.batch_size
-        if not known[name] and name not in timed:
-            timed[name] = step_seconds(config, values)
-        seconds = fmean(known[name]) if known[name] else steps[name] * timed[name]
-        source = f"as {len(known[name])} done" if known[name] else f"{STEPS - 1} steps timed on {_device()}"
-        costs.append(Cost(cell, steps[name], images, float(images * operations[name, cell.readout]), seconds, source))
-    return costs
+        if name not in of_start:
+            steps = total_steps(config) or 0  # never None where sources are opened
+            of_start[name] = (steps, steps * config.data.batch_size, 0.0 if known[name] else step_seconds(config, values))
+        steps, images, seconds = of_start[name]
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
+        source = f"as {len(known[name])} done" if known[name] else f"{STEPS - 1} steps timed on {device}"
+        time = fmean(known[name]) if known[name] else steps * seconds
+        costs[cell.folder.name] = [steps, images, images * training_flops(build_method(config, values)), time, source]
+    return pd.DataFrame.from_dict(costs, orient="index", columns=[*NUMBERS, "from"])
 
 
 def step_seconds(config: Namespace, values: Namespace) -> float:
-    """Seconds of one optimiser step, by a real training of a few batches of synthetic pictures of the model's size.
+    """Seconds of one optimiser step, by a real training of a few batches of synthetic images of the model's size.
 
     The recipe's batch if that takes `STEP_SECONDS` at most. Else two smaller ones, since a step costs something whatever its batch, and
     the line through both is read at the recipe's. Decoding and reading are not in it.
@@ -177,7 +153,3 @@ def clock(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.{digits}f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"

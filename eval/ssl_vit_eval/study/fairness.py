@@ -2,9 +2,8 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,23 +17,26 @@ from ssl_vit.methods import Method
 from ssl_vit.train.pretrain import build_method, parse_recipe, recipe_changes
 from ssl_vit_eval.study.plan import Cell, Start
 
-PICTURES = 8  # of the first batch: views are functions of the seed and of a picture's position in the stream, and of no other picture
+IMAGES = 8  # of the first batch: views are functions of the seed and of an image's position in the stream, and of no other image
+_OTHER = ("its sequence", "its first batch", "its first views")
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """How a training begins: all that arms have to share. Hashes stand for tensors, so that no two models are held at a time.
+class Fact(NamedTuple):
+    """shown: what a message says of it; hash: of its values, so that no two models are held at a time."""
 
-    recipe: without its readout; weights: name -> shape and hash of every parameter and buffer but the readout's own; tokens: those
-    that enter the first block; batch, views: of the first step, of synthetic pictures; masks and dropout follow from seed.
+    shown: str
+    hash: str = ""
+
+
+class Beginning(NamedTuple):
+    """How a training begins: all that arms have to share.
+
+    recipe: without its readout; facts: every parameter and buffer but the readout's own, the length of the first block's sequence, and
+    the batch and the views of the first step, of synthetic images. Masks and dropout follow from the seed.
     """
 
     recipe: dict[str, Any]
-    weights: dict[str, tuple[list[int], str]]
-    tokens: int
-    batch: str
-    views: str
-    seed: int
+    facts: dict[str, Fact]
 
 
 def check_fair(cells: Sequence[Cell]) -> str:
@@ -45,19 +47,19 @@ def check_fair(cells: Sequence[Cell]) -> str:
     arms: dict[Start, list[Cell]] = defaultdict(list)
     for cell in cells:
         arms[cell.start].append(cell)
-    weights = tokens = 0
+    most: Mapping[str, Fact] = {}
     for start, of in arms.items():
-        first = beginning(build(of[0]))
+        first = beginning(method_of(of[0]))
         for cell in of[1:]:
-            if found := difference(first, beginning(build(cell))):
+            if found := difference(first, beginning(method_of(cell))):
                 where = f"{start.name}, seed {start.seed}"
                 raise UsageError(f"{where}: the arm {cell.readout} is not fair to {of[0].readout}: {found}; leave it to a study of its own")
-        weights, tokens = max(weights, len(first.weights)), max(tokens, first.tokens)
-    held = f"{len(cells)} cells, {len(arms)} starts; up to {weights} weights and {tokens} tokens"
+        most = max(most, first.facts, key=len)
+    held = f"{len(cells)} cells, {len(arms)} starts; up to {len(most) - len(_OTHER)} weights and {most['its sequence'].shown}"
     return f"fair arms: equal but for the readout in recipe, initial weights, sequence length, first batch and views ({held})"
 
 
-def build(cell: Cell) -> Method:
+def method_of(cell: Cell) -> Method:
     """The cell's method before its first step; UsageError for what it cannot be, or if its folder belongs to another recipe."""
     parser, config = parse_recipe(cell.start.recipe, cell.options)
     method = build_method(config, parser.instantiate(config))
@@ -69,38 +71,30 @@ def build(cell: Cell) -> Method:
 
 def beginning(method: Method) -> Beginning:
     size = method.backbone.image_size
-    pixels = torch.randint(0, 256, (2 * PICTURES, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batch = next(iter(Stream(ImageStore.stacked(pixels), Order(len(pixels), PICTURES, method.seed))))
+    pixels = torch.randint(0, 256, (2 * IMAGES, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = next(iter(Stream(ImageStore.stacked(pixels), Order(len(pixels), IMAGES, method.seed))))
     views = method.views(batch)
     views = (views,) if isinstance(views, Tensor) else views
     with torch.no_grad():
         seen = method.backbone(views[0].flatten(0, -4)[:1])
-    return Beginning(
-        recipe={key: value for key, value in method.recipe.items() if key != "readout"},
-        weights={
-            name: (list(value.shape), _hash(value)) for name, value in method.state_dict().items() if "readout" not in name.split(".")
-        },
-        tokens=sum(kind.shape[1] for kind in (seen.cls, seen.registers, seen.patches)),
-        batch=_hash(batch.images, batch.sizes, batch.positions),
-        views=_hash(*views),
-        seed=method.seed,
-    )
+    weights = {name: value for name, value in method.state_dict().items() if "readout" not in name.split(".")}
+    tokens = sum(kind.shape[1] for kind in (seen.cls, seen.registers, seen.patches))
+    other = (Fact(f"{tokens} tokens"), Fact("another", _hash(batch.images, batch.sizes, batch.positions)), Fact("others", _hash(*views)))
+    facts = {name: Fact(str(list(value.shape)), _hash(value)) for name, value in weights.items()}
+    recipe = {key: value for key, value in method.recipe.items() if key != "readout"} | {"seed": method.seed}
+    return Beginning(recipe, facts | dict(zip(_OTHER, other, strict=True)))
 
 
 def difference(a: Beginning, b: Beginning) -> str:
-    """The first difference in words, empty if there is none."""
+    """The first difference in words, of the recipe, of a shape, of values; empty if there is none."""
     if changed := recipe_changes(a.recipe, b.recipe):
         return f"its recipe differs ({changed})"
-    for name in {**a.weights, **b.weights}:
-        if name not in a.weights or name not in b.weights:
-            return f"it {'lacks' if name in a.weights else 'alone has'} {name}"
-        if a.weights[name][0] != b.weights[name][0]:
-            return f"{name} is {b.weights[name][0]}, not {a.weights[name][0]}"
-    if other := [name for name in a.weights if a.weights[name] != b.weights[name]]:
-        return f"{other[0]} starts from other values"
-    if a.tokens != b.tokens:
-        return f"its sequence has {b.tokens} tokens, not {a.tokens}"
-    return next((f"its first {what} are others" for what in ("batch", "views", "seed") if getattr(a, what) != getattr(b, what)), "")
+    nothing, names = Fact("not there"), list({**a.facts, **b.facts})
+    for name in names:
+        one, other = a.facts.get(name, nothing), b.facts.get(name, nothing)
+        if one.shown != other.shown:
+            return f"{name} is {other.shown}, not {one.shown}"
+    return next((f"{name} has other values" for name in names if a.facts[name] != b.facts[name]), "")
 
 
 def _hash(*tensors: Tensor) -> str:

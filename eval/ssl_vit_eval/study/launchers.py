@@ -7,10 +7,13 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ssl_vit.errors import Failure, UsageError, one_of
+from pydantic import create_model
+
+from ssl_vit.errors import Failure, UsageError
 from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.rows import RowStore
-from ssl_vit_eval.study.plan import CONTROLS, Plan
+from ssl_vit_eval.schema import STRICT, checked
+from ssl_vit_eval.study.plan import CONTROL_CELL, Plan
 from ssl_vit_eval.study.run import open_plan, run_cell
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What a Slurm job calls. Stopped by its time limit or for another user's job, it is put back into the queue and goes on."""
 
     study: str
@@ -53,7 +56,7 @@ def launch_slurm(study: str, out: str | None, tracking: Tracking | None = None) 
         return []
     try:
         with executor.batch():
-            jobs = [executor.submit(Job(study, str(plan.folder), cell, tracking)) for cell in cells]
+            jobs = [executor.submit(SlurmJob(study, str(plan.folder), cell, tracking)) for cell in cells]
     except (FailedJobError, FailedSubmissionError) as error:
         raise Failure(f"sbatch refused the jobs: {' '.join(str(error).split())}; correct slurm in {study}") from error
     for cell, job in zip(cells, jobs, strict=True):
@@ -71,20 +74,15 @@ def _parameters(plan: Plan) -> dict[str, Any]:
         raise UsageError('--launcher slurm needs submitit: pip install "ssl-vit[slurm]"') from error
     if missing := [command for command in ("sbatch", "srun") if shutil.which(command) is None]:
         raise UsageError(f"--launcher slurm needs {missing[0]}, which is not on the PATH; start it where Slurm is, or leave --launcher out")
-    common, own = AutoExecutor._typed_parameters(), SlurmExecutor._valid_parameters()
-    known = sorted((common.keys() | own) - {"name", "job_name", "nodes", "tasks_per_node", "ntasks_per_node"})
-    parameters = {}
-    for key, value in plan.study.slurm.items():
-        short = str(key).removeprefix("slurm_")
-        if short not in known:
-            raise UsageError(f"study {plan.name}: unknown slurm parameter {key!r} (a job is one process); {one_of(short, known)}")
-        parameters[short if short in common else f"slurm_{short}"] = value
-    if not {"timeout_min", "slurm_time"} & parameters.keys():
-        raise UsageError(f"study {plan.name}: slurm has no timeout_min, and jobs would be stopped after 5 minutes; give that of a cell")
-    for key, value in parameters.items():
-        if key in common and not isinstance(value, (int, float) if common[key] is float else common[key]):
-            raise UsageError(f"study {plan.name}: slurm.{key} is {value!r}; give a value of type {common[key].__name__}")
-    return parameters
+    common, one_process = AutoExecutor._typed_parameters(), {"name", "job_name", "nodes", "tasks_per_node", "ntasks_per_node"}
+    fields: dict[str, Any] = dict.fromkeys(SlurmExecutor._valid_parameters() - one_process, (Any, None))
+    fields |= {name: (kind, None) for name, kind in common.items() if name not in one_process}
+    given = {str(key).removeprefix("slurm_"): value for key, value in plan.study.slurm.items()}
+    where = f"study {plan.name}: slurm (a job is one process)"
+    checked(create_model("Slurm", __config__=STRICT, **fields), given, where)
+    if not {"timeout_min", "time"} & given.keys():
+        raise UsageError(f"{where} has no timeout_min, and jobs would be stopped after 5 minutes; give that of a cell")
+    return {key if key in common else f"slurm_{key}": value for key, value in given.items()}
 
 
 def launch_wandb(study: str, out: str | None, tracking: Tracking | None) -> str:
@@ -124,7 +122,7 @@ def _unfinished(plan: Plan) -> list[str]:
     rows = RowStore(plan.folder / "eval").rows()
     evaluated = {row.source for row in rows}
     cells = [cell.folder.name for cell in plan.cells if cell.summary is None or cell.folder.name not in evaluated]
-    return cells if any(row.method == "random" for row in rows) else [*cells, CONTROLS]
+    return cells if any(row.method == "random" for row in rows) else [*cells, CONTROL_CELL]
 
 
 def _afterwards(study: str, plan: Plan) -> str:

@@ -15,12 +15,12 @@ from ssl_vit.errors import UsageError, one_of
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.controls import check_controls
 from ssl_vit_eval.protocols import Protocol, load_protocols
+from ssl_vit_eval.schema import checked
 from ssl_vit_eval.sources import Source, open_source, random_source
-from ssl_vit_eval.study.studyfile import TOKENS, Study
+from ssl_vit_eval.study.studyfile import TOKENS, Declared, Study
 from ssl_vit_eval.suites import Dataset, load_suite, parse_dataset
 
-PRIMARY = ("recipe", "data", "protocol", "compare")
-CONTROLS = "controls"  # the unit of work that evaluates what is not trained
+CONTROL_CELL = "controls"  # the unit of work that evaluates what is not trained
 
 
 class Start(NamedTuple):
@@ -77,7 +77,9 @@ class Plan:
     def load(cls, name: str, out: str | None) -> "Plan":
         """Find and read a study; nothing is written. UsageError, in one line, for whatever is wrong in it."""
         file = find_asset("studies", name)
-        study = Study.parse(read_yaml(file), name)
+        study = checked(Study, read_yaml(file), f"study {name}")
+        if not study.data and not study.suites:
+            raise UsageError(f"study {name}: it has no data; give data or suites, in brackets")
         folder = Path(out or Path("runs") / Path(name).stem)
         specs = {str(parsed): parsed.slug for parsed in map(ReadoutSpec.parse, study.trained_with)}
         cells = [
@@ -109,8 +111,8 @@ class Plan:
     def cell(self, name: str) -> Cell | None:
         """The cell of this name, None for the controls; UsageError if there is none."""
         cells = {cell.folder.name: cell for cell in self.cells}
-        if name not in cells and name != CONTROLS:
-            raise UsageError(f"the study has no cell {name!r}; {one_of(name, [*cells, CONTROLS])}")
+        if name not in cells and name != CONTROL_CELL:
+            raise UsageError(f"the study has no cell {name!r}; {one_of(name, [*cells, CONTROL_CELL])}")
         return cells.get(name)
 
     def controls(self, starts: Sequence[Start]) -> list[Source]:
@@ -122,7 +124,7 @@ class Plan:
         """Create the study's folder, or find the same study in it. UsageError for another study there, or something else."""
         plan, now = self.folder / "study.yaml", asdict(self.study)
         if plan.exists():
-            before = asdict(Study.parse(read_yaml(plan), str(plan)))
+            before = asdict(checked(Study, read_yaml(plan), f"study {plan}"))
             if changed := [key for key, value in now.items() if value != before[key] and key != "slurm"]:
                 raise UsageError(f"{self.folder} holds a study with other {', '.join(changed)}; name another folder with --out")
             return
@@ -138,24 +140,21 @@ class Plan:
         for dataset in self.data:
             dataset.check()
         check_controls(self.study.controls)
-        declared = self.study.primary
-        if declared is None:
+        where = f"study {self.name}: primary"
+        if self.study.primary is None:
             return
-        compare, where = declared.get("compare"), f"study {self.name}: primary"
-        if set(declared) != set(PRIMARY) or not isinstance(compare, list) or len(compare) != 2:
-            raise UsageError(f"{where} is {declared!r}; give {', '.join(PRIMARY)}, the last one two readouts in brackets")
-        arms = [str(ReadoutSpec.parse(str(spec))) for spec in compare]
+        declared = checked(Declared, self.study.primary, where)
+        arms = [str(ReadoutSpec.parse(spec)) for spec in declared.compare]
         read = {str(ReadoutSpec.parse(spec)) for spec in self.read_with}
-        options = {
-            "recipe": {start.name for start in self.starts},
-            "data": {row_name(dataset) for dataset in self.data},
-            "protocol": {rule.name for rule in self.rules},
-            "compare": read & {cell.readout for cell in self.cells},
+        known = {
+            "recipe": ({declared.recipe}, {start.name for start in self.starts}),
+            "data": ({declared.data}, {row_name(dataset) for dataset in self.data}),
+            "protocol": ({declared.protocol}, {rule.name for rule in self.rules}),
+            "compare": (set(arms), read & {cell.readout for cell in self.cells}),
         }
-        for key, known in options.items():
-            for value in arms if key == "compare" else [declared[key]]:
-                if value not in known:
-                    raise UsageError(f"{where}.{key} {value!r} is not in the study; {one_of(str(value), known)}")
+        for key, (named, there) in known.items():
+            if strange := sorted(named - there):
+                raise UsageError(f"{where}.{key} {strange[0]!r} is not in the study; {one_of(strange[0], there)}")
         if arms[0] == arms[1]:
             raise UsageError(f"{where}.compare names {arms[0]!r} twice; name two arms")
 
@@ -175,7 +174,7 @@ def _beside(file: Path, recipe: str) -> str:
     return str(file.parent / recipe) if recipe.startswith(".") else str(local_path(recipe))
 
 
-def _token_sets(recipe: str, sets: Sequence[Mapping[str, int]]) -> list[tuple[str, tuple[str, ...]]]:
+def _token_sets(recipe: str, sets: Sequence[Mapping[Any, int]]) -> list[tuple[str, tuple[str, ...]]]:
     """The recipe's name with each token set, `dino-r4`, and the options that make it; its own name where none is given."""
     named = []
     for tokens in sets or [{}]:

@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import TypeAdapter
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
+from torchvision.utils import make_grid
 
 from ssl_vit.data.transforms import normalise
 from ssl_vit.data.views import SingleCrop
@@ -16,14 +20,10 @@ from ssl_vit.model.backbone import patchify
 from ssl_vit.model.config import BackboneConfig
 from ssl_vit.weights.checkpoint import read_checkpoint
 
-MASK_SEED = 0
-
-MASK_GREY = 0.55
-
-TILE = 96  # px: small pictures are enlarged to it by a whole factor, large ones reduced
-
+MASK_SEED, MASK_GREY = 0, 0.55
+TILE = 96  # px: small images are enlarged to it by a whole factor, large ones reduced
 GAP, LABEL = 4, 128
-
+PARTS: dict[str, Any] = {"backbone": BackboneConfig, "decoder": DecoderConfig, "crop": SingleCrop}
 ROWS = ("original", "masked", "reconstruction", "with visible patches")
 
 
@@ -37,15 +37,13 @@ def save_reconstructions(checkpoint: Path, images: UInt8[Tensor, "n 3 s s"], pat
     model = _load_mae(checkpoint)
     size = model.backbone.image_size
     if images.shape[-1] != size:
-        raise UsageError(
-            f"pictures of {images.shape[-1]} px came for {checkpoint}, which was trained at {size} px: resize them to {size} px"
-        )
-    pictures = images.float() / 255
-    x = normalise(pictures, model.backbone.mean, model.backbone.std)
+        raise UsageError(f"images of {images.shape[-1]} px came for {checkpoint}, which was trained at {size} px: resize them to {size} px")
+    pixels = images.float() / 255
+    x = normalise(pixels, model.backbone.mean, model.backbone.std)
     keep = random_keep(MASK_SEED, torch.arange(len(images)), model.n_patches, model.n_keep)
     hidden = masked(keep, model.n_patches)[:, :, None]
     predicted = _predicted_pixels(model, x, keep)
-    true = patchify(pictures, model.backbone.patch)
+    true = patchify(pixels, model.backbone.patch)
     rows = [true, torch.where(hidden, MASK_GREY, true), predicted, torch.where(hidden, predicted, true)]
     path.parent.mkdir(parents=True, exist_ok=True)
     _draw([_unpatchify(row, model.backbone.patch) for row in rows]).save(path, optimize=True)
@@ -56,13 +54,8 @@ def _load_mae(path: Path) -> MAE:
     recipe: dict[str, Any] = checkpoint["ssl_vit"]["recipe"]
     if recipe["method"] != "mae":
         raise UsageError(f"{path} was trained by {recipe['method']}: reconstructions need a checkpoint of method mae")
-    parts = {"backbone": BackboneConfig, "decoder": DecoderConfig, "crop": SingleCrop}
-    # a checkpoint holds lists where the configs have tuples
-    configs = {
-        name: config(**{key: tuple(value) if isinstance(value, list) else value for key, value in recipe[name].items()})
-        for name, config in parts.items()
-    }
-    model = MAE(recipe["readout"], mask_ratio=recipe["mask_ratio"], norm_pixels=recipe["norm_pixels"], seed=recipe["seed"], **configs)
+    parts = {name: TypeAdapter(kind).validate_python(recipe[name]) for name, kind in PARTS.items()}
+    model = MAE(recipe["readout"], mask_ratio=recipe["mask_ratio"], norm_pixels=recipe["norm_pixels"], seed=recipe["seed"], **parts)
     model.load_state_dict(checkpoint["state_dict"])
     return model.eval()
 
@@ -89,12 +82,11 @@ def _unpatchify(patches: Float[Tensor, "b n p"], patch: int) -> Float[Tensor, "b
 def _draw(rows: list[Float[Tensor, "n 3 s s"]]) -> Image.Image:
     size = rows[0].shape[-1]
     tile = size * max(1, round(TILE / size)) if size <= TILE else TILE
-    resample = Image.Resampling.NEAREST if size <= TILE else Image.Resampling.LANCZOS
-    sheet = Image.new("RGB", (LABEL + len(rows[0]) * (tile + GAP), len(rows) * (tile + GAP)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (name, row) in enumerate(zip(ROWS, rows, strict=True)):
-        top = i * (tile + GAP)
-        draw.text((0, top + tile // 2), name, fill="#30363d", font=ImageFont.load_default(12), anchor="lm")
-        for j, picture in enumerate((row * 255).round().byte().permute(0, 2, 3, 1).numpy()):
-            sheet.paste(Image.fromarray(picture).resize((tile, tile), resample), (LABEL + j * (tile + GAP), top))
+    kind = InterpolationMode.NEAREST if size <= TILE else InterpolationMode.LANCZOS
+    tiles = [resize(to_pil_image((image * 255).round().byte()), [tile, tile], kind) for row in rows for image in row]
+    grid = make_grid([pil_to_tensor(image) for image in tiles], nrow=len(rows[0]), padding=GAP, pad_value=255)
+    sheet: Image.Image = to_pil_image(F.pad(grid[:, GAP:, GAP:], (LABEL, 0, 0, 0), value=255))
+    for number, name in enumerate(ROWS):
+        place = (0, number * (tile + GAP) + tile // 2)
+        ImageDraw.Draw(sheet).text(place, name, fill="#30363d", font=ImageFont.load_default(12), anchor="lm")
     return sheet

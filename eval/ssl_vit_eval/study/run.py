@@ -22,7 +22,7 @@ from ssl_vit_eval.report.terminal import compare
 from ssl_vit_eval.sources import Source, open_source
 from ssl_vit_eval.splits import load_split
 from ssl_vit_eval.study.fairness import check_fair
-from ssl_vit_eval.study.plan import CONTROLS, Cell, Plan, start_source
+from ssl_vit_eval.study.plan import CONTROL_CELL, Cell, Plan, start_source
 from ssl_vit_eval.study.reconstructions import save_reconstructions
 
 
@@ -73,7 +73,7 @@ def run_cell(name: str, out: str | None, cell_name: str, tracking: Tracking | No
         if not mine:
             print(f"{cell_name}: another process works on it, so it is left to that one")
         elif cell is None:
-            _evaluate(plan, plan.controls(plan.starts), tracking, (CONTROLS,))
+            _evaluate(plan, plan.controls(plan.starts), tracking, (CONTROL_CELL,))
         else:
             _train(plan, cell, "", tracking)
             _evaluate(plan, [_trained(cell)], tracking, _tags(cell))
@@ -150,7 +150,7 @@ def _trained(cell: Cell) -> Source:
 
 
 def _controls_lock(plan: Plan) -> Path:
-    return plan.folder / "cells" / f"{CONTROLS}.lock"
+    return plan.folder / "cells" / f"{CONTROL_CELL}.lock"
 
 
 def _tags(cell: Cell) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def _tags(cell: Cell) -> tuple[str, ...]:
 
 
 def _draw_reconstructions(cell: Cell) -> None:
-    """What a masked autoencoder fills in, on the first pictures of its own training set, for the report."""
+    """What a masked autoencoder fills in, on the first images of its own training set, for the report."""
     picture = cell.folder / "reconstructions.png"
     recipe = read_yaml(cell.folder / "recipe.yaml")
     if recipe["method"] != "mae" or picture.exists():

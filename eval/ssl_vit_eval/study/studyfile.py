@@ -1,12 +1,19 @@
-"""The study file: its keys, their types, and what is wrong with them in one line."""
+"""The study file: its keys, and what each may hold."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from ssl_vit.errors import UsageError, one_of
+from pydantic import AfterValidator, Field
+
+from ssl_vit_eval.schema import STRICT, unique
 
 TOKENS = {"registers": "r", "cls_tokens": "c", "patch": "p"}  # fields of `backbone` that make a token set, and their letters in names
+
+_UNIQUE = AfterValidator(unique)
+_Names = Annotated[list[str], _UNIQUE, Field(description="a list of names in brackets")]
+_Some = Field(min_length=1)
+_TokenSet = Annotated[dict[Literal["registers", "cls_tokens", "patch"], int], _Some]
+_TOKEN_SETS = f"a list of token sets such as {{registers: 4}}, whole numbers for: {', '.join(TOKENS)}"
 
 
 @dataclass(frozen=True)
@@ -22,63 +29,28 @@ class Study:
     slurm: parameters of submitit.
     """
 
-    recipes: list[str]
-    trained_with: list[str]
-    seeds: list[int]
-    protocols: list[str]
-    read_with: list[str]
-    data: list[Any] = field(default_factory=list)
-    suites: list[str] = field(default_factory=list)
-    tokens: list[dict[str, int]] = field(default_factory=list)
-    controls: list[str] = field(default_factory=list)
-    diagnostics: bool = False
-    margin: float = 1.0
-    primary: dict[str, Any] | None = None
-    slurm: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, content: Mapping[str, Any], name: str) -> "Study":
-        """UsageError for an unknown or missing key, and for a value of another type than its key takes."""
-        known = {field.name: field for field in fields(cls)}
-        for key in content:
-            if key not in known:
-                raise UsageError(f"study {name}: unknown key {key!r}; {one_of(str(key), known)}")
-        required = [key for key, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
-        values = {**dict.fromkeys(required), **content}
-        for key, value in values.items():
-            holds, what = _TYPES[key]
-            if not holds(value) or (key in required and not value):
-                raise UsageError(f"study {name}: {key} is {value!r}; give {what}")
-            if isinstance(value, list) and (twice := [item for item in value if value.count(item) > 1]):
-                raise UsageError(f"study {name}: {key} names {twice[0]!r} twice; name it once")
-        if not content.get("data") and not content.get("suites"):
-            raise UsageError(f"study {name}: it has no data; give data or suites, in brackets")
-        return cls(**{**values, "margin": float(values.get("margin", 1.0))})
+    __pydantic_config__ = STRICT
+    recipes: Annotated[_Names, _Some]
+    trained_with: Annotated[_Names, _Some]
+    seeds: Annotated[list[int], _UNIQUE, Field(min_length=1, description="a list of whole numbers in brackets")]
+    protocols: Annotated[_Names, _Some]
+    read_with: Annotated[_Names, _Some]
+    data: Annotated[list[Any], _UNIQUE, Field(description="a list of names in brackets")] = field(default_factory=list)
+    suites: _Names = field(default_factory=list)
+    tokens: Annotated[list[_TokenSet], _UNIQUE, Field(description=_TOKEN_SETS)] = field(default_factory=list)
+    controls: _Names = field(default_factory=list)
+    diagnostics: Annotated[bool, Field(description="true or false")] = False
+    margin: Annotated[float, Field(gt=0, lt=100, description="a number of points between 0 and 100")] = 1.0
+    primary: Annotated[dict[str, Any] | None, Field(description="KEY: VALUE pairs in braces")] = None
+    slurm: Annotated[dict[str, Any], Field(description="KEY: VALUE pairs in braces")] = field(default_factory=dict)
 
 
-def _list_of(kind: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and all(type(item) is kind for item in value)
+@dataclass(frozen=True)
+class Declared:
+    """What `primary` holds: two arms of a recipe, as cells call it, each read as it was trained."""
 
-
-def _is_token_set(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(key in TOKENS and type(item) is int for key, item in value.items())
-
-
-_NAMES = (_list_of(str), "a list of names in brackets")
-_MAPPING: tuple[Callable[[object], bool], str] = (lambda value: isinstance(value, dict), "KEY: VALUE pairs in braces")
-_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
-    **dict.fromkeys(("recipes", "trained_with", "protocols", "read_with", "suites", "controls"), _NAMES),
-    "seeds": (_list_of(int), "a list of whole numbers in brackets"),
-    "data": (lambda value: isinstance(value, list), "a list of names in brackets"),
-    "tokens": (
-        lambda value: isinstance(value, list) and all(map(_is_token_set, value)),
-        f"a list of token sets such as {{registers: 4}}, whole numbers for: {', '.join(TOKENS)}",
-    ),
-    "diagnostics": (lambda value: type(value) is bool, "true or false"),
-    "margin": (
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 100,
-        "a number of points between 0 and 100",
-    ),
-    "primary": (lambda value: value is None or isinstance(value, dict), _MAPPING[1]),
-    "slurm": _MAPPING,
-}
+    __pydantic_config__ = STRICT
+    recipe: str
+    data: str
+    protocol: str
+    compare: Annotated[tuple[str, str], Field(description="two readouts in brackets")]

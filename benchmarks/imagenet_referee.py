@@ -1,0 +1,98 @@
+"""The protocols knn and linear at ImageNet's size, on synthetic features: 1,281,167 x 384 of 1,000 classes, 50,000 test images.
+
+    python benchmarks/imagenet_referee.py [--queries 0.1] [--steps 0.01] > benchmarks/imagenet_referee.log
+
+The bank, the slice, the grid, the classes and the batch are those of the whole run. To be done in minutes on a CPU, k-NN answers a share
+of its queries (on test and on the slice) and the linear heads take a share of their steps; the time of the whole follows by proportion.
+"""
+
+import argparse
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from ssl_vit_eval.features.store import FeatureFile, FeatureKey
+from ssl_vit_eval.memory import available_memory
+from ssl_vit_eval.probes import logreg
+from ssl_vit_eval.probes.selection import stratified_slice
+from ssl_vit_eval.protocols import KINDS, load_protocol
+
+TRAIN, TEST, WIDTH, CLASSES = 1_281_167, 50_000, 384, 1000
+PART = 65536
+
+
+@contextmanager
+def measured(what: str, whole: float = 1.0) -> Iterator[None]:
+    """Print seconds, and the most memory that was this process's own, besides mapped files. whole: how much longer all of it takes."""
+    most, done, begun = [0], threading.Event(), time.perf_counter()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+            most[0] = max(most[0], int(lines["RssAnon"].split()[0]))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        seconds = time.perf_counter() - begun
+        rest = f", the whole by proportion: {seconds * whole / 60:,.0f} min" if whole > 1 else ""
+        print(f"{what:50} {seconds:8.1f} s   {most[0] / 2**20:5.2f} GiB{rest}", flush=True)
+
+
+def synthetic(folder: Path, split: str, n: int, centres: torch.Tensor) -> tuple[FeatureFile, torch.Tensor]:
+    """Features around a centre for each class, as the pass of `ssl-vit eval` writes them."""
+    generator = torch.Generator().manual_seed(len(split))
+    y = torch.randint(0, CLASSES, (n,), generator=generator)
+    file = FeatureFile(folder, FeatureKey("synthetic", "synthetic", split, "", "", "cls", n, WIDTH))
+    with file.writing():
+        for start in range(0, n, PART):
+            labels = y[start : start + PART]
+            file.write(start, centres[labels] + torch.randn(len(labels), WIDTH, generator=generator))
+    return file, y
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--queries", type=float, default=0.1)
+    parser.add_argument("--steps", type=float, default=0.01)
+    values = parser.parse_args()
+    free = f"{available_memory() / 2**30:.1f} GiB available, GPU: {torch.cuda.is_available()}"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {free}")
+    with TemporaryDirectory() as folder:
+        centres = 0.25 * torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(0))
+        (train, y), (test, y_test) = (synthetic(Path(folder), split, n, centres) for split, n in (("train", TRAIN), ("test", TEST)))
+        with measured("check of the file (checksum, once on one process)"):
+            assert train.is_whole()
+        X, Z = {"cls": train.mapped()}, {"cls": test.mapped()}
+        with measured("stratified slice of train (once for all sources)"):
+            held_out = stratified_slice(y)
+
+        few = torch.arange(round(values.queries * TEST))
+        drawn = held_out.nonzero()[:, 0]
+        # as many slice queries less; what is left out of the slice stays out of its bank, too
+        knn = load_protocol("knn")
+        asked = torch.zeros_like(held_out).index_fill_(0, drawn[: round(values.queries * len(drawn))], True)
+        with measured(f"knn: {len(few):,} test and {int(asked.sum()):,} slice queries", 1 / values.queries):
+            found = KINDS["knn"].run(knn.parameters, X, y, {"cls": Z["cls"][few]}, y_test[few], asked)["cls"]
+        print(f"    {found.selected}, top-1 {(found.predictions == y_test[few]).double().mean():.4f}")
+
+        linear = load_protocol("linear")
+        steps = max(1, round(values.steps * linear.parameters["iterations"]))
+        with measured(f"linear: {steps} of {linear.parameters['iterations']} steps, twice, 39 heads", 1 / values.steps):
+            found = KINDS["linear"].run({**linear.parameters, "iterations": steps}, X, y, Z, y_test, held_out)["cls"]
+        print(f"    {found.selected}")
+        needed = f"logreg works on {logreg.memory(TRAIN, WIDTH) / 2**30:.1f} GiB"
+        print(f"{needed}: on the GPU if they are free there, else in memory, else refused before work")
+
+
+if __name__ == "__main__":
+    main()

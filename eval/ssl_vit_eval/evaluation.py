@@ -1,0 +1,234 @@
+"""One source on one dataset: what is missing of its rows, the features that it needs for them, and the protocols on these."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit_eval.controls import PROJECTED, SHUFFLED, controls_of, projected, shuffled
+from ssl_vit_eval.diagnostics.run import examine, half_precision, with_blocks
+from ssl_vit_eval.distributed import agreed, gather_objects, in_memory, rank, world
+from ssl_vit_eval.features.extract import Reading
+from ssl_vit_eval.features.tokens import TokenReader, open_tokens
+from ssl_vit_eval.memory import place_for
+from ssl_vit_eval.probes.selection import Found
+from ssl_vit_eval.protocols import KINDS, Protocol
+from ssl_vit_eval.results import METRICS, make_rows, sentence
+from ssl_vit_eval.rows import Key, RowStore
+from ssl_vit_eval.sources import Source, on_device
+from ssl_vit_eval.splits import Split
+from ssl_vit_eval.suites import Dataset
+
+Say = Callable[[str], None]
+Specs = dict[str, list[str]]  # the readouts that each protocol reads, by its name
+
+
+class Task(NamedTuple):
+    """One run of a protocol: of one readout, or of several where that is faster."""
+
+    rule: Protocol
+    control: str
+    specs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.rule.name}{f' ({self.control})' if self.control else ''} of {', '.join(self.specs)}"
+
+
+@dataclass(frozen=True)
+class Referee:
+    """What is asked of every source on every dataset. controls: of `controls.CONTROLS`; cache: the folder of the features."""
+
+    rules: Sequence[Protocol]
+    controls: Sequence[str]
+    diagnostics: bool
+    store: RowStore
+    cache: Path
+    tell: Say  # by every process
+
+    def say(self, line: str) -> None:
+        """By the first process alone."""
+        if rank() == 0:
+            self.tell(line)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Train and test of one dataset at one size, with labels; fingerprints of both, and what rows call the transform."""
+
+    train: Split
+    test: Split
+    fingerprints: tuple[str, str]
+    transform: str
+    y_train: Int64[Tensor, " n"]
+    y_test: Int64[Tensor, " m"]
+    planned: set[tuple[Key, str]] = field(default_factory=set)  # by the sources so far: two may be the same network
+    _slices: dict[Any, Bool[Tensor, " n"]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, dataset: Dataset, size: int, say: Say) -> "Images":
+        """Called by every process, as what follows; the first one computes the fingerprints, which are read off all images."""
+        prints = ("", "")
+        with agreed():
+            train, test = dataset.load(size)
+            for notice in dict.fromkeys((*train.notices, *test.notices)):
+                say(notice)
+            if rank() == 0:
+                prints = (train.fingerprint, test.fingerprint)
+        assert train.labels is not None
+        assert test.labels is not None
+        return cls(train, test, gather_objects(prints)[0], dataset.transform(size), train.labels, test.labels)
+
+    @property
+    def data(self) -> str:
+        """The hash of both splits, as in the rows."""
+        return "".join(self.fingerprints)
+
+    def held_out(self, rule: Protocol, control: str) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " n"]]:
+        """The labels of train that a task meets, and its selection slice, drawn once for all sources."""
+        y = shuffled(self.y_train) if control == SHUFFLED else self.y_train
+        key = (control == SHUFFLED, *(rule.parameters.get(name) for name in ("slice_fraction", "slice_seed")))
+        if key not in self._slices:
+            self._slices[key] = rule.held_out(y, self.train.selection)
+        return y, self._slices[key]
+
+
+class Evaluation:
+    """One source on one dataset: what is missing, the features that it needs, and the protocols on them."""
+
+    def __init__(self, source: Source, specs: Specs, images: Images, referee: Referee) -> None:
+        """specs: by protocol."""
+        self.source, self.images, self.referee = source, images, referee
+        self.name = f"{source.name} on {images.train.dataset}"
+        self.plain: list[str] = []  # what is diagnosed
+        half: list[str] = []
+        if referee.diagnostics and (backbone := source.backbone) is not None:
+            self.plain = next((specs[rule.name] for rule in referee.rules if rule.reads == "features"), [])
+            blocks = with_blocks(self.plain, backbone.depth)
+            half = half_precision([spec for spec in blocks if spec not in self.plain])
+            specs = {rule.name: blocks if rule.kind == "knn" and self.plain else specs[rule.name] for rule in referee.rules}
+            if not self.plain:
+                referee.say(f"{self.name}: diagnostics need a readout without parameters; none was asked for")
+        known = gather_objects(referee.store.known() if rank() == 0 else set())[0] | images.planned
+        tasks = [task for rule in referee.rules for task in self.missing(rule, specs[rule.name], known)]
+        if not tasks:
+            referee.say(f"{self.name}: done before")
+        keys = (self.key(task.rule, spec, task.control) for task in tasks for spec in task.specs)
+        images.planned.update((key, metric) for key in keys for metric in METRICS)
+        self.asked = len(tasks)
+        refused, self.tasks = self.refused(tasks)
+        self.failed = refused if rank() == 0 else []  # those that this process answers for
+        self.pooled = list(dict.fromkeys(spec for task in self.tasks if task.rule.reads == "features" for spec in task.specs))
+        self.readings = [
+            Reading.of(source, self.pooled, split.images, referee.cache, data, split.split, images.transform, half, split.dataset)
+            for split, data in self.splits
+        ]
+        # tasks that all processes share, one after the other, then each process's own of the others
+        shared = [task for task in self.tasks if KINDS[task.rule.kind].shared]
+        self.mine = [*shared, *[task for task in self.tasks if task not in shared][rank() :: world()]]
+        self.steps = len(self.mine) + bool(self.plain)
+
+    @property
+    def splits(self) -> list[tuple[Split, str]]:
+        return list(zip((self.images.train, self.images.test), self.images.fingerprints, strict=True))
+
+    def missing(self, rule: Protocol, specs: Sequence[str], known: set[tuple[Key, str]]) -> list[Task]:
+        places: dict[str, list[str]] = {}
+        for spec in specs:
+            width = self.source.width(spec)
+            token = width if self.source.backbone is None else self.source.backbone.width
+            for control in controls_of(self.referee.controls, width, token) if rule.reads == "features" else [""]:
+                if not all((self.key(rule, spec, control), metric) in known for metric in METRICS):
+                    places.setdefault(control, []).append(spec)
+        # a joint run is divided among the processes
+        count = world() if KINDS[rule.kind].joint else max(map(len, places.values()), default=1)
+        return [Task(rule, control, tuple(of[part::count])) for control, of in places.items() for part in range(min(count, len(of)))]
+
+    def refused(self, tasks: Sequence[Task]) -> tuple[list[Exception], list[Task]]:
+        """What cannot be done within the memory, said before anything is read, and the other tasks."""
+        refusals: dict[int, Exception] = {}
+        for number, task in enumerate(tasks):
+            if needed := KINDS[task.rule.kind].memory:
+                most = max(needed(len(self.images.y_train), self.width(spec, task.control)) for spec in task.specs)
+                try:
+                    place_for(most, str(task), "use the protocol linear, which reads features batch by batch")
+                except Failure as error:
+                    refusals[number] = error
+        for others in gather_objects(refusals):
+            refusals |= others
+        return list(refusals.values()), [task for number, task in enumerate(tasks) if number not in refusals]
+
+    def key(self, rule: Protocol, spec: str, control: str) -> Key:
+        images = self.images
+        return Key(self.source.weights, images.data, images.transform, rule.name, rule.version, rule.hash, spec, control)
+
+    def width(self, spec: str, control: str) -> int:
+        """Of what a probe reads."""
+        backbone = self.source.backbone
+        return backbone.width if backbone is not None and control.startswith(PROJECTED) else self.source.width(spec)
+
+    def run(self, bar: Any) -> None:
+        """Carry out the tasks; each process keeps its own results at once. Failure at the end for those that failed."""
+        self.features = [reading.features() for reading in self.readings]
+        needed = self.plain or any(task.rule.reads != "features" for task in self.tasks)
+        with on_device([self.source] if needed else []):
+            if asked := [spec for task in self.tasks if task.rule.reads == "tokens" for spec in task.specs]:
+                blocks = tuple(sorted({block for spec in asked for block in ReadoutSpec.parse(spec).blocks}))
+                with in_memory():
+                    self.tokens = [self.read_tokens(split, data, blocks) for split, data in self.splits]
+            for task in self.mine:
+                bar.set_description(f"{self.source.name}: {task}")
+                shared = KINDS[task.rule.kind].shared
+                try:
+                    with nullcontext() if shared and world() > 1 else in_memory():  # the others wait for this part: they end with it
+                        self.carry_out(task)
+                except (UsageError, Failure) as error:
+                    self.failed += [] if shared and rank() else [error]
+                bar.update()
+            failed = [error for errors in gather_objects(self.failed) for error in errors]
+            if self.plain:
+                bar.set_description(f"{self.source.name}: diagnostics")
+                with agreed():
+                    if rank() == 0:
+                        images, store = self.images, self.referee.store
+                        path = examine(self.source, images.test, images.data, images.transform, self.plain, store)
+                        self.referee.say(f"diagnostics: {path}")
+                bar.update()
+        if failed:
+            what = "" if len(failed) == self.asked else f"{len(failed)} of {self.asked} runs failed, the others are kept: "
+            raise type(failed[0])(what + "; ".join(dict.fromkeys(map(str, failed))))
+
+    def read_tokens(self, split: Split, fingerprint: str, blocks: tuple[int, ...]) -> TokenReader:
+        return open_tokens(self.source, split.images, blocks, self.referee.cache, f"{fingerprint}-{self.images.transform}")
+
+    def carry_out(self, task: Task) -> None:
+        """Run the protocol, and keep the rows of what it finds: the time of several readouts by the parameters that each trained."""
+        begun, images = time.perf_counter(), self.images
+        rule, (y, held_out) = task.rule, images.held_out(task.rule, task.control)
+        run = partial(KINDS[rule.kind].run, rule.parameters)
+        if rule.reads == "features":
+            train, test = ({spec: self.controlled(features[spec], task.control) for spec in task.specs} for features in self.features)
+            found: dict[str, Found] = run(train, y, test, images.y_test, held_out)
+        elif rule.reads == "tokens":
+            found = run(task.specs, self.tokens[0], y, self.tokens[1], images.y_test, held_out)
+        else:
+            found = run(self.source.backbone, task.specs, images.train.images, y, images.test.images, images.y_test, held_out)
+        seconds, work = time.perf_counter() - begun, {spec: found[spec].parameters or 1 for spec in task.specs}
+        if KINDS[rule.kind].shared and rank():
+            return
+        for spec in task.specs:
+            key, width = self.key(rule, spec, task.control), self.width(spec, task.control)
+            share = seconds * work[spec] / sum(work.values())
+            rows = make_rows(self.source, key, found[spec], images.train, images.test, width, share, rule.deviations)
+            self.referee.store.append(rows, found[spec].predictions, images.y_test)
+            self.referee.tell(sentence(rows[0]))
+
+    def controlled(self, X: Float[Tensor, "n d"], control: str) -> Float[Tensor, "n _"]:
+        return projected(X, self.source.backbone.width) if self.source.backbone and control.startswith(PROJECTED) else X
