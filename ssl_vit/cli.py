@@ -28,6 +28,8 @@ PRETRAIN = """\
 --wandb [ENTITY/]PROJECT logs the run to W&B; with --resume, also one that is finished
 """
 
+VERBOSE = "print all that the report says, not one screen of it"
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that refuses abbreviations and answers a wrong option with the nearest one, in one line."""
@@ -219,12 +221,13 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("--margin", type=float, metavar="POINTS", help="differences below it do not matter; 1, or as the study declares it")
     parser.add_argument("--wandb", metavar="PROJECT", help="write a W&B Report there as well; [ENTITY/]PROJECT")
     parser.add_argument("--wandb-group", metavar="NAME", help="on the runs of this study alone")
+    parser.add_argument("--verbose", action="store_true", help=VERBOSE)
     values = parser.parse(arguments)
     if values.wandb_group is not None and values.wandb is None:
         raise UsageError("--wandb-group needs --wandb PROJECT")
     from ssl_vit_eval.report.terminal import compare as run_compare
 
-    run_compare(values.folders, values.out, values.margin, values.wandb, values.wandb_group)
+    run_compare(values.folders, values.out, values.margin, values.wandb, values.wandb_group, values.verbose)
 
 
 def study(arguments: list[str]) -> None:
@@ -236,6 +239,7 @@ def study(arguments: list[str]) -> None:
     engines = "one after another (local), as Slurm jobs (slurm), by agents of a W&B sweep (wandb)"
     parser.add_argument("--launcher", choices=("local", "slurm", "wandb"), default="local", metavar="L", help=engines)
     parser.add_argument("--wandb", metavar="PROJECT", help="log every cell there; [ENTITY/]PROJECT")
+    parser.add_argument("--verbose", action="store_true", help=VERBOSE)
     values = parser.parse(arguments)
     if (values.launcher != "local") + values.dry_run + (values.cell is not None) > 1:
         raise UsageError("--dry-run, --cell and --launcher are different things to do with a study; choose one")
@@ -260,7 +264,7 @@ def study(arguments: list[str]) -> None:
         if values.cell is not None:
             run_cell(values.study, values.out, values.cell, tracking)
         else:
-            run_study(values.study, values.out, tracking)
+            run_study(values.study, values.out, tracking, values.verbose)
 
 
 def export(arguments: list[str]) -> None:
@@ -276,10 +280,11 @@ def export(arguments: list[str]) -> None:
 def quickstart(arguments: list[str]) -> None:
     parser = Parser("quickstart", "The study `quickstart`: DINO and MAE, each under CLS, GAP and registers, in minutes on a CPU.")
     parser.add_argument("--out", metavar="DIR", help="default: runs/quickstart")
+    parser.add_argument("--verbose", action="store_true", help=VERBOSE)
     values = parser.parse(arguments)
     from ssl_vit_eval.study.run import run_study
 
-    run_study("quickstart", values.out)
+    run_study("quickstart", values.out, verbose=values.verbose)
 
 
 COMMANDS = {"quickstart": quickstart, "pretrain": pretrain, "eval": evaluate, "compare": compare, "study": study, "export": export}

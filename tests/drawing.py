@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-XLINK = "{http://www.w3.org/1999/xlink}href"
-
 
 class Drawing:
     """texts: (text, x, y, anchor); marks: (fill, x, y); lines: (stroke, width, points), of lines those in axes, grid among them."""
@@ -33,14 +31,6 @@ class Drawing:
 
     def words(self) -> str:
         return " ".join(text for text, *_ in self.texts)
-
-    def ids(self) -> list[str]:
-        return [node.get("id", "") for node in self.root.iter() if node.get("id")]
-
-    def references(self) -> set[str]:
-        values = [value for node in self.root.iter() for name, value in node.attrib.items() if name != "aria-label"]
-        links = [node.get(XLINK, "")[1:] for node in self.root.iter() if node.get(XLINK)]
-        return {*links, *(found for value in values for found in re.findall(r"url\(#([^)]*)\)", value))}
 
     def scale(self, axis: str, left: float = 0.0, right: float = 1e9) -> Callable[[float], float]:
         """From points of the page to the unit of the axis whose tick labels lie between left and right."""

@@ -103,7 +103,7 @@ def test_nothing_to_rank_is_said(tmp_path: Path) -> None:
     assert found.basis.startswith("Nothing to rank")
     assert "b, which lacks seeds of gap, register" in found.basis
     assert ranking_plots([found]) == []
-    assert [sheet.lines for sheet in ranking_sheets([found])] == [[], []]
+    assert [len(sheet.frame) for sheet in ranking_sheets([found])] == [0, 0]
     assert "Nothing to rank" in ranking_sheets([found])[0].note
 
 
@@ -119,11 +119,11 @@ def test_sheets_and_figures_show_these_numbers(tmp_path: Path) -> None:
     planted(tmp_path, RIGHT)
     (found,) = of(tmp_path)
     arms, pairs = ranking_sheets([found])
-    assert [line[3].text for line in arms.lines] == ["cls", "gap", "register"]
-    assert [line[4].number for line in arms.lines] == pytest.approx([5.5 / 3, 6 / 3, 6.5 / 3])
-    assert arms.lines[0][5].number == pytest.approx(100 * found.iqm[CLS].value)
-    assert [line[-2].number for line in arms.lines] == [3, 3, 3]
-    assert [value.text for value in pairs.lines[0][3:6]] == ["cls", "gap", "50.0"]
+    assert list(arms.shown["trained with"]) == ["cls", "gap", "register"]
+    assert list(arms.frame["mean rank"]) == pytest.approx([5.5 / 3, 6 / 3, 6.5 / 3])
+    assert arms.frame["interquartile mean, %"][0] == pytest.approx(100 * found.iqm[CLS].value)
+    assert list(arms.frame["data sets"]) == [3, 3, 3]
+    assert list(pairs.shown.iloc[0])[3:6] == ["cls", "gap", "50.0"]
 
     ranks, improvement = (Drawing(plot.svg) for plot in ranking_plots([found]))
     x = ranks.scale("x", right=250)

@@ -12,8 +12,8 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Cell, Gain, build
 from ssl_vit_eval.compare.runs import find_runs, recipe_name
-from ssl_vit_eval.report.score_tables import gain_text, score_text
-from ssl_vit_eval.report.terminal import compare, sentences, terminal
+from ssl_vit_eval.report.score_tables import gain_text, score_text, under_text
+from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.text import signed
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.stats.images import paired_difference
@@ -62,7 +62,6 @@ def test_without_its_baseline_a_cell_has_no_gain_and_that_is_said(store: RowStor
     comparison = build([store.folder])
     assert comparison.tables[0].cells[DINO_CLS, "cls"].gain is None
     assert any("1 of 1 trained cells have no gain" in note for note in comparison.notes)
-    assert "its random initialisation was not evaluated" in terminal(comparison)
 
 
 def test_what_was_not_measured_is_shown_as_missing(store: RowStore) -> None:
@@ -74,8 +73,9 @@ def test_what_was_not_measured_is_shown_as_missing(store: RowStore) -> None:
     assert comparison.read_with == ["gap", "cls+gap"]  # single tokens first
     for table in comparison.tables:
         assert comparison.trained(table) == [DINO_CLS, DINO_CLS._replace(trained_with="gap"), DINO_CLS._replace(trained_with=None)]
-    lines = [line.split() for line in terminal(comparison).splitlines() if line.startswith("dino (toy)")]
-    assert [line[-2:] for line in lines[3:]] == [["–", "–"], ["79.8*", "–"], ["–", "–"]]
+    shown = screen(comparison).split("\n\n")
+    assert [line.split() for line in shown[0].splitlines()[2:]] == [["toy", "cls", "–", "79.8"], ["toy", "gap", "79.8*", "–"]]
+    assert [line.split() for line in shown[1].splitlines()[2:]] == [["toy", "gap", "79.8*"]]  # no empty line, no empty column
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,7 @@ def test_seeds_are_averaged_without_an_invented_interval(store: RowStore) -> Non
     control = only_cell(store, DINO_CLS._replace(trained_with=None))
     assert control.seeds == 3
     assert score_text(cell).endswith(", n = 3")
-    assert (
-        f"({signed(min(gains))[1:]} … {signed(max(gains))[1:]}) over its random initialisation"
-        in sentences(build([store.folder]).tables[0])[0]
-    )
+    assert f"({signed(min(gains))[1:]} … {signed(max(gains))[1:]})" in under_text(cell)
 
 
 def test_a_seed_without_its_baseline_is_said(store: RowStore) -> None:
@@ -147,8 +144,8 @@ def test_controls_stand_with_what_they_control(store: RowStore) -> None:
     assert table.cells[Arm("mae", "patches", None), "cls"].top1 < random.top1
     assert comparison.others(table) == [Arm("random", "random:unused", None), Arm("timm", "timm:vit", None)]
     assert comparison.read_with == ["cls"]
-    text = terminal(comparison)
-    assert text.index("pixels:32") < text.index("not trained here") < text.index("timm:vit")
+    text = screen(comparison)
+    assert text.index("patches random") < text.index("pixels:32") < text.index("timm:vit")
 
 
 def test_a_table_of_controls_alone_has_no_empty_lines(store: RowStore) -> None:
@@ -162,17 +159,32 @@ def test_a_table_of_controls_alone_has_no_empty_lines(store: RowStore) -> None:
 def test_an_interval_that_includes_zero_is_said(store: RowStore) -> None:
     plant(store, answers(0.7))
     plant_random(store, answers(0.7, seed=3))
-    (sentence,) = sentences(build([store.folder]).tables[0])
-    assert sentence.startswith("dino trained with cls, read with cls, builtin:photos, knn: 71.0 %, −2.0 points ")
-    assert sentence.endswith("over its random initialisation, includes zero: no gain that these 400 images could show")
+    cell = build([store.folder]).tables[0].cells[DINO_CLS, "cls"]
+    assert score_text(cell) == "71.0"
+    assert under_text(cell).startswith("−2.0 [")
+    assert under_text(cell).endswith(" ○")
 
 
-def test_verdicts_follow_the_tables_and_notes_come_last(store: RowStore) -> None:
+def test_one_screen_has_the_tables_then_the_verdicts_then_what_to_do(store: RowStore) -> None:
     for readout, count in (("cls", 300), ("gap", 200)):
         plant_arm(store, readout, range(6), lambda seed, count=count: torch.arange(400) < count)
-    text = terminal(build([store.folder]))
-    parts = ["* read as trained", "A is better than B if", "cls − gap: +25.0 points [", ", 6 seeds: better", "\n\nnote: "]
+    text = screen(build([store.folder]))
+    parts = ["75.0 ± 0.0*", "verdicts, at a margin of 1 points", "Which readout to train with (B): 1 better"]
+    parts += ["dino (toy), builtin:photos, knn: cls > gap +25.0 [", "next: See whether", "--verbose", "Warnings there: 2."]
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
+
+
+def test_what_raw_pixels_beat_is_marked_and_warned_of_first(store: RowStore) -> None:
+    plant(store, answers(0.8))
+    plant(store, answers(0.9), trained_with="gap", read_with="gap", source="toy-gap-s0")
+    plant(
+        store, answers(0.85, seed=1), method="pixels", read_with="pixels", source="pixels:32", checkpoint="p", trained_with=None, init=None
+    )
+    text = screen(build([store.folder]))
+    assert text.startswith("warning: builtin:photos, knn v1: 1 of 2 trained backbones, read as trained, are below raw pixels (")
+    assert ": dino (toy), trained with cls; what is compared there has not learnt to see" in text
+    assert [line.split()[1] for line in text.splitlines() if "*▽" in line] == ["cls"]
+    assert "next: Train longer" in text
 
 
 @pytest.mark.parametrize(
@@ -195,12 +207,16 @@ def test_compare_prints_the_table_and_ends_with_the_path(store: RowStore, capsys
     path = compare([store.folder])
     assert path == store.folder / "report.html"
     output = capsys.readouterr().out
-    assert terminal(build([store.folder])) in output
+    assert screen(build([store.folder])) in output
+    assert "The rule." not in output
     assert output.splitlines()[-1] == f"report: {path}"
     assert compare([store.folder], store.folder / "new" / "folder").is_file()
     path.write_text(path.read_text().replace("Which token", "Old"))
-    compare([store.folder])
+    compare([store.folder], verbose=True)
     assert "Which token" in path.read_text()  # our own report is replaced
+    output = capsys.readouterr().out
+    for part in ("What to conclude.", "The rule.", "builtin:photos · knn: top-1, %", "Protocols and what they selected", f"report: {path}"):
+        assert part in output
     there = {p.name for p in store.folder.iterdir() if not p.name.startswith(".")}
     assert there == {"predictions", "rows.jsonl", "rows.lock", "new", "plots", "report.html", "report.md", "tables"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssl_vit.errors import UsageError
-from ssl_vit_eval.report.terminal import verdicts
+from ssl_vit_eval.report.terminal import screen
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.stats.images import paired_difference
 from ssl_vit_eval.stats.seeds import crossed_interval
@@ -103,8 +103,10 @@ def test_many_comparisons_need_more_seeds_than_the_one_that_was_declared(store: 
     (rest,) = families(comparison, "trained with")
     assert specs(rest) == [("cls", "register"), ("gap", "register")]
     assert all(found.corrected == pytest.approx(2 * 2 / 64) and found.outcome == "undecided" for found in rest.differences)
-    text = verdicts(comparison.families, comparison.rule)
-    assert text.index("Primary comparison") < text.index("Trained with: arms") < text.index("gap − register")
+    text = screen(comparison)
+    assert text.index("declared: dino (toy), builtin:photos, knn: cls is better") < text.index(
+        "Which readout to train with (B): 2 undecided"
+    )
 
 
 def test_holm_decides_among_three(store: RowStore) -> None:

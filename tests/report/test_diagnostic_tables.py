@@ -138,8 +138,7 @@ def test_attention_that_cannot_be_seen_is_said(examined: tuple[Path, list[Row]],
 
 
 def cell(sheet: diagnostic_tables.Sheet, line: int, column: str) -> tuple[str, float | None]:
-    value = sheet.lines[line][sheet.head.index(column)]
-    return value.text, value.number
+    return sheet.shown[column][line], sheet.frame[column][line]
 
 
 def test_tables_are_means_over_seeds(examined: tuple[Path, list[Row]]) -> None:
@@ -161,14 +160,19 @@ def test_tables_are_means_over_seeds(examined: tuple[Path, list[Row]]) -> None:
     check("tokens", 0, "CLS–patch cosine, raw", lambda of: float(of["tokens"]["blocks"][2]["cls_patch_cosine"]["pre"]["mean"]), 3)
     check("similarity", 0, "CKA", lambda of: float(of["cka"]["pairs"][0]["cka"]), 3)
     last = {of["readout"]: of for of in first["spectra"]["readouts"] if of["block"] == 2}
-    place = next(i for i, line in enumerate(sheets["geometry"].lines) if "trained with gap" in line[0].text and line[2].text == "gap")
+    geometry = sheets["geometry"].shown
+    place = next(
+        i
+        for i, (model, read) in enumerate(zip(geometry["model"], geometry["readout"], strict=True))
+        if "with gap" in model and read == "gap"
+    )
     assert cell(sheets["geometry"], 1, "readout")[0] == "gap"
     other = next(of for of in found[2].found["spectra"]["readouts"] if (of["readout"], of["block"]) == ("gap", 2))
     assert cell(sheets["geometry"], place, "RankMe")[1] == pytest.approx(other["rankme"])
     assert cell(sheets["geometry"], 1, "RankMe")[1] != pytest.approx(last["gap"]["rankme"])
-    assert [line[sheets["geometry"].head.index("n")].text for line in sheets["geometry"].lines] == ["5"] * 6
+    assert list(geometry["n"]) == ["5"] * 6
     assert "equal n and width" in sheets["geometry"].note
-    assert [line[0].text for line in sheets["attention"].lines][-1] == "random:toy"
+    assert list(sheets["attention"].shown["model"])[-1] == "random:toy"
 
 
 def test_seeds_of_other_sizes_are_not_averaged(examined: tuple[Path, list[Row]], tmp_path: Path) -> None:
@@ -183,7 +187,7 @@ def test_seeds_of_other_sizes_are_not_averaged(examined: tuple[Path, list[Row]],
     sheets = {
         sheet.name: sheet for sheet in diagnostic_tables.sheets(find_diagnoses([changed(folder, tmp_path / "changed", change)], rows))
     }
-    lines = [[value.text for value in line] for line in sheets["geometry"].lines if line[0].text.endswith("with cls")]
+    lines = [line for line in sheets["geometry"].shown.to_numpy().tolist() if line[0].endswith("with cls")]
     assert [(line[2], line[3], line[6]) for line in lines] == [(spec, n, "1") for n in "54" for spec in SPECS]
     assert cell(sheets["redundancy"], 0, "gain, points") == ("1.500 ± 0.000", 1.5)
 

@@ -24,7 +24,7 @@ from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Comparison, build
 from ssl_vit_eval.compare.runs import Run
 from ssl_vit_eval.compare.verdict import Difference, Family, Side
-from ssl_vit_eval.report.table import Sheet, Value
+from ssl_vit_eval.report.table import Sheet, frame_of
 from ssl_vit_eval.report.wandb import write_wandb_report
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.tracking import summary_key
@@ -33,7 +33,7 @@ from tests.planted import plant, plant_random
 from tests.saved_reports import grids, keep_reports, panels, saved, text_of
 
 SNAPSHOT = Path(__file__).parents[1] / "snapshots" / "wandb_report.json"
-TABLE = Sheet("costs", "What it cost", ["arm", "seconds"], [[Value("cls|gap"), Value("12", 12.0)]], "One device.")
+TABLE = Sheet("costs", "What it cost", frame_of([{"arm": "cls|gap", "seconds": 12}]), "One device.")
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # of wandb_workspaces itself
 
 
@@ -123,7 +123,7 @@ def test_text_has_the_primary_first_then_every_difference_the_rule_and_the_notes
     write_wandb_report(replace(compared, notes=["half a seed"], families=families), "team/proj", "study", [TABLE])
     texts = [text_of(block) for block in saved(server)["spec"]["blocks"] if block["type"] != "panel-grid"]
     first = next(number for number, text in enumerate(texts) if "the declared words." in text)
-    assert texts[first].startswith("BETTER. ")
+    assert texts[first].startswith("BETTER. Declared before training, ")
     assert not any("words of" in text for text in texts[:first])
     whole = "\n".join(texts)
     for question in ("norm", "trained with", "self-consistency", "read with"):
@@ -222,9 +222,9 @@ def test_pictures_are_a_run_of_their_own_that_the_report_shows(server: FakeWandb
     media = panels(saved(server)["spec"], "Media Browser")
     keys = [key for _, config in media for key in config["mediaKeys"]]
     assert all(grid.holds({"name": run.id}) and not grid.holds({"name": "another"}) for grid, _ in media)
-    assert keys[-1] == "reconstructions/m_ae"
-    assert [key.split("/")[0] for key in keys[:-1]] == ["figures"] * (len(keys) - 1) != []
-    assert run.summary["reconstructions/m_ae"]["captions"] == ["trained with cls, seed 0", "trained with gap, seed 0"]
+    assert keys[-2:] == ["figures/reconstructions-0-m_ae-cls", "figures/reconstructions-1-m_ae-gap"]
+    assert [key.split("/")[0] for key in keys] == ["figures"] * len(keys)
+    assert [run.summary[key]["captions"] for key in keys[-2:]] == [["m.ae, trained with cls, seed 0"], ["m.ae, trained with gap, seed 0"]]
     for key in keys:
         assert [name for name in run.files if name.startswith(f"media/images/{key}_")], f"{key} was not uploaded"
 

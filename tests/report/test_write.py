@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -17,11 +18,12 @@ import yaml
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.compare.comparison import Comparison, build
 from ssl_vit_eval.compare.verdict import Difference
-from ssl_vit_eval.report.page import Drawings, Section, markdown, page
+from ssl_vit_eval.report.page import OURS, Chapter, Figures, markdown, page
 from ssl_vit_eval.report.plotting import Plot
-from ssl_vit_eval.report.report_files import OURS
-from ssl_vit_eval.report.score_grids import GAIN, LOSS
-from ssl_vit_eval.report.terminal import compare, terminal
+from ssl_vit_eval.report.run_tables import frame_of_rows, selections
+from ssl_vit_eval.report.score_tables import GAIN, LOSS
+from ssl_vit_eval.report.table import csv as csv_of
+from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.write import write_report
 from ssl_vit_eval.rows import RowStore
 from tests.planted import PRIMARY, plant, plant_arm, plant_random, words
@@ -121,12 +123,9 @@ def differences(comparison: Comparison, question: str) -> list[Difference]:
 
 def test_the_grids_show_the_numbers_of_the_terminal(study: tuple[Path, Comparison]) -> None:
     out, comparison = study
-    page, text = Page(out / "report.html"), terminal(comparison)
-    table = text[text.index("builtin:photos · knn") : text.index("pixels:32")]
-    below = re.findall(r"[+−]?\d+\.\d \([^)]*\)", table)
-    assert len(below) == 1 + 0  # only cls read with cls has a start that was read so
-    cell = next(cell for cell in page.grid if below[0] in cell)
-    assert cell.removesuffix(below[0]) in table.replace("*", "")
+    page, text = Page(out / "report.html"), screen(comparison)
+    (gained,) = [cell for cell in page.grid if re.search(r"[+−]\d+\.\d \(", cell)]  # only cls read with cls has a start that was read so
+    assert f" {gained.split(',')[0]}* " in text
     (photos,) = [table for table in comparison.tables if table.setting.protocol == "knn"]
     for value in photos.cells.values():
         assert any(cell.startswith(f"{100 * value.top1:.1f}") for cell in page.grid)
@@ -139,9 +138,10 @@ def test_the_declared_comparison_leads_and_every_difference_is_in_its_table(stud
     page = Page(out / "report.html")
     (primary,) = [family for family in comparison.families if family.primary]
     assert primary.differences[0].outcome == "better"
-    findings = page.sections["findings"]
-    assert findings.index(f"Declared before training, dino (toy), builtin:photos, knn: {words(comparison, primary.differences[0])}.") < 60
-    assert comparison.rule.text in findings
+    header = page.sections[""]
+    said = f"Declared before training, dino (toy), builtin:photos, knn: {words(comparison, primary.differences[0])}."
+    assert header.index(said) < header.index("What to conclude.") < header.index("How sure that is.") < header.index("What to do next.")
+    assert comparison.rule.text in page.sections["findings"]
     for question in ("trained with", "read with", "self-consistency", "norm"):
         of, lines = differences(comparison, question), lines_of(out / "tables" / f"differences-{question.replace(' ', '-')}.csv")
         assert len(of) == len(lines) > 0
@@ -168,6 +168,7 @@ def test_two_sentences_say_what_was_compared_and_what_came_out(study: tuple[Path
     assert outcomes.count("undecided") == 5
     assert "Of 6 comparisons of two trainings, each read as it was trained, 1 found a better readout, 0 no difference" in header
     assert "5 of these could not be decided with so few seeds" in header
+    assert "Train 8 seeds of each arm, or 6 and declare one primary comparison before the training; see whether" in header
     assert "Better: cls over gap (dino (toy), builtin:photos, knn)." in header
 
 
@@ -249,7 +250,7 @@ def test_what_users_name_is_escaped(tmp_path: Path) -> None:
     page = written(tmp_path)
     assert len(re.findall("<script", (tmp_path / "out" / "report.html").read_text())) == 1
     assert bad in page.words
-    assert "dino (a<b>$): loss" in page.words
+    assert ("img", "alt", "dino (a<b>$): loss") in page.attributes
     assert not re.search(r"(?<!\\)<script", (tmp_path / "out" / "report.md").read_text())
     for file in (tmp_path / "out" / "plots").glob("*.svg"):
         ElementTree.fromstring(file.read_text())
@@ -267,8 +268,9 @@ def test_markdown_says_the_same_and_its_pictures_are_there(study: tuple[Path, Co
 
 def test_runs_and_costs(study: tuple[Path, Comparison]) -> None:
     page = Page(study[0] / "report.html")
-    assert "dino (toy): teacher information" in page.words
-    assert page.sections["pretraining"].count("trained with gap") == 2  # the two legends
+    assert ("img", "alt", "dino (toy): teacher information") in page.attributes
+    curves = [file.read_text() for file in (study[0] / "plots").glob("curve-*.svg")]
+    assert [">trained with gap</text>" in curve for curve in curves] == [True, True]  # the legends
     lines = lines_of(study[0] / "tables" / "costs.csv")
     assert [(line["trained with"], line["images/s"]) for line in lines] == [("cls", "480"), ("gap", "480")]
     assert [line["FLOPs"] for line in lines] == ["6114045132800", ""]
@@ -311,9 +313,9 @@ def test_pictures_are_embedded_first_seed_only_and_as_far_as_they_fit(tmp_path: 
     plant(RowStore(tmp_path / "eval"), answers(0.8, 0))
     for readout, seed, size in (("cls", 0, 100), ("cls", 1, 100), ("gap", 0, 101)):
         write_run(tmp_path / "cells" / f"toy-{readout}-s{seed}", "mae", readout, seed, bytes([seed]) * size)
-    monkeypatch.setattr("ssl_vit_eval.report.page.PICTURE_BYTES", 200)
+    monkeypatch.setattr("ssl_vit_eval.report.page.STORED_BYTES", 200)
     page = written(tmp_path)
-    sources = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
+    sources = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src") and "svg" not in value]
     assert sources == ["data:image/png;base64," + base64.b64encode(bytes(100)).decode()]
     assert "toy, trained with gap, seed 0: plots/reconstructions-1-toy-gap.png is too large to be embedded here" in page.words
     assert (tmp_path / "out" / "plots" / "reconstructions-1-toy-gap.png").read_bytes() == bytes(101)
@@ -322,12 +324,14 @@ def test_pictures_are_embedded_first_seed_only_and_as_far_as_they_fit(tmp_path: 
 def test_drawings_share_a_budget_and_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     plots = [Plot(name, name.upper(), f"<svg>{name * 10}</svg>", b"", "one note") for name in "abc"]
     monkeypatch.setattr("ssl_vit_eval.report.page.DRAWING_BYTES", 45)
-    text = page("T", [], [Section("s", "s", "S", [Drawings(plots)])])
-    assert text.count("<svg>") == 2
+    text = page("T", [], [Chapter("s", "s", "S", [Figures(plots)])])
+    assert [base64.b64decode(found).decode() for found in re.findall(r"data:image/svg\+xml;base64,([^\"]*)", text)] == [
+        plot.svg for plot in plots[:2]
+    ]
     assert "C: plots/c.svg is too large to be embedded here." in text
     assert text.count("one note") == 1
     other = Plot("d", "D", "<svg/>", b"", "another note")
-    text = markdown("T", [], [Section("s", "s", "S", [Drawings([plots[0], other])])])
+    text = markdown("T", [], [Chapter("s", "s", "S", [Figures([plots[0], other])])])
     assert re.search(r"plots/a\.png\)\n\none note\n\n!\[D\]\(plots/d\.png\)\n\nanother note", text)
 
 
@@ -383,3 +387,10 @@ def test_contrast_of_the_strongest_colours(background: tuple[int, int, int]) -> 
 
     ink = (0x1B, 0x1F, 0x24)
     assert (luminance(background) + 0.05) / (luminance(ink) + 0.05) > 7
+
+
+def test_the_tables_of_the_committed_study_are_what_they_were(tmp_path: Path) -> None:
+    study = Path(__file__).parents[2] / "eval" / "results" / "instrument"
+    (tmp_path / "rows.jsonl").write_bytes(gzip.decompress((study / "rows.jsonl.gz").read_bytes()))
+    rows = frame_of_rows(RowStore(tmp_path).rows())
+    assert csv_of(selections(rows)) == (study / "tables" / "selection.csv").read_text()

@@ -1,20 +1,19 @@
-"""The first page of a report: what was compared, what came out, by which rule, and what keeps it from saying more."""
+"""The first page of a report: what to conclude, how sure that is, what to do next; then every verdict, the rule, and the warnings."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from html import escape
 from math import isinf
 
 from ssl_vit_eval.compare.arms import arms_of, weights_of
 from ssl_vit_eval.compare.comparison import Comparison
 from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question, Rule
-from ssl_vit_eval.report.page import Block, Bullets, Drawings, Grid, Heading, Text
+from ssl_vit_eval.report.page import Block, Bullets, Figures, Heading, Listing, Text, template
 from ssl_vit_eval.report.plot_differences import paired_seeds
-from ssl_vit_eval.report.run_tables import selection_warnings
-from ssl_vit_eval.report.score_grids import at_last
-from ssl_vit_eval.report.table import Sheet, Value, slug
-from ssl_vit_eval.report.text import side_name, signed, words_of
+from ssl_vit_eval.report.run_tables import frame_of_rows, selection_warnings
+from ssl_vit_eval.report.score_tables import at_last, below_pixels, pixels_of
+from ssl_vit_eval.report.table import Sheet, frame_of, slug
+from ssl_vit_eval.report.text import points_text, side_name, signed, words_of
+from ssl_vit_eval.stats.seeds import seeds_needed
 
 SIGNS: dict[Outcome, str] = {"better": ">", "worse": "<", "no difference": "≈", "undecided": "?"}
 MEANINGS: dict[Outcome, str] = {
@@ -40,25 +39,43 @@ def families_of(comparison: Comparison, question: Question) -> list[Family]:
 
 
 def lead(comparison: Comparison) -> list[Text]:
-    """What was compared, and what came out, for someone who sees the report for the first time."""
-    return [Text(_compared(comparison)), Text(_outcome(comparison))]
+    """What was compared, what to conclude, how sure it is, what to do next; for someone who sees the report for the first time."""
+    return [
+        Text(_compared(comparison)),
+        *_declared(comparison),
+        Text(_outcome(comparison), lead="What to conclude."),
+        Text(_certainty(comparison), lead="How sure that is."),
+        Text(next_step(comparison), lead="What to do next."),
+    ]
 
 
 def blocks(comparison: Comparison) -> list[Block]:
-    """The primary comparison, every verdict at a glance, the rule and the warnings."""
+    """The primary comparison seed by seed, the warnings, every verdict at a glance, the rule."""
     primary = [family for family in comparison.families if family.primary]
-    found: list[Block] = [
-        Text(f"{words_of(family, difference, comparison.rule)}.", difference.outcome, f"Declared before training, {about(family)}:")
-        for family in primary
-        for difference in family.differences
-    ]
-    if drawn := [plot for family in primary for plot in paired_seeds(family, comparison.rule, comparison.rows)]:
-        found.append(Drawings(drawn))
-    warnings = [*comparison.notes, *selection_warnings(comparison.rows)]
-    if warnings:
-        found += [Heading("Warnings"), Bullets([f"{note.rstrip('.')}." for note in warnings], "note")]
+    drawn = [plot for family in primary for plot in paired_seeds(family, comparison.rule, comparison.rows)]
+    found: list[Block] = [Figures(drawn)] if drawn else []
+    if notes := warnings_of(comparison):
+        found += [Heading("Warnings"), Bullets([f"{note.rstrip('.')}." for note in notes], "note")]
     found += [Heading("All verdicts at a glance"), *_glances(comparison)] if comparison.families else []
     return [*found, Text(comparison.rule.text, "soft", "The rule.")]
+
+
+def warnings_of(comparison: Comparison) -> list[str]:
+    """What keeps the numbers from meaning what they seem to; first where raw pixels beat a trained backbone."""
+    return [*floors(comparison), *comparison.notes, *selection_warnings(frame_of_rows(comparison.rows))]
+
+
+def floors(comparison: Comparison) -> list[str]:
+    found = []
+    for table in comparison.tables:
+        own = {arm.name: cell for (arm, spec), cell in table.cells.items() if arm.trained_with == spec}
+        if low := [name for name, cell in own.items() if below_pixels(table, cell)]:
+            best = max(cell.top1 for cell in pixels_of(table).values())
+            named = "; ".join(low[:3]) + (f" and {len(low) - 3} more" if len(low) > 3 else "")
+            where = f"{table.setting.dataset}, {table.setting.rule} v{table.setting.version}"
+            text = f"{len(low)} of {len(own)} trained backbones, read as trained, are below raw pixels ({100 * best:.1f} %): {named}"
+            found.append(f"{where}: {text}; what is compared there has not learnt to see")
+    return found
 
 
 def chip(family: Family, difference: Difference) -> str:
@@ -92,8 +109,21 @@ def _readouts(comparison: Comparison) -> str:
     return _and(last) + ("" if len(last) == len(comparison.read_with) else " (and at other blocks)")
 
 
+def _declared(comparison: Comparison) -> list[Text]:
+    return [
+        Text(f"{words_of(family, of, comparison.rule)}.", of.outcome, f"Declared before training, {about(family)}:")
+        for family in comparison.families
+        if family.primary
+        for of in family.differences
+    ]
+
+
+def _trainings(comparison: Comparison) -> list[tuple[Family, Difference]]:
+    return [(family, of) for family in families_of(comparison, "trained with") for of in family.differences]
+
+
 def _outcome(comparison: Comparison) -> str:
-    pairs = [(family, of) for family in families_of(comparison, "trained with") for of in family.differences]
+    pairs = _trainings(comparison)
     if not pairs:
         return "No two of them can be compared as trainings, so that this report shows numbers, and no verdict on what to train with."
     counts = Counter(of.outcome for _, of in pairs)
@@ -101,10 +131,42 @@ def _outcome(comparison: Comparison) -> str:
     text = f"Of {_count(len(pairs), 'comparison')} of two trainings, each read as it was trained, "
     text += f"{decided} found a better readout, {counts['no difference']} no difference that matters, {counts['undecided']} stay undecided."
     better = [f"{_winner(family, of)} ({about(family)})" for family, of in pairs if of.outcome in ("better", "worse")]
-    if hopeless := sum(of.outcome == "undecided" and isinf(of.resolvable) for _, of in pairs):
-        text += f" {hopeless} of these could not be decided with so few seeds, however large the difference."
     named = f" Better: {'; '.join(better[:3])}{f'; and {len(better) - 3} more' if len(better) > 3 else ''}." if better else ""
     return text + named
+
+
+def _certainty(comparison: Comparison) -> str:
+    pairs, rule = _trainings(comparison), comparison.rule
+    known = [of.resolvable for _, of in pairs if not isinf(of.resolvable)]
+    text = f"Verdicts follow one rule at the {100 * rule.level:g} % level; less than {points_text(rule.margin)} is too small to matter."
+    if hopeless := sum(of.outcome == "undecided" and isinf(of.resolvable) for _, of in pairs):
+        text += f" {hopeless} of these could not be decided with so few seeds, however large the difference."
+    if known:
+        reach = f"{min(known):.1f}" + ("" if f"{min(known):.1f}" == f"{max(known):.1f}" else f" to {max(known):.1f}")
+        text += f" A true difference of {reach} points would have been found four times in five."
+    if notes := warnings_of(comparison):
+        text += f" {_count(len(notes), 'warning')} below."
+    return text
+
+
+def next_step(comparison: Comparison) -> str:
+    """What the outcome asks for, the most urgent first."""
+    undecided = [of for _, of in _trainings(comparison) if of.outcome == "undecided"]
+    steps = []
+    if floors(comparison):
+        steps.append("train longer, or on more images, until the backbones pass raw pixels")
+    if any(isinf(of.resolvable) for of in undecided):
+        needed = seeds_needed(max(of.comparisons for of in undecided), comparison.rule.level)
+        declared = seeds_needed(1, comparison.rule.level)
+        steps.append(f"train {needed} seeds of each arm, or {declared} and declare one primary comparison before the training")
+    elif undecided:
+        steps.append("add seeds where a difference that matters is undecided")
+    if any(of.outcome in ("better", "worse") for _, of in _trainings(comparison)):
+        steps.append("see whether what was found holds on other data sets and with other methods")
+    if not steps:
+        steps.append("look at the tables; trainings of several readouts and seeds are compared by ssl-vit study")
+    text = "; ".join(steps)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _winner(family: Family, of: Difference) -> str:
@@ -120,34 +182,27 @@ def about(family: Family) -> str:
 def _glances(comparison: Comparison) -> list[Block]:
     """A table for each question, tables A apart from tables B and folded where there are both; the first is led by what the signs mean."""
     asked = {question: of for question in QUESTIONS if (of := families_of(comparison, question))}
-    both = asked.keys() & TABLE_A and asked.keys() - TABLE_A
-    grids = [_glance(question, of, comparison.rule, folded=bool(both and question in TABLE_A)) for question, of in asked.items()]
-    signs = "".join(f'<span class="badge {slug(outcome)}">A {sign} B</span> {MEANINGS[outcome]}' for outcome, sign in SIGNS.items())
-    return [replace(grid, html=grid.html if place else f'<p class="key">{signs}</p>{grid.html}') for place, grid in enumerate(grids)]
+    both = bool(asked.keys() & TABLE_A and asked.keys() - TABLE_A)
+    return [
+        _glance(question, of, comparison.rule, is_open=not (both and question in TABLE_A), is_first=not place)
+        for place, (question, of) in enumerate(asked.items())
+    ]
 
 
-def _glance(question: Question, families: Sequence[Family], rule: Rule, folded: bool) -> Grid:
-    """A line for each family, a coloured chip for each of its differences."""
-    body, lines = "", []
-    for family in families:
-        declared = ", declared before training" if family.primary else ""
-        cells = [family.scope + declared, family.setting.dataset, family.setting.rule]
-        named = list(map(Value, cells))
-        chips = [(slug(of.outcome), escape(words_of(family, of, rule)), escape(chip(family, of))) for of in family.differences]
-        badges = " ".join(f'<span class="badge {name}" title="{words}">{text}</span>' for name, words, text in chips)
-        body += f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}<td>{badges}</td></tr>\n"
-        for of in family.differences:
-            sentence = Value(words_of(family, of, rule))
-            lines.append([*named, Value(chip(family, of)), Value(of.outcome, style=of.outcome), sentence])
+def _glance(question: Question, families: Sequence[Family], rule: Rule, is_open: bool, is_first: bool) -> Listing:
     what = "trained with: read so, and with the best other" if question == "self-consistency" else "A and B"
     head = ["of", "data set", "protocol", f"{what}; A − B in points"]
-    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
-    title = f"{QUESTIONS[question]}: {_count(sum(len(family.differences) for family in families), 'difference')}"
-    html = (
-        f'<details{"" if folded else " open"} class="glance"><summary>{title}</summary><div class="wide"><table class="plain">'
-        f"<thead><tr>{columns}</tr></thead><tbody>\n{body}</tbody></table></div></details>"
-    )
-    return Grid(html, Sheet(f"verdicts-{slug(question)}", title, [*head, "verdict of A", "in words"], lines, KEY))
+    lines, records = [], []
+    for family in families:
+        place = [family.scope + (", declared before training" if family.primary else ""), family.setting.dataset, family.setting.rule]
+        chips = [{"text": chip(family, of), "outcome": of.outcome, "words": words_of(family, of, rule)} for of in family.differences]
+        lines.append((place, chips))
+        columns = [*head, "verdict of A", "in words"]
+        records += [dict(zip(columns, [*place, one["text"], one["outcome"], one["words"]], strict=True)) for one in chips]
+    title = f"{QUESTIONS[question]}: {_count(len(records), 'difference')}"
+    sheet = Sheet(f"verdicts-{slug(question)}", title, frame_of(records), KEY, styles={"verdict of A": "badge"})
+    signs = SIGNS if is_first else {}
+    return Listing(sheet, html=template("glance.html", title=title, head=head, lines=lines, open=is_open, signs=signs, meanings=MEANINGS))
 
 
 def _and(names: Iterable[str]) -> str:

@@ -1,37 +1,59 @@
-"""A report as data, sections of blocks, and its two faces: one HTML file that needs nothing beside it, and Markdown with its pictures."""
+"""A report as data, chapters of blocks, and its two faces: one HTML file that needs nothing beside it, and Markdown with its images.
+
+The HTML is made by `templates/page.html` and `blocks.html`; the files of a report replace those of the last one and nothing else.
+"""
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
-from typing import Literal
+from pathlib import Path
+from textwrap import wrap
+from typing import ClassVar, Literal
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ssl_vit.errors import UsageError
 from ssl_vit_eval.compare.verdict import Outcome
 from ssl_vit_eval.report import table
 from ssl_vit_eval.report.plotting import Plot
-from ssl_vit_eval.report.table import Sheet, escape_markdown
+from ssl_vit_eval.report.table import Sheet, escape_markdown, slug
 
 MARKER = '<meta name="generator" content="ssl-vit compare">'
 MARKDOWN_MARKER = "<!-- written by ssl-vit compare -->"
-DRAWING_BYTES = 1_500_000  # of embedded plots, and
-PICTURE_BYTES = 1_500_000  # of embedded pictures, which take a third more as text: the file stays below 4 MB
+DRAWING_BYTES = 1_500_000  # of embedded drawings, and
+STORED_BYTES = 1_500_000  # of embedded PNG files; both take a third more as text: the file stays below 5 MB
+FOLDERS = ("tables", "plots")
+NAME = r"report\.(html|md)|(tables|plots)/\w[^/\\]*"
+OURS = ".ssl-vit-report"  # the names of the files that the last report in a folder consists of
+WIDTH = 120  # of text in a terminal
+_PLAIN = ("plain", "soft", "note")
 
 
 @dataclass(frozen=True)
 class Text:
     """A paragraph. lead: its first words, in bold; style: a remark, a warning, or a verdict with its badge."""
 
+    kind: ClassVar = "text"
     text: str
     style: Literal["plain", "soft", "note"] | Outcome = "plain"
     lead: str = ""
+
+    @property
+    def is_verdict(self) -> bool:
+        return self.style not in _PLAIN
 
 
 @dataclass(frozen=True)
 class Bullets:
     """A list. style: "note" for warnings; title: of a list that is closed until it is clicked."""
 
+    kind: ClassVar = "bullets"
     items: list[str]
     style: Literal["plain", "soft", "note"] = "plain"
     title: str = ""
@@ -39,47 +61,39 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Heading:
+    kind: ClassVar = "heading"
     text: str
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A table; folded: closed until it is clicked."""
+    """A table; folded: closed until it is clicked. html: how it looks in the page, where it has a template of its own."""
 
+    kind: ClassVar = "listing"
     sheet: Sheet
     folded: bool = False
+    html: Markup | None = None
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table with a look of its own, trusted HTML, and the same numbers as a sheet."""
+class Figures:
+    """Figures side by side, at least one. title: of figures that are closed until it is clicked."""
 
-    html: str
-    sheet: Sheet
-
-
-@dataclass(frozen=True)
-class Drawings:
-    """Plots side by side, at least one. title: of plots that are closed until it is clicked."""
-
+    kind: ClassVar = "figures"
     plots: list[Plot]
     title: str = ""
 
-
-@dataclass(frozen=True)
-class Picture:
-    """name: of its file; png: its bytes."""
-
-    name: str
-    caption: str
-    png: bytes
+    @property
+    def note(self) -> str:
+        """What is noted of all of them, to be said once; empty where they differ."""
+        return self.plots[0].note if len({plot.note for plot in self.plots}) == 1 else ""
 
 
-Block = Text | Bullets | Heading | Listing | Grid | Drawings | Picture
+Block = Text | Bullets | Heading | Listing | Figures
 
 
 @dataclass(frozen=True)
-class Section:
+class Chapter:
     """anchor: what a link in the contents leads to; short: its title there."""
 
     anchor: str
@@ -88,127 +102,146 @@ class Section:
     blocks: list[Block]
 
 
-def page(title: str, lead: Sequence[Text], sections: Sequence[Section]) -> str:
-    """The HTML file. What it may load and run is forbidden by its own policy, but for its style, its pictures and its one script."""
+def template(name: str, **values: object) -> Markup:
+    """A template of this folder, filled in; every value is escaped but Markup."""
+    found = Environment(loader=PackageLoader("ssl_vit_eval.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    found.filters["slug"] = slug
+    return Markup(found.get_template(name).render(values))
+
+
+def page(title: str, lead: Sequence[Text], chapters: Sequence[Chapter]) -> str:
+    """The HTML file. What it may load and run is forbidden by its own policy, but for its style, its images and its one script."""
     asset = files("ssl_vit_eval.report").joinpath
-    style, script = (asset(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, script = (Markup(asset(f"templates/{name}").read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{allowed}'"
-    links = "".join(f'<a href="#{section.anchor}">{escape(section.short)}</a>' for section in sections)
-    render = _Html()
-    body = [f"<header><h1>{escape(title)}</h1>", *map(render.block, lead), f'<nav aria-label="contents">{links}</nav></header>']
-    for section in sections:
-        parts = "\n".join(map(render.block, section.blocks))
-        body.append(f'<section id="{section.anchor}"><h2>{escape(section.title)}</h2>\n{parts}\n</section>')
-    return "\n".join(
-        [
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{MARKER}',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>ssl_vit: {escape(title)}</title>\n<style>\n{style}</style></head>\n<body>",
-            *body,
-            f"<script>{script}</script>\n</body></html>\n",
-        ]
-    )
+    policy = Markup(f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{allowed}'")
+    own = {"marker": Markup(MARKER), "policy": policy, "style": style, "script": script, "sources": _sources(chapters)}
+    return template("page.html", title=title, lead=lead, chapters=chapters, **own)
 
 
-def markdown(title: str, lead: Sequence[Text], sections: Sequence[Section]) -> str:
-    """The same as Markdown; its pictures are `plots/NAME.png` beside it."""
-    parts = [MARKDOWN_MARKER, f"# {escape_markdown(title)}", *map(_markdown, lead)]
-    for section in sections:
-        parts += [f"## {escape_markdown(section.title)}", *map(_markdown, section.blocks)]
-    return "\n\n".join(parts) + "\n"
-
-
-def picture_files(sections: Sequence[Section]) -> dict[str, bytes]:
-    """The content of `plots/NAME.png`, and of `plots/NAME.svg` where it was drawn; ValueError for two of one name."""
-    found: dict[str, bytes] = {}
-    for block in (block for section in sections for block in section.blocks):
-        new: dict[str, bytes] = {}
-        for plot in block.plots if isinstance(block, Drawings) else []:
-            new |= {f"plots/{plot.name}.png": plot.png, f"plots/{plot.name}.svg": plot.svg.encode()}
-        if isinstance(block, Picture):
-            new[f"plots/{block.name}.png"] = block.png
-        if twice := found.keys() & new.keys():
-            raise ValueError(f"two pictures are called {', '.join(sorted(twice))}")
-        found |= new
+def _sources(chapters: Sequence[Chapter]) -> dict[str, str]:
+    """The addresses that hold the figures themselves, in their order until a budget is used up."""
+    left, found = {"svg+xml": DRAWING_BYTES, "png": STORED_BYTES}, {}
+    for plot in _plots(chapters):
+        kind, content = ("svg+xml", plot.svg.encode()) if plot.svg else ("png", plot.png)
+        if len(content) <= left[kind]:
+            left[kind] -= len(content)
+            found[plot.name] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return found
 
 
-class _Html:
-    """Blocks as HTML; pictures are embedded in their order until a budget is used up, and what is left out is said."""
+def _plots(chapters: Sequence[Chapter]) -> list[Plot]:
+    return [plot for chapter in chapters for block in chapter.blocks if isinstance(block, Figures) for plot in block.plots]
 
-    def __init__(self) -> None:
-        self._drawings, self._pictures = DRAWING_BYTES, PICTURE_BYTES
 
-    def block(self, block: Block) -> str:
-        match block:
-            case Text(text, "plain" | "soft" | "note" as style, lead):
-                return f'<p class="{style}">{f"<b>{escape(lead)}</b> " if lead else ""}{escape(text)}</p>'
-            case Text(text, style, lead):
-                badge = f'<span class="badge {table.slug(style)}">{escape(style)}</span>'
-                return f'<p class="verdict {table.slug(style)}">{badge} {f"<b>{escape(lead)}</b> " if lead else ""}{escape(text)}</p>'
-            case Bullets(items, style, title):
-                points = f'<ul class="{style}">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>'
-                return f"<details><summary>{escape(title)}</summary>{points}</details>" if title else points
-            case Heading(text):
-                return f"<h3>{escape(text)}</h3>"
-            case Listing(sheet, folded):
-                shown = table.html(sheet, caption=not folded)
-                return f"<details><summary>{escape(sheet.title)}</summary>{shown}</details>" if folded else shown
-            case Grid(html, _):
-                return html
-            case Drawings(plots, title):
-                shared = _shared(plots)
-                panels = f'<div class="panels">{"".join(self._drawing(plot, shared) for plot in plots)}</div>'
-                panels += f'<p class="soft">{escape(shared)}</p>' if shared else ""
-                return f"<details><summary>{escape(title)}</summary>{panels}</details>" if title else panels
-            case Picture():
-                return self._picture(block)
+def plot_files(chapters: Sequence[Chapter]) -> dict[str, bytes]:
+    """The content of `plots/NAME.png`, and of `plots/NAME.svg` where it was drawn; ValueError for two of one name."""
+    plots = _plots(chapters)
+    names = [plot.name for plot in plots]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two plots are called {', '.join(sorted(twice))}")
+    return {f"plots/{plot.name}.png": plot.png for plot in plots} | {plot.file: plot.svg.encode() for plot in plots if plot.svg}
 
-    def _drawing(self, plot: Plot, shared: str) -> str:
-        size = len(plot.svg.encode())
-        if size > self._drawings:
-            return f'<p class="soft">{escape(plot.title)}: plots/{escape(plot.name)}.svg is too large to be embedded here.</p>'
-        self._drawings -= size
-        note = f'<figcaption class="soft">{escape(plot.note)}</figcaption>' if plot.note and not shared else ""
-        return f'<figure aria-label="{escape(plot.title)}">{plot.svg}{note}</figure>'
 
-    def _picture(self, picture: Picture) -> str:
-        if len(picture.png) > self._pictures:
-            return f'<p class="soft">{escape(picture.caption)}: plots/{escape(picture.name)}.png is too large to be embedded here.</p>'
-        self._pictures -= len(picture.png)
-        source = base64.b64encode(picture.png).decode()
-        caption = escape(picture.caption)
-        return f'<figure><figcaption>{caption}</figcaption><img alt="{caption}" src="data:image/png;base64,{source}"></figure>'
+def markdown(title: str, lead: Sequence[Text], chapters: Sequence[Chapter]) -> str:
+    """The same as Markdown; its figures are `plots/NAME.png` beside it."""
+    parts = [MARKDOWN_MARKER, f"# {escape_markdown(title)}", *map(_markdown, lead)]
+    for chapter in chapters:
+        parts += [f"## {escape_markdown(chapter.title)}", *map(_markdown, chapter.blocks)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _markdown(block: Block) -> str:
     match block:
         case Text(text, style, lead):
-            words = " ".join(part for part in (f"**{escape_markdown(lead)}**" if lead else "", escape_markdown(text)) if part)
-            if style in ("plain", "soft"):
-                return words
-            return f"> {words}" if style == "note" else f"> **{style}**: {words}"
+            words = " ".join(filter(None, [lead and f"**{escape_markdown(lead)}**", escape_markdown(text)]))
+            return f"> **{style}**: {words}" if block.is_verdict else f"> {words}" if style == "note" else words
         case Bullets(items):
             return "\n".join(f"- {escape_markdown(item)}" for item in items)
         case Heading(text):
             return f"### {escape_markdown(text)}"
-        case Listing(sheet) | Grid(_, sheet):
+        case Listing(sheet):
             return table.markdown(sheet)
-        case Drawings(plots):
-            shared = _shared(plots)
-            notes = ["" if shared else escape_markdown(plot.note) for plot in plots]
-            parts = [part for plot, note in zip(plots, notes, strict=True) for part in (_image(plot.title, plot.name), note)]
-            return "\n\n".join(part for part in [*parts, escape_markdown(shared)] if part)
-        case Picture(name, caption):
-            return _image(caption, name)
+        case Figures(plots):
+            parts = []
+            for plot in plots:
+                parts += [f"![{escape_markdown(plot.title)}](plots/{plot.name}.png)", "" if block.note else escape_markdown(plot.note)]
+            return "\n\n".join(filter(None, [*parts, escape_markdown(block.note)]))
 
 
-def _shared(plots: Sequence[Plot]) -> str:
-    """The note that all of them have, to be said once; empty where they differ."""
-    return plots[0].note if len({plot.note for plot in plots}) == 1 else ""
+def text(lead: Sequence[Text], chapters: Sequence[Chapter]) -> str:
+    """The same for a terminal, without its figures."""
+    parts = list(map(_text, lead))
+    for chapter in chapters:
+        parts += [f"{chapter.title}\n{'=' * len(chapter.title)}", *map(_text, chapter.blocks)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _image(caption: str, name: str) -> str:
-    return f"![{escape_markdown(caption)}](plots/{name}.png)"
+def _text(block: Block) -> str:
+    match block:
+        case Text(words, style, lead):
+            badge = f"{style.upper()}. " if block.is_verdict else ""
+            return "\n".join(wrap(f"{lead} {badge}{words}".strip(), WIDTH))
+        case Bullets(items, _, title):
+            wrapped = ["\n".join(wrap(f"- {item}", WIDTH, subsequent_indent="  ")) for item in items]
+            return "\n".join(filter(None, [title, *wrapped]))
+        case Heading(words):
+            return f"{words}\n{'-' * len(words)}"
+        case Listing(sheet):
+            columns = [[name, *sheet.shown[name]] for name in sheet.shown]
+            return "\n\n".join(filter(None, [sheet.title, table.aligned(columns), "\n".join(wrap(sheet.note, WIDTH))]))
+        case Figures(plots):
+            return "\n".join(f"[{plot.title}: {plot.file}]" for plot in plots)
+
+
+def check_out(out: Path) -> None:
+    """UsageError for a folder that a report cannot be written into: a file, or one that holds a report which is not ours."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: name a folder, report.html is written into it")
+    _check_free(out, ["report.html", "report.md", *(folder for folder in FOLDERS if not (out / folder).is_dir())])
+
+
+def replace_files(out: Path, contents: Mapping[str, bytes]) -> None:
+    """Write the files into `out`, each complete before it has its name; what the last report had and this one has not is removed.
+
+    UsageError, before anything is written, as `check_out`, and for a file of one of these names that is not of the last report.
+    """
+    check_out(out)
+    _check_free(out, contents)
+    before = [name for name in _before(out) if name not in contents]
+    for folder in FOLDERS:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    _write(out / OURS, json.dumps([*contents, *before]).encode())  # a kill leaves none unknown
+    for name, content in contents.items():
+        _write(out / name, content)
+    for name in before:
+        (out / name).unlink(missing_ok=True)
+    _write(out / OURS, json.dumps(list(contents)).encode())
+
+
+def _before(out: Path) -> list[str]:
+    """What the last report in the folder consists of; a list that was tampered with leads to nothing else."""
+    try:
+        names = json.loads((out / OURS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [name for name in names if re.fullmatch(NAME, str(name))] if isinstance(names, list) else []
+
+
+def _check_free(out: Path, names: Sequence[str] | Mapping[str, bytes]) -> None:
+    before = _before(out)
+    for path in (out / name for name in names if not (name in before and (out / name).is_file())):
+        if path.exists() and not (path.suffix in (".html", ".md") and path.is_file() and _is_marked(path)):
+            raise UsageError(f"{path} was not written by ssl-vit compare and is left alone: name another folder with --out")
+
+
+def _is_marked(path: Path) -> bool:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        start = file.read(1000)
+    return MARKER in start or MARKDOWN_MARKER in start
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

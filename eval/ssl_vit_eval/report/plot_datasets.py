@@ -11,11 +11,11 @@ from matplotlib.lines import Line2D
 
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.across_datasets import Ranking
-from ssl_vit_eval.compare.arms import Arm, ordered
+from ssl_vit_eval.compare.arms import ordered
 from ssl_vit_eval.compare.comparison import Comparison
 from ssl_vit_eval.compare.scores import scores_by_seed
 from ssl_vit_eval.compare.verdict import Side
-from ssl_vit_eval.report.plotting import INK, SOFT, Plot, draw, legend, looks, name_of, panels, size_of, wrapped
+from ssl_vit_eval.report.plotting import INK, SOFT, Plot, bar, draw, draw_panels, looks, name_of, wrapped
 from ssl_vit_eval.rows import Setting
 from ssl_vit_eval.sources import PIXELS
 from ssl_vit_eval.stats.seeds import Estimate
@@ -38,14 +38,10 @@ def agreement_plots(comparison: Comparison) -> list[Plot]:
                 for side in across.keys() & up.keys():
                     both = [(100 * across[side][seed], 100 * up[side][seed]) for seed in across[side].keys() & up[side].keys()]
                     if both:
-                        points.setdefault(_group(side.arm), {})[side] = sorted(both)
+                        points.setdefault(side.arm.section if side.arm.trained_with else "not trained here", {})[side] = sorted(both)
                 if points:
                     drawn.append(_scatter(x, y, points))
     return drawn
-
-
-def _group(arm: Arm) -> str:
-    return arm.section if arm.trained_with else "not trained here"
 
 
 def _scatter(x: Setting, y: Setting, points: Points) -> Plot:
@@ -53,33 +49,24 @@ def _scatter(x: Setting, y: Setting, points: Points) -> Plot:
     specs = ordered(side.read_with for of in points.values() for side in of)
     colours, markers = looks(arms), looks(specs)
 
-    def paint(figure: Figure) -> None:
-        for axes, (title, of) in zip(panels(figure, len(points)), sorted(points.items()), strict=True):
-            for (arm, spec), seeds in sorted(of.items(), key=str):
-                colour = colours[arm.trained_with].colour if arm.trained_with else SOFT
-                fill = colour if arm.trained_with else "none"
-                xs, ys = zip(*seeds, strict=True)
-                axes.scatter(xs, ys, s=26, marker=markers[spec].marker, facecolor=fill, edgecolor=colour, alpha=0.8)
-            axes.set_title(wrapped(title, 3.0))
-            axes.set_xlabel(f"{x.protocol}, top-1, %")
-            axes.set_ylabel(f"{y.protocol}, top-1, %")
-        legend(
-            figure,
-            _key({f"trained with {arm}": colours[arm].colour for arm in arms}, {f"read {spec}": markers[spec].marker for spec in specs}),
-        )
+    key: dict[str, Artist] = {f"trained with {arm}": Line2D([], [], color=colours[arm].colour, linewidth=5) for arm in arms}
+    for spec in specs:
+        key[f"read {spec}"] = Line2D([], [], ls="", marker=markers[spec].marker, markerfacecolor="none", markeredgecolor="black")
+
+    def paint(axes: Axes, of: Mapping[Side, list[tuple[float, float]]]) -> dict[str, Artist]:
+        for (arm, spec), seeds in sorted(of.items(), key=str):
+            colour = colours[arm.trained_with].colour if arm.trained_with else SOFT
+            fill = colour if arm.trained_with else "none"
+            xs, ys = zip(*seeds, strict=True)
+            axes.scatter(xs, ys, s=26, marker=markers[spec].marker, facecolor=fill, edgecolor=colour, alpha=0.8)
+        axes.set_xlabel(f"{x.protocol}, top-1, %")
+        axes.set_ylabel(f"{y.protocol}, top-1, %")
+        return key
 
     title = f"Linear probe against k-NN: {x.dataset} · {y.protocol} v{y.version} against {x.protocol} v{x.version}"
     name = name_of("agreement", x.dataset, x.protocol, y.protocol, key=(x, y))
-    return draw(
-        name, title, size_of(len(points)), paint, "A dot for each arm, readout of the last block, and seed. Hollow: not trained here."
-    )
-
-
-def _key(colours: Mapping[str, str], markers: Mapping[str, str]) -> dict[str, Artist]:
-    key: dict[str, Artist] = {name: Line2D([], [], color=colour, linewidth=5) for name, colour in colours.items()}
-    for name, marker in markers.items():
-        key[name] = Line2D([], [], linestyle="", marker=marker, markerfacecolor="none", markeredgecolor="black")
-    return key
+    note = "A dot for each arm, readout of the last block, and seed. Hollow: not trained here."
+    return draw_panels(name, title, dict(sorted(points.items())), paint, note)
 
 
 def ranking_plots(found: Sequence[Ranking]) -> list[Plot]:
@@ -127,8 +114,7 @@ def _pairs(of: Ranking) -> Plot:
     return draw(name, title, (8.0, 0.7 + 0.34 * len(of.improvement)), paint, f"Mean over data sets, ties count half. {of.basis}")
 
 
-def _estimate(axes: Axes, estimate: Estimate, y: int, colour: str, marker: str) -> None:
+def _estimate(axes: Axes, of: Estimate, y: int, colour: str, marker: str) -> None:
     """A share in % with its interval."""
-    if estimate.low is not None and estimate.high is not None:
-        axes.plot([100 * estimate.low, 100 * estimate.high], [y, y], color=INK, linewidth=1.5, solid_capstyle="butt")
-    axes.scatter([100 * estimate.value], [y], s=54, marker=marker, facecolor=colour, edgecolor=INK, zorder=3)
+    low, high = (100 * (of.value if bound is None else bound) for bound in (of.low, of.high))
+    bar(axes, low, high, 100 * of.value, y, colour, marker)

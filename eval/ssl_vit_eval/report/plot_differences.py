@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from ssl_vit_eval.compare.scores import Scores, scores_by_seed
 from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Rule
-from ssl_vit_eval.report.plotting import INK, SOFT, Plot, draw, legend, name_of, wrapped
+from ssl_vit_eval.report.plotting import INK, SOFT, Plot, bar, draw, legend, name_of, wrapped
 from ssl_vit_eval.report.text import interval_text, points_text, side_name, signed
 from ssl_vit_eval.rows import Row
 
@@ -119,9 +119,7 @@ def _ground(axes: Axes, rule: Rule) -> None:
 
 
 def _bar(axes: Axes, difference: Difference, y: int) -> None:
-    colour, marker = OUTCOMES[difference.outcome]
-    axes.plot([difference.low, difference.high], [y, y], color=INK, linewidth=1.5, solid_capstyle="butt")
-    axes.scatter([difference.points], [y], s=54, marker=marker, facecolor=colour, edgecolor=INK, zorder=3)
+    bar(axes, difference.low, difference.high, difference.points, y, *OUTCOMES[difference.outcome])
 
 
 def _key(outcomes: Sequence[Outcome], rule: Rule) -> dict[str, Artist]:

@@ -6,7 +6,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from ssl_vit_eval.compare.runs import Run
-from ssl_vit_eval.report.plotting import Plot, draw, legend, looks, name_of
+from ssl_vit_eval.report.plotting import Plot, curve, draw, legend, looks, name_of
 
 CURVES = {  # drawn where a method logs them
     "loss": ("loss", "Losses do not compare between methods."),
@@ -21,17 +21,14 @@ POINTS = 200  # of a curve at most, so that long runs do not make the report lar
 
 def training_curves(runs: Sequence[Run]) -> list[Plot]:
     """For each recipe and logged curve a figure; in it a line for each run, which looks like its trained-with, seeds alike."""
-    recipes = dict.fromkeys((run.recipe["method"], run.name) for run in runs)
     drawn = []
-    for method, name in recipes:
+    for method, name in dict.fromkeys((run.recipe["method"], run.name) for run in runs):
         of = [run for run in runs if (run.recipe["method"], run.name) == (method, name)]
         for key, (text, note) in CURVES.items():
-            logged = [(run.recipe["readout"], [(line["step"], line[key]) for line in run.metrics if key in line]) for run in of]
+            logged = [(run.recipe["readout"], [(step["step"], step[key]) for step in run.metrics if key in step]) for run in of]
             if curves := [(spec, points) for spec, points in logged if points]:
-                count = f"{len(curves)} runs" if len(curves) > 1 else "1 run"
-                drawn.append(
-                    _curves(name_of("curve", method, name, key), f"{method} ({name}): {text}", curves, f"{count}, a line each. {note}")
-                )
+                note = f"{len(curves)} run{'s' if len(curves) > 1 else ''}, a line each. {note}"
+                drawn.append(_curves(name_of("curve", method, name, key), f"{method} ({name}): {text}", curves, note))
     return drawn
 
 
@@ -42,12 +39,10 @@ def _curves(name: str, title: str, curves: list[tuple[str, list[tuple[int, float
         axes = figure.add_subplot()
         lines: dict[str, Artist] = {}
         for spec, points in curves:
-            thinned = [*points[:: max(1, len(points) // POINTS)], points[-1]]
-            steps, values = zip(*thinned, strict=True)
+            steps, values = zip(*points[:: max(1, len(points) // POINTS)], points[-1], strict=True)
             # a curve of one or two values is seen by its markers only
             marker = look[spec].marker if len(points) < 3 else ""
-            (line,) = axes.plot(steps, values, color=look[spec].colour, dashes=look[spec].dashes, marker=marker, linewidth=1.0, alpha=0.85)
-            lines[f"trained with {spec}"] = line
+            lines[f"trained with {spec}"] = curve(axes, look[spec], steps, values, marker=marker, linewidth=1.0, alpha=0.85)
         axes.set_xlabel("optimiser step")
         legend(figure, lines)
 

@@ -4,16 +4,16 @@ import hashlib
 import io
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-from xml.sax.saxutils import quoteattr
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
 from matplotlib.textpath import text_to_path
 
 from ssl_vit_eval.compare.arms import FIRST
@@ -50,11 +50,14 @@ STYLE: dict[str, Any] = {
 }
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
 class Plot:
-    """A figure. name: of its files; title and note: plain text; svg: the element, without a header; png: the same at 200 dpi.
+    """A figure. name: of its files; title and note: plain text; png: its bytes; svg: the same as a drawing, empty if there is none.
 
-    The title is drawn in the figure, the note is not. Ids in the svg begin with the name: figures of one page do not disturb each other.
+    The title is part of a drawing, the note is not.
     """
 
     name: str
@@ -62,6 +65,11 @@ class Plot:
     svg: str
     png: bytes
     note: str = ""
+
+    @property
+    def file(self) -> str:
+        """Where a report has it."""
+        return f"plots/{self.name}.{'svg' if self.svg else 'png'}"
 
 
 class Look(NamedTuple):
@@ -103,7 +111,49 @@ def draw(name: str, title: str, size: tuple[float, float], paint: Callable[[Figu
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         figure.savefig(png, format="png", dpi=DPI, metadata={"Software": None})
-    return Plot(name, title, _element(svg.getvalue(), name, title), png.getvalue(), note)
+    return Plot(name, title, svg.getvalue(), png.getvalue(), note)
+
+
+def draw_panels(
+    name: str,
+    title: str,
+    panels: Mapping[str, T],
+    paint: Callable[[Axes, T], Mapping[str, Artist]],
+    note: str = "",
+    height: float = 2.5,
+    share: bool = True,
+) -> Plot:
+    """A panel under each title, in rows of three and of one scale if they `share` it; `paint` gives what belongs into the one legend."""
+    columns, rows = min(len(panels), COLUMNS), -(-len(panels) // COLUMNS)
+
+    def paint_all(figure: Figure) -> None:
+        grid: list[Axes] = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False).flatten().tolist()
+        handles: dict[str, Artist] = {}
+        for axes, (head, content) in zip(grid, panels.items(), strict=False):
+            axes.tick_params(labelbottom=True, labelleft=True)
+            axes.set_title(wrapped(head, 3.0))
+            handles |= paint(axes, content)
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        if handles:
+            legend(figure, handles)
+
+    return draw(name, title, (1.0 + 3.1 * columns, 0.2 + height * rows), paint_all, note)
+
+
+def curve(axes: Axes, look: Look, x: Sequence[float | int], y: Sequence[float | int], spread: Sequence[float] = (), **style: Any) -> Line2D:
+    """A line, with ± `spread` as a band where it is given."""
+    if len(spread):
+        low, high = ([value + sign * width for value, width in zip(y, spread, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=look.colour, alpha=0.13, linewidth=0)
+    drawn: dict[str, Any] = {"marker": look.marker, "linewidth": 1.5, "markersize": 4.5} | style
+    return axes.plot(x, y, color=look.colour, dashes=look.dashes, **drawn)[0]
+
+
+def bar(axes: Axes, low: float, high: float, value: float, y: int, colour: str, marker: str) -> None:
+    """A value with its interval."""
+    axes.plot([low, high], [y, y], color=INK, linewidth=1.5, solid_capstyle="butt")
+    axes.scatter([value], [y], s=54, marker=marker, facecolor=colour, edgecolor=INK, zorder=3)
 
 
 def wrapped(text: str, inches: float, size: float = 9.0, weight: str = "normal") -> str:
@@ -113,22 +163,6 @@ def wrapped(text: str, inches: float, size: float = 9.0, weight: str = "normal")
     while count > SHORTEST and any(_width(line, font) > inches for line in textwrap.wrap(text, count)):
         count = min(count - 1, int(0.95 * count))
     return "\n".join(textwrap.wrap(text, max(count, SHORTEST)))
-
-
-def panels(figure: Figure, count: int, share: bool = True) -> list[Axes]:
-    """So many axes, of one scale if they `share` it, in rows of three; `size_of` is the figure that they fit into."""
-    columns = min(count, COLUMNS)
-    grid: list[Axes] = figure.subplots(-(-count // columns), columns, sharex=share, sharey=share, squeeze=False).flatten().tolist()
-    for axes in grid[:count]:
-        axes.tick_params(labelbottom=True, labelleft=True)
-    for axes in grid[count:]:
-        axes.remove()
-    return grid[:count]
-
-
-def size_of(count: int, height: float = 2.5) -> tuple[float, float]:
-    """Inches of a figure of `count` panels, of which one is `height` high."""
-    return 1.0 + 3.1 * min(count, COLUMNS), 0.2 + height * -(-count // COLUMNS)
 
 
 def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
@@ -147,17 +181,3 @@ def legend(figure: Figure, handles: Mapping[str, Artist]) -> None:
 def _width(text: str, font: FontProperties) -> float:
     """Inches."""
     return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 72)
-
-
-def _element(text: str, name: str, title: str) -> str:
-    """The svg element with ids of its own; what no one refers to loses its id, and coordinates keep a hundredth of a point."""
-    text = text[text.index("<svg") :]
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
-
-    def tag(match: re.Match[str]) -> str:  # a name of the user's may look like an attribute, but never stands in a tag
-        found = re.sub(r' id="([^"]*)"', lambda own: f' id="{name}-{own[1]}"' if own[1] in used else "", match[0])
-        found = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", found)
-        return re.sub(r' d="[^"]*"', lambda path: re.sub(r"\d+\.\d{3,}", lambda of: f"{float(of[0]):.2f}", path[0]), found)
-
-    text = re.sub(r"<[^>]+>", tag, text)
-    return text.replace("<svg", f'<svg role="img" aria-label={quoteattr(title)}', 1).rstrip()

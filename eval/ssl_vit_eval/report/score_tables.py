@@ -1,31 +1,28 @@
-"""What came out, as tables: every score, every difference, the places of the final norm side by side, and ranks across data sets.
+"""What came out, as tables: tables A and B of every setting, coloured by gain; every score, every difference, ranks across data sets.
 
-And one cell as text, the same in the terminal and in the report.
+And one score as text, the same in the terminal and in the report.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.across_datasets import Ranking
 from ssl_vit_eval.compare.arms import Arm
-from ssl_vit_eval.compare.comparison import Cell, Comparison, Gain
+from ssl_vit_eval.compare.comparison import Cell, Comparison, Gain, Table
 from ssl_vit_eval.compare.verdict import Family, Rule
-from ssl_vit_eval.report.run_tables import GONE, code, number
-from ssl_vit_eval.report.table import MISSING, Sheet, Value
+from ssl_vit_eval.report.page import Listing, template
+from ssl_vit_eval.report.table import MISSING, NOTES, Form, Forms, Sheet, frame_of, slug
 from ssl_vit_eval.report.text import p_text, side_name, signed
 from ssl_vit_eval.sources import PIXELS
 from ssl_vit_eval.stats.seeds import Estimate
 
+GAIN, LOSS = (120, 178, 226), (240, 178, 122)  # dark text keeps a contrast above 7 : 1 on both
 ZERO = "○"  # marks a gain whose interval includes zero
-NORMS = ("post", "pre", "pooled")
-DIFFERENCES = (
-    "Points of top-1, A minus B, paired by image and by pretraining seed; low and high bound the 95 % interval. Discordant: share of "
-    "images that just one of the two answers rightly, in %. Resolvable: the smallest true difference, in points, that this comparison "
-    "would have called better four times in five (∞: with so few seeds none, however large). Seeds –: one set of weights, compared over "
-    "images."
-)
+FLOOR = "▽"  # marks a score that raw pixels beat
+NORMS = {"post": "norm, then pool (post)", "pre": "no norm (pre)", "pooled": "pool, then norm (pooled)"}
 
 
 def score_text(cell: Cell) -> str:
@@ -52,80 +49,151 @@ def bounds_text(gain: Gain) -> str:
     return f"[{low}, {high}]" if gain.seeds == 1 else f"({low} … {high})"
 
 
+def pixels_of(table: Table) -> dict[Arm, Cell]:
+    """The scores of raw pixels."""
+    return {arm: cell for (arm, spec), cell in table.cells.items() if spec == PIXELS}
+
+
+def below_pixels(table: Table, cell: Cell) -> bool:
+    """Whether raw pixels do better: then the score says nothing for its backbone."""
+    return any(cell.top1 < floor.top1 for floor in pixels_of(table).values())
+
+
+def trained_tables(comparison: Comparison) -> list[Listing]:
+    """Table B of every setting, with its controls: trained here, by what they were trained with and how they are read."""
+    return _tables(comparison, "trained-with")
+
+
+def post_hoc_tables(comparison: Comparison) -> list[Listing]:
+    """Table A of every setting that has models which were not trained here: each frozen backbone read in every way."""
+    return _tables(comparison, "post-hoc")
+
+
+def _tables(comparison: Comparison, kind: str) -> list[Listing]:
+    gains = [abs(cell.gain.points) for table in comparison.tables for cell in table.cells.values() if cell.gain]
+    scale = max(5.0, *gains) if gains else 0.0  # of full colour, the same in all; no trifle is painted as a gain
+    names: list[str] = []
+    found: list[Listing] = []
+    for table in comparison.tables:
+        name = slug(kind, table.setting.dataset, table.setting.rule)  # settings can differ in what is not in it: the later are numbered
+        count = sum(other == name or other.startswith(f"{name}--") for other in names)
+        names.append(f"{name}--{count + 1}" if count else name)
+        if listing := _table(comparison, table, names[-1], kind == "trained-with", scale, is_first=not found):
+            found.append(listing)
+    return found
+
+
+def _table(comparison: Comparison, table: Table, name: str, trained: bool, scale: float, is_first: bool) -> Listing | None:
+    """None without a score. Recipes and readouts without any score in a setting are named instead of shown."""
+    setting, known = table.setting, {arm for table in comparison.tables for arm in table.arms()}
+    arms = comparison.trained(table) if trained else comparison.others(table)
+    specs = {spec for arm, spec in table.cells if arm in arms}
+    columns = [spec for spec in comparison.read_with if spec in specs and at_last(spec) not in specs - {spec}] or [PIXELS]
+    lines = {arm: [table.cells.get((arm, spec)) for spec in columns] for arm in arms if arm in table.arms()}
+    here = {arm.section for arm in lines}
+    lacking = [arm for arm in arms if arm in known and arm not in lines and (arm.trained_with or arm.section not in here)]
+    absent = [spec for spec in comparison.read_with if spec not in specs and at_last(spec) in (spec, None)]
+    absent += dict.fromkeys(arm.name if arm.section in here else arm.section for arm in lacking)
+    if trained:
+        lines |= {arm: [cell, *[None] * (len(columns) - 1)] for arm, cell in pixels_of(table).items()}
+    if not lines:
+        return None
+    about = f"protocol version {setting.version}, {table.n_test:,} test images, {setting.transform}, data {setting.data[:16]}"
+    about += f"; not measured here: {', '.join(absent)}" if absent else ""
+    if blocks := len(specs - set(columns)):
+        about += f"; {blocks} readouts of other blocks: see the curves by block, and tables/scores.csv"
+
+    what, where = "trained with" if trained else "model", f"{setting.dataset} · {setting.rule}"
+    labels = {arm: arm.trained_with or ("random init" if trained and arm.method != PIXELS else None) for arm in lines}
+    records, texts = [], []
+    for arm, cells in lines.items():
+        named = {"method": arm.method, "recipe": arm.recipe, what: labels[arm]}
+        records.append(named | {f"read {spec}": cell and 100 * cell.top1 for spec, cell in zip(columns, cells, strict=True)})
+        texts.append([_whole_text(cell) if cell else MISSING for cell in cells])
+    forms = {f"read {spec}": list(of) for spec, of in zip(columns, zip(*texts, strict=True), strict=True)}
+    html = template(
+        "scores.html",
+        **{"title": where, "about": about, "what": what, "columns": columns, "lines": lines, "labels": labels, "pixels": PIXELS},
+        sections={section: [arm for arm in lines if arm[:2] == section] for section in dict.fromkeys(arm[:2] for arm in lines)},
+        **{"score": score_text, "under": under_text, "is_low": lambda cell: below_pixels(table, cell), "floor": FLOOR, "zero": ZERO},
+        **{"legend": trained and scale and is_first, "scale": scale, "colour": lambda points: _colour(points, scale), "missing": MISSING},
+    )
+    return Listing(Sheet(name, f"{where}: top-1, % ({about})", frame_of(records), "", forms), html=html)
+
+
+def _whole_text(cell: Cell) -> str:
+    return f"{score_text(cell)} ({under_text(cell)})" if under_text(cell) else score_text(cell)
+
+
+def at_last(spec: str) -> str | None:
+    """The same readout of the last block; None for one that mixes blocks."""
+    terms = ReadoutSpec.parse(spec).terms
+    if len({term.blocks for term in terms}) > 1:
+        return None
+    return str(ReadoutSpec(tuple(replace(term, blocks=(-1,)) for term in terms)))
+
+
+def _colour(points: float, scale: float) -> str:
+    end, share = (GAIN if points > 0 else LOSS), min(1.0, abs(points) / scale)
+    return "#" + "".join(f"{round(255 + share * (channel - 255)):02x}" for channel in end)
+
+
 def scores(comparison: Comparison) -> Sheet:
     """Every cell of every table in one long list, with its spread, macro top-1 and gain."""
-    lines = []
+    records = []
     for table in comparison.tables:
         setting = table.setting
         for (arm, spec), cell in table.cells.items():
-            low, high = cell.ci or (None, None)
-            gain = cell.gain
-            lines.append(
-                [
-                    *(Value(text) for text in (setting.dataset, setting.rule, arm.method, arm.recipe, arm.trained_with or MISSING, spec)),
-                    _percent(cell.top1),
-                    _percent(cell.spread),
-                    number(cell.seeds),
-                    _percent(low),
-                    _percent(high),
-                    _percent(cell.macro),
-                    *(_points(value) for value in ((gain.points, gain.low, gain.high) if gain else (None, None, None))),
-                    number(table.n_test),
-                    number(setting.version),
-                    Value(setting.transform),
-                    code(setting.data),
-                ]
-            )
-    head = ["data set", "protocol", "method", "recipe", "trained with", "read with", "top-1, %", "deviation", "n", "low", "high"]
-    head += ["macro top-1, %", "gain", "gain low", "gain high", "test images", "version", "transform", "data"]
-    note = (
-        "Means over n pretraining seeds and their standard deviation; for one seed the interval over images instead. Gain: points over the "
-        "random-initialised backbone, with the interval over images of one seed or the smallest and largest of several."
-    )
-    return Sheet("scores", "Every score", head, lines, note)
+            gain, (low, high) = cell.gain, cell.ci or (None, None)
+            place: dict[str, str | None] = {"data set": setting.dataset, "protocol": setting.rule, "method": arm.method}
+            place |= {"recipe": arm.recipe, "trained with": arm.trained_with, "read with": spec}
+            shares = {"top-1, %": cell.top1, "deviation": cell.spread, "n": None, "low": low, "high": high, "macro top-1, %": cell.macro}
+            gains = {"gain": gain.points, "gain low": gain.low, "gain high": gain.high} if gain else dict.fromkeys(GAINS)
+            about = {"test images": table.n_test, "version": setting.version, "transform": setting.transform, "data": setting.data[:16]}
+            percent = {name: None if share is None else 100 * share for name, share in shares.items()}
+            records.append({**place, **percent, "n": cell.seeds, **gains, **about})
+    forms: Forms = {**dict.fromkeys(("top-1, %", "deviation", "low", "high", "macro top-1, %"), "{:.1f}"), **dict.fromkeys(GAINS, signed)}
+    return Sheet("scores", "Every score", frame_of(records), NOTES["scores"], {**forms, "test images": "{:,}"}, {"data": "code"})
+
+
+GAINS = ("gain", "gain low", "gain high")
 
 
 def differences(name: str, title: str, families: Sequence[Family], rule: Rule) -> Sheet:
     """One line for each difference of the families."""
-    lines = []
+    records = []
     for family in families:
         setting, own = family.setting, family.question == "self-consistency"
         for of in family.differences:
-            lines.append(
-                [
-                    Value(of.a.arm.name if own else family.scope),
-                    Value(setting.dataset),
-                    Value(setting.rule),
-                    *(Value(side.read_with if own else side_name(family.question, side)) for side in (of.a, of.b)),
-                    *(_points(value) for value in (of.points, of.low, of.high)),
-                    Value(of.outcome, style=of.outcome),
-                    Value(p_text(of.p, rule), of.p),
-                    Value(p_text(of.corrected, rule), of.corrected) if family.is_corrected else GONE,
-                    number(100 * of.discordance, "{:.1f}"),
-                    number(len(of.seeds)) if family.unit == "seeds" else GONE,
-                    number(of.images, "{:,}"),
-                    Value("∞", of.resolvable) if of.resolvable == float("inf") else number(of.resolvable, "{:.1f}"),
-                ]
+            a, b = (side.read_with if own else side_name(family.question, side) for side in (of.a, of.b))
+            records.append(
+                {
+                    **{"of": of.a.arm.name if own else family.scope, "data set": setting.dataset, "protocol": setting.rule, "A": a, "B": b},
+                    **{"points": of.points, "low": of.low, "high": of.high, "verdict of A": of.outcome},
+                    **{"p": of.p, "corrected p": of.corrected if family.is_corrected else None, "discordant": 100 * of.discordance},
+                    **{"seeds": len(of.seeds) if family.unit == "seeds" else None, "images": of.images, "resolvable": of.resolvable},
+                }
             )
-    head = ["of", "data set", "protocol", "A", "B", "points", "low", "high", "verdict of A", "p", "corrected p", "discordant", "seeds"]
-    return Sheet(name, title, [*head, "images", "resolvable"], lines, DIFFERENCES, only_in_files=("images",))
+    forms: dict[str, Form] = {"points": signed, "low": signed, "high": signed, "discordant": "{:.1f}", "images": "{:,}"}
+    forms |= dict.fromkeys(("p", "corrected p"), partial(p_text, rule=rule))
+    forms["resolvable"] = lambda points: "∞" if points == float("inf") else f"{points:.1f}"
+    return Sheet(name, title, frame_of(records), NOTES["differences"], forms, {"verdict of A": "badge"}, only_in_files=("images",))
 
 
 def norms(comparison: Comparison) -> Sheet:
     """Readouts that were read in several places of the final norm, one line each and the places side by side."""
-    lines = []
+    records, texts = [], []
     for table in comparison.tables:
-        found: dict[tuple[Arm, str], dict[str, Value]] = {}
+        found: dict[tuple[Arm, str], dict[str, Cell]] = {}
         for (arm, spec), cell in table.cells.items():
             if placed := _placed(spec):
-                found.setdefault((arm, placed[0]), {})[placed[1]] = Value(score_text(cell), 100 * cell.top1)
-        lines += [
-            [Value(table.setting.dataset), Value(table.setting.rule), Value(arm.name), Value(spec), *(of.get(norm, GONE) for norm in NORMS)]
-            for (arm, spec), of in found.items()
-            if len(of) > 1
-        ]
-    head = ["data set", "protocol", "backbone", "readout", "norm, then pool (post)", "no norm (pre)", "pool, then norm (pooled)"]
-    return Sheet("norms", "Where the final norm stands: top-1, %", head, lines)
+                found.setdefault((arm, placed[0]), {})[NORMS[placed[1]]] = cell
+        for (arm, spec), of in ((key, of) for key, of in found.items() if len(of) > 1):
+            named = {"data set": table.setting.dataset, "protocol": table.setting.rule, "backbone": arm.name, "readout": spec}
+            records.append(named | {norm: 100 * of[norm].top1 if norm in of else None for norm in NORMS.values()})
+            texts.append({norm: score_text(of[norm]) if norm in of else MISSING for norm in NORMS.values()})
+    forms = {norm: [of[norm] for of in texts] for norm in NORMS.values()}
+    return Sheet("norms", "Where the final norm stands: top-1, %", frame_of(records), "", forms)
 
 
 def _placed(spec: str) -> tuple[str, str] | None:
@@ -138,46 +206,28 @@ def _placed(spec: str) -> tuple[str, str] | None:
     return str(ReadoutSpec(tuple(replace(term, norm="post") for term in terms))), places.pop()
 
 
-def _percent(share: float | None) -> Value:
-    return number(None if share is None else 100 * share, "{:.1f}")
-
-
-def _points(points: float | None) -> Value:
-    return GONE if points is None else Value(signed(points), points)
-
-
 def ranking_sheets(found: Sequence[Ranking]) -> list[Sheet]:
     """The arms of all rankings, and their pairs; none where nothing was ranked."""
-    if not found:
-        return []
     arms, pairs = [], []
     for of in found:
-        place = [Value(of.method), Value(of.recipe), Value(f"{of.protocol.name} v{of.protocol.version}")]
-        size = [Value(str(len(many)), float(len(many))) for many in (of.datasets, of.seeds)]
-        for arm, ranks in of.ranks.items():
-            rank = Value(f"{fmean(ranks):.2f}", fmean(ranks))
-            arms.append([*place, Value(str(arm.trained_with)), rank, *_with_bounds(of.iqm[arm]), *size])
-        for (a, b), estimate in of.improvement.items():
-            pairs.append([*place, Value(str(a.trained_with)), Value(str(b.trained_with)), *_with_bounds(estimate), *size])
-    head = ["method", "recipe", "protocol"]
+        place = [of.method, of.recipe, f"{of.protocol.name} v{of.protocol.version}"]
+        size = [len(of.datasets), len(of.seeds)]
+        arms += [[*place, arm.trained_with, fmean(ranks), *_percent(of.iqm[arm]), *size] for arm, ranks in of.ranks.items()]
+        pairs += [[*place, a.trained_with, b.trained_with, *_percent(p), *size] for (a, b), p in of.improvement.items()]
     note = " ".join(f"{of.title}: {of.basis}" for of in found)
-    return [
-        Sheet(
-            "rankings",
-            "Across data sets, each arm read as it was trained",
-            [*head, "trained with", "mean rank", "interquartile mean, %", "low", "high", "data sets", "seeds"],
-            arms,
-            f"Rank 1 is the best, by the mean over seeds. Intervals (95 %) over seeds, of these data sets. {note}",
-        ),
-        Sheet(
-            "improvement",
-            "Across data sets: the probability that a run of A beats a run of B",
-            [*head, "A", "B", "P(A > B), %", "low", "high", "data sets", "seeds"],
-            pairs,
-            "Mean over data sets, ties count half; 50 % is no improvement. Intervals (95 %) over seeds, of these data sets.",
-        ),
+    told = "Intervals (95 %) over seeds, of these data sets."
+    first, last = ["method", "recipe", "protocol"], ["low", "high", "data sets", "seeds"]
+    forms: Forms = dict.fromkeys(("interquartile mean, %", "P(A > B), %", "low", "high"), "{:.1f}") | {"mean rank": "{:.2f}"}
+    ranked = frame_of(arms, [*first, "trained with", "mean rank", "interquartile mean, %", *last])
+    about = f"Rank 1 is the best, by the mean over seeds. {told} {note}"
+    improved = frame_of(pairs, [*first, "A", "B", "P(A > B), %", *last])
+    ties = f"Mean over data sets, ties count half; 50 % is no improvement. {told}"
+    sheets = [
+        Sheet("rankings", "Across data sets, each arm read as it was trained", ranked, about, forms),
+        Sheet("improvement", "Across data sets: the probability that a run of A beats a run of B", improved, ties, forms),
     ]
+    return sheets if found else []
 
 
-def _with_bounds(estimate: Estimate) -> list[Value]:
-    return [Value(MISSING) if share is None else Value(f"{100 * share:.1f}", 100 * share) for share in estimate]
+def _percent(estimate: Estimate) -> list[float | None]:
+    return [None if share is None else 100 * share for share in estimate]

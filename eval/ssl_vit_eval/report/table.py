@@ -1,16 +1,21 @@
-"""Tables as data: written once, shown in the terminal, in the report, and as Markdown, CSV and LaTeX."""
+"""Tables as pandas frames: numbers in full for files, the same numbers as text for readers."""
 
-import csv as csv_format
-import io
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from html import escape
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from typing import Any, Literal
 
+import pandas as pd
+import yaml
+
+WORDS: dict[str, Any] = yaml.safe_load(files("ssl_vit_eval.report").joinpath("templates/words.yaml").read_text(encoding="utf-8"))
+NOTES: dict[str, str] = WORDS["notes"]  # below tables
 MISSING = "–"
-LONG = 48  # characters; shorter text is not broken into lines
-Style = Literal["", "code", "better", "worse", "no difference", "undecided"]
+Form = str | Callable[[Any], str] | list[str]
+Forms = Mapping[str, Form]
 
 # what pdflatex would take for commands, lacks in its text fonts, or reads as an option behind the end of a line
 LATEX = {
@@ -22,43 +27,51 @@ LATEX = {
 }
 
 
-class Value(NamedTuple):
-    """A cell: its text, and the number that it is sorted by and that a CSV file holds; None where it is only text.
-
-    style: how it looks in a page, as code or as the badge of a verdict.
-    """
-
-    text: str
-    number: float | None = None
-    style: Style = ""
+def frame_of(records: Sequence[Mapping[str, Any]] | Sequence[Sequence[Any]], columns: Iterable[str] = ()) -> pd.DataFrame:
+    """A line for each record, whose values stay what they are: whole numbers next to missing ones do not become fractions."""
+    return pd.DataFrame(list(records), columns=list(columns) or None, dtype=object)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sheet:
-    """A table. name: of its files; title and note: plain text; lines: one cell for each of `head`; only_in_files: columns for CSV alone."""
+    """A table. name: of its files; title and note: plain text; frame: numbers in full, None for what is missing.
+
+    forms: how the values of a column read, as a format, a function or the texts themselves. styles: columns of code, and of verdicts,
+    which are shown as badges. only_in_files: columns for CSV alone.
+    """
 
     name: str
     title: str
-    head: list[str]
-    lines: list[list[Value]]
+    frame: pd.DataFrame
     note: str = ""
+    forms: Forms = field(default_factory=dict)
+    styles: Mapping[str, Literal["code", "badge"]] = field(default_factory=dict)
     only_in_files: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        for number, line in enumerate(self.lines, 1):
-            if len(line) != len(self.head):
-                raise ValueError(f"line {number} of {self.name} has {len(line)} cells for {len(self.head)} columns")
+    @cached_property
+    def shown(self) -> pd.DataFrame:
+        """The table as it is read: text alone, without the columns that are only for files."""
+        return pd.DataFrame({name: self._texts(name) for name in self.frame if name not in self.only_in_files}, dtype=object)
 
-    @property
-    def numeric(self) -> list[bool]:
+    def _texts(self, column: str) -> list[str]:
+        form = self.forms.get(column, str)
+        if isinstance(form, list):
+            return form
+        write = form.format if isinstance(form, str) else form
+        return [MISSING if is_missing(value) else write(value) for value in self.frame[column]]
+
+    @cached_property
+    def numeric(self) -> dict[str, bool]:
         """Which columns hold numbers: they stand at the right."""
-        return [any(line[place].number is not None for line in self.lines) for place in range(len(self.head))]
+        return {name: any(map(_is_number, self.frame[name])) for name in self.frame}
 
-    def shown(self) -> "Sheet":
-        """The table as it is read, without the columns that are only for files."""
-        kept = [place for place, name in enumerate(self.head) if name not in self.only_in_files]
-        lines = [[line[place] for place in kept] for line in self.lines]
-        return replace(self, head=[self.head[place] for place in kept], lines=lines, only_in_files=())
+    def entries(self) -> list[list[tuple[str, str, str]]]:
+        """Line by line, of each value its column, its text, and what it is sorted by ("" where that is the text)."""
+        columns = []
+        for name, texts in self.shown.items():
+            sorts = [str(_plain(value)) if _is_number(value) else "" for value in self.frame[name]]
+            columns.append([(str(name), text, sort) for text, sort in zip(texts, sorts, strict=True)])
+        return [list(line) for line in zip(*columns, strict=True)]
 
 
 def slug(*parts: str) -> str:
@@ -66,78 +79,40 @@ def slug(*parts: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", " ".join(parts).lower()).strip("-.")[:80] or "table"
 
 
-def text(sheet: Sheet) -> str:
-    """For a terminal: title, aligned columns, note."""
-    sheet = sheet.shown()
-    cells = [sheet.head, *([value.text for value in line] for line in sheet.lines)]
-    widths = [max(len(line[place]) for line in cells) for place in range(len(sheet.head))]
-    aligned = [
-        "  ".join(
-            f"{item:>{width}}" if right else f"{item:{width}}" for item, width, right in zip(line, widths, sheet.numeric, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
-    return "\n".join([sheet.title, "", *aligned, *([sheet.note] if sheet.note else [])])
-
-
-def html(sheet: Sheet, caption: bool = True) -> str:
-    """A table, with its title as caption or without. A script makes it sortable by `data-sort`, or by text where there is none."""
-
-    sheet = sheet.shown()
-
-    def head(name: str, right: bool) -> str:
-        return f'<th scope="col"{" class=number" if right else ""}>{escape(name)}</th>'
-
-    def cell(value: Value, right: bool) -> str:
-        sort = "" if value.number is None else f' data-sort="{_plain(value.number).replace("inf", "Infinity")}"'
-        inside = escape(value.text)
-        if value.style == "code":
-            inside = f"<code>{inside}</code>"
-        elif value.style:
-            inside = f'<span class="badge {slug(value.style)}">{inside}</span>'
-        kind = "number" if right else "long" if len(value.text) > LONG else ""
-        return f"<td{f' class={kind}' if kind else ''}{sort}>{inside}</td>"
-
-    numeric = sheet.numeric
-    header = "".join(map(head, sheet.head, numeric))
-    rows = "".join("<tr>" + "".join(map(cell, line, numeric)) + "</tr>\n" for line in sheet.lines)
-    title = f"<caption>{escape(sheet.title)}</caption>" if caption else ""
-    note = f'<p class="soft">{escape(sheet.note)}</p>' if sheet.note else ""
-    return (
-        f'<div class="wide"><table class="plain sortable">{title}<thead><tr>{header}</tr></thead>'
-        f"<tbody>\n{rows}</tbody></table></div>{note}"
-    )
+def aligned(columns: Sequence[Sequence[str]]) -> str:
+    """Columns of text side by side, names at the left, all else at the right."""
+    texts = []
+    for place, column in enumerate(columns):
+        width = max(map(len, column))
+        texts.append([f"{text:>{width}}" if place else f"{text:{width}}" for text in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*texts, strict=True))
 
 
 def markdown(sheet: Sheet) -> str:
     """A table of GitHub's Markdown, title above and note below it."""
-    sheet = sheet.shown()
-    lines = [sheet.head, *([value.text for value in line] for line in sheet.lines)]
+    lines = [list(sheet.shown), *sheet.shown.to_numpy().tolist()]
     rows = ["| " + " | ".join(map(escape_markdown, line)) + " |" for line in lines]
-    rule = "|" + "|".join(" ---: " if right else " --- " for right in sheet.numeric) + "|"
-    parts = [f"**{escape_markdown(sheet.title)}**", "\n".join([rows[0], rule, *rows[1:]])]
-    return "\n\n".join([*parts, *([escape_markdown(sheet.note)] if sheet.note else [])])
+    rule = "|" + "|".join(" ---: " if sheet.numeric[name] else " --- " for name in sheet.shown) + "|"
+    parts = [f"**{escape_markdown(sheet.title)}**", "\n".join([rows[0], rule, *rows[1:]]), escape_markdown(sheet.note)]
+    return "\n\n".join(filter(None, parts))
 
 
 def csv(sheet: Sheet) -> str:
     """Numbers in full, in the unit of their column; text as it is shown; what is missing stays empty."""
-    file = io.StringIO()
-    writer = csv_format.writer(file, lineterminator="\n")
-    writer.writerow(sheet.head)
-    for line in sheet.lines:
-        cells = zip(line, sheet.numeric, strict=True)
-        writer.writerow([_field(value, right) for value, right in cells])
-    return file.getvalue()
+
+    def field_of(value: object, numeric: bool) -> object:
+        return _plain(value) if _is_number(value) else "" if numeric or is_missing(value) else value
+
+    fields = {name: [field_of(value, sheet.numeric[name]) for value in sheet.frame[name]] for name in sheet.frame}
+    return str(pd.DataFrame(fields, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def latex(sheet: Sheet) -> str:
     """A floating table; the document must use the package booktabs."""
-    sheet = sheet.shown()
-    columns = "".join("r" if right else "l" for right in sheet.numeric)
-    lines = [" & ".join(map(escape_latex, line)) + r" \\" for line in (sheet.head, *([value.text for value in of] for of in sheet.lines))]
     caption = " ".join(escape_latex(part.rstrip(".")) + "." for part in (sheet.title, sheet.note) if part)
-    parts = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0]]
-    return "\n".join([*parts, r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    columns = "".join("r" if sheet.numeric[name] else "l" for name in sheet.shown)
+    style = sheet.shown.map(escape_latex).rename(columns=escape_latex).style.hide(axis="index")
+    return str(style.to_latex(column_format=columns, caption=caption, hrules=True, position_float="centering"))
 
 
 def table_files(sheets: Sequence[Sheet]) -> dict[str, str]:
@@ -155,11 +130,13 @@ def escape_latex(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def _field(value: Value, numeric: bool) -> str:
-    if value.number is not None:
-        return _plain(value.number)
-    return "" if numeric or value.text == MISSING else value.text
+def is_missing(value: object) -> bool:
+    return value is None or value == MISSING or (isinstance(value, float) and math.isnan(value))
 
 
-def _plain(number: float) -> str:
-    return str(int(number)) if number.is_integer() else repr(number)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not is_missing(value)
+
+
+def _plain(value: Any) -> int | float:
+    return int(value) if float(value).is_integer() else float(value)

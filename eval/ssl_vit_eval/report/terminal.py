@@ -1,27 +1,29 @@
-"""`ssl-vit compare`: tables and verdicts in the terminal, and the same numbers as a report."""
+"""`ssl-vit compare`: one screen of tables and verdicts, and the same numbers as a report."""
 
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import get_terminal_size
 from textwrap import wrap
 from typing import get_args
 
+import pandas as pd
+
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.compare.arms import Arm
-from ssl_vit_eval.compare.comparison import Cell, Comparison, Gain, Table, build
-from ssl_vit_eval.compare.verdict import Family, Outcome, Rule
-from ssl_vit_eval.report.report_files import check_out
-from ssl_vit_eval.report.score_tables import ZERO, bounds_text, score_text, scores, under_text
-from ssl_vit_eval.report.table import MISSING
-from ssl_vit_eval.report.text import TITLES, line, signed, words_of
+from ssl_vit_eval.compare.comparison import Comparison, build
+from ssl_vit_eval.compare.verdict import Outcome
+from ssl_vit_eval.report import first_page, page
+from ssl_vit_eval.report.first_page import QUESTIONS, about, chip, families_of
+from ssl_vit_eval.report.score_tables import FLOOR, at_last, below_pixels, pixels_of, scores
+from ssl_vit_eval.report.text import interval_text, words_of
 from ssl_vit_eval.report.wandb import write_wandb_report
-from ssl_vit_eval.report.write import write_report
-from ssl_vit_eval.rows import Setting
+from ssl_vit_eval.report.write import chapters_of, write_chapters
 from ssl_vit_eval.sources import PIXELS
 
-SHOWN = 24  # differences of a question; the report has all
-IN_FULL = ("trained with", "null control")
-_WIDTH = 140
+SHOWN = {"trained with": 8}  # differences that were found, of other questions 2; the report has all
+LEGEND = f"Top-1 in %, mean ± deviation over seeds. * read as trained, {FLOOR} below raw pixels. random: before training."
+HINT = "The report has intervals, gains and every verdict with its reasons; --verbose prints them."
 
 
 def compare(
@@ -30,136 +32,81 @@ def compare(
     margin: float | None = None,
     wandb: str | None = None,
     group: str | None = None,
+    verbose: bool = False,
 ) -> Path:
-    """Compare every row below the folders, print the tables, write the report into `out` (default: the first folder); the path of its HTML.
+    """Compare every row below the folders, print one screen, write the report into `out` (default: the first folder); the path of its HTML.
 
     margin: points, of studies that declare none. wandb: the `[ENTITY/]PROJECT` that gets a W&B Report too, on the runs of `group`, or all.
-    UsageError for folders without rows, for an `out` that is a file, for a file of a report's name in it that is not ours, and for a
-    margin beside one that a study declared; of W&B as `write_wandb_report`, when the other report is written.
+    verbose: print all that the report says. UsageError for folders without rows, for an `out` that is a file, for a file of a report's
+    name in it that is not ours, and for a margin beside one that a study declared; of W&B as `write_wandb_report`, when the other report
+    is written.
     """
     if not folders:
         raise UsageError("no folder was given: name those that `ssl-vit eval` or `ssl-vit study` wrote to")
     folder = Path(folders[0] if out is None else out)
-    check_out(folder)
+    page.check_out(folder)
     comparison = build(folders, margin)
-    print(terminal(comparison))
-    path = write_report(comparison, folders, folder)
+    chapters = chapters_of(comparison, folders)
+    if verbose:
+        print(page.text(first_page.lead(comparison), chapters))
+    print(screen(comparison))
+    path = write_chapters(comparison, chapters, folder)
     print(f"report: {path}")
     if wandb is not None:
         print(f"W&B Report: {write_wandb_report(comparison, wandb, group, [scores(comparison)])}")
     return path
 
 
-def terminal(comparison: Comparison) -> str:
-    """All tables as text, each followed by a sentence for every cell that was read as it was trained; then verdicts and notes."""
-    parts = [part for table in comparison.tables for part in (_table(comparison, table), "\n".join(sentences(table))) if part]
-    legend = (
-        "Top-1 in %; below it the gain in points over the random-initialised backbone, with its 95 % interval over test images "
-        f"({ZERO} includes zero).\nSeveral seeds: mean ± deviation, and the range of the gain over seeds. * read as trained."
-    )
-    parts += [legend, verdicts(comparison.families, comparison.rule), *(f"note: {note}" for note in comparison.notes)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+def screen(comparison: Comparison) -> str:
+    """What to be warned of first, the tables in small, the verdicts, and what to do next."""
+    width = get_terminal_size((120, 40)).columns
+    floors = first_page.floors(comparison)
+    others = len(first_page.warnings_of(comparison)) - len(floors)
+    parts = ["\n".join(f"warning: {note}" for note in floors)]
+    parts += [_tables(comparison, dataset, width) for dataset in dict.fromkeys(table.setting.dataset for table in comparison.tables)]
+    parts.append(LEGEND)
+    verdicts = [f"verdicts, at a margin of {comparison.rule.margin:g} points", *_verdicts(comparison)]
+    verdicts += wrap(f"next: {first_page.next_step(comparison)}", width, subsequent_indent="  ")
+    parts.append("\n".join(verdicts))
+    parts.append(HINT + (f" Warnings there: {others}." if others else ""))
+    return "\n\n".join(filter(None, parts))
 
 
-def sentences(table: Table) -> list[str]:
-    """The diagonal in words."""
-    return [
-        f"{arm.method} trained with {spec}, read with {spec}, {table.setting.dataset}, {table.setting.rule}: "
-        f"{100 * cell.top1:.1f} %{_seeds(cell)}, {_gain(cell.gain, table.n_test)}"
-        for (arm, spec), cell in table.cells.items()
-        if arm.trained_with == spec
-    ]
+def _tables(comparison: Comparison, dataset: str, width: int) -> str:
+    """Trained-with × read-with under every protocol, side by side as far as they fit; readouts of single blocks are in the report."""
+    tables = [table for table in comparison.tables if table.setting.dataset == dataset]
+    several = len({(table.setting.rule, table.setting.version) for table in tables}) < len(tables)
+    lines, cells = dict[Arm, str](), dict[tuple[str, str], dict[Arm, str]]()
+    for table in tables:
+        named = [table.setting.rule, f"v{table.setting.version}", *([table.setting.transform, table.setting.data[:4]] if several else [])]
+        specs = [spec for spec in comparison.read_with if at_last(spec) in (spec, None) and any(spec == of for _, of in table.cells)]
+        columns = {spec: cells.setdefault((" ".join(named), f"read {spec}"), {}) for spec in specs or [PIXELS]}
+        columns.setdefault(PIXELS, next(iter(columns.values())))
+        for arm in [*comparison.trained(table), *pixels_of(table), *comparison.others(table)]:
+            for spec, column in columns.items():
+                if cell := table.cells.get((arm, spec)):
+                    spread = "" if cell.spread is None else f" ± {100 * cell.spread:.1f}"
+                    column[arm] = f"{100 * cell.top1:.1f}{spread}{'*' * (arm.trained_with == spec)}{FLOOR * below_pixels(table, cell)}"
+                    lines[arm] = f"{arm.recipe} {arm.trained_with or ('random' if arm[:2] in comparison.sections else '')}"
+    frame = pd.DataFrame(cells, index=list(lines)).fillna("–").rename(index=lines)
+    frame.columns.names = [f"{dataset}, {tables[0].n_test:,} images", "trained with"]
+    return "\n".join(map(str.rstrip, frame.to_string(line_width=width).splitlines()))
 
 
-def _seeds(cell: Cell) -> str:
-    return "" if cell.spread is None else f" ± {100 * cell.spread:.1f} ({cell.seeds} seeds)"
-
-
-def _gain(gain: Gain | None, images: int) -> str:
-    if gain is None:
-        return "its random initialisation was not evaluated"
-    text = f"{signed(gain.points)} points {bounds_text(gain)} over its random initialisation"
-    if gain.seeds > 1:
-        return text + (f", not above zero in all {gain.seeds} seeds" if gain.includes_zero else "")
-    return text + (f", includes zero: no gain that these {images} images could show" if gain.includes_zero else "")
-
-
-def _table(comparison: Comparison, table: Table) -> str:
-    """One setting: trained arms with their random initialisation, pixels, then what was not trained here."""
-    setting, columns = table.setting, comparison.read_with or [PIXELS]
-    lines = [["trained with", *(f"read {spec}" for spec in columns)]]
-    for arm in comparison.trained(table):
-        lines += _lines(label(arm), [table.cells.get((arm, spec)) for spec in columns], [spec == arm.trained_with for spec in columns])
-    for (arm, spec), cell in table.cells.items():
-        if spec == PIXELS:
-            lines += _lines(arm.recipe, [cell], [False])
-    if others := comparison.others(table):
-        lines.append(["not trained here"])
-        for arm in others:
-            lines += _lines(arm.recipe, [table.cells.get((arm, spec)) for spec in columns], [False] * len(columns))
-    widths = [max(len(line[place]) for line in lines if place < len(line)) for place in range(len(columns) + 1)]
-    text = ["  ".join(f"{item:{width}}" for item, width in zip(line, widths, strict=False)).rstrip() for line in lines]
-    title = f"{setting.dataset} · {setting.rule} v{setting.version} · {setting.transform} · {table.n_test} test images"
-    return "\n".join([title, "", *text])
-
-
-def _lines(name: str, cells: Sequence[Cell | None], own: Sequence[bool]) -> list[list[str]]:
-    scores = [MISSING if cell is None else score_text(cell) + "*" * mark for cell, mark in zip(cells, own, strict=True)]
-    return [[name, *scores], ["", *("" if cell is None else under_text(cell) for cell in cells)]]
-
-
-def label(arm: Arm) -> str:
-    """`dino (dino_photos), cls`; its initialisation, `dino (dino_photos), random`."""
-    return f"{arm.method} ({arm.recipe}), {arm.trained_with or 'random'}"
-
-
-def verdicts(families: Sequence[Family], rule: Rule) -> str:
-    """The rule, then what training changes in full, and of the other questions how they came out; empty where nothing can be subtracted."""
-    if not families:
-        return ""
-    parts = ["verdicts\n\n" + "\n".join(wrap(rule.text, _WIDTH))]
-    if primary := [family for family in families if family.primary]:
-        parts.append(_question("Primary comparison, declared before the training", primary, rule))
-    for question, title in TITLES.items():
-        if of := [family for family in families if family.question == question and not family.primary]:
-            parts.append(_question(title, of, rule) if question in IN_FULL else _counted(title, of, rule))
-    return "\n\n".join(parts)
-
-
-def place(setting: Setting) -> str:
-    """`builtin:photos, knn v1, resize32`."""
-    return f"{setting.dataset}, {setting.rule} v{setting.version}, {setting.transform}"
-
-
-def _question(title: str, families: Sequence[Family], rule: Rule) -> str:
-    lines, left = [title], SHOWN
-    for family in families:
-        shown = family.differences[:left]
-        left -= len(shown)
-        if shown:
-            count = len(family.differences)
-            how = (
-                f"Holm over {count}" if family.is_corrected and count > 1 else "one comparison" if family.is_corrected else "not corrected"
-            )
-            lines.append(f"  {family.scope}, {place(family.setting)} ({how})")
-        for difference in shown:
-            lines += [
-                f"    {line(family, difference, rule)}",
-                *(f"      {text}" for text in wrap(words_of(family, difference, rule), _WIDTH - 6)),
-            ]
-    rest = sum(len(family.differences) for family in families) - (SHOWN - left)
-    return "\n".join([*lines, *([f"  and {rest} more differences: in the report"] if rest else [])])
-
-
-def _counted(title: str, families: Sequence[Family], rule: Rule) -> str:
-    """How many differences came out how, and those that were found."""
-    outcomes = Counter(difference.outcome for family in families for difference in family.differences)
-    count = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in get_args(Outcome) if outcomes[outcome])
-    found = [
-        f"  {family.scope}, {place(family.setting)}: {line(family, difference, rule)}"
-        for family in families
-        for difference in family.differences
-        if difference.outcome in ("better", "worse")
-    ]
-    rest = [f"  and {len(found) - SHOWN} more: in the report"] if len(found) > SHOWN else []
-    return "\n".join([f"{title}: {count}; the report lists all", *found[:SHOWN], *rest])
+def _verdicts(comparison: Comparison) -> list[str]:
+    """What was declared in full; of each question how its differences came out, and the first that were found."""
+    rule, lines = comparison.rule, []
+    for family in (family for family in comparison.families if family.primary):
+        lines += [f"  declared: {about(family)}: {words_of(family, of, rule)}" for of in family.differences]
+    for question, title in QUESTIONS.items():
+        pairs = [(family, of) for family in families_of(comparison, question) if not family.primary for of in family.differences]
+        outcomes = Counter(of.outcome for _, of in pairs)
+        found = [
+            f"    {about(family)}: {chip(family, of)} {interval_text(of.low, of.high, rule)}"
+            for family, of in pairs
+            if of.outcome in ("better", "worse")
+        ]
+        if pairs:
+            count = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in get_args(Outcome) if outcomes[outcome])
+            lines += [f"  {title}: {count}", *found[: SHOWN.get(question, 2)]]
+    return lines or ["  none: nothing here can be subtracted from something else"]

@@ -33,7 +33,7 @@ def interval_text(low: float, high: float, rule: Rule) -> str:
 
 
 def digits_of(low: float, high: float, rule: Rule) -> int:
-    """Decimals to show: one, or more where one would tell another story of zero or of the margin than the unrounded bounds."""
+    """Decimals to show: one, or more where one would tell another story of zero, of the margin or of the largest difference left."""
     truth, digits = _facts(low, high, rule), 1
     while digits < _MOST_DIGITS and truth != _facts(round(low, digits), round(high, digits), rule):
         digits += 1
@@ -89,8 +89,10 @@ def words_of(family: Family, difference: Difference, rule: Rule) -> str:
     return f"{text}; {difference.remark}" if difference.remark else text
 
 
-def _facts(low: float, high: float, rule: Rule) -> tuple[bool, bool]:
-    return excludes_zero(low, high), within_margin(low, high, rule)
+def _facts(low: float, high: float, rule: Rule) -> tuple[bool, bool, float]:
+    """What an interval says of zero, of the margin, and within it how large a difference may still be."""
+    outside, inside = excludes_zero(low, high), within_margin(low, high, rule)
+    return outside, inside, _rounded_up(low, high) if inside else 0.0
 
 
 def _verdict(question: Question, unit: Unit, d: Difference, rule: Rule) -> str:
@@ -103,7 +105,7 @@ def _verdict(question: Question, unit: Unit, d: Difference, rule: Rule) -> str:
         return f"{of}{a} is {d.outcome} than {b} by {estimate_text(*by, rule).lstrip('+')}{less}"
     if d.outcome == "no difference":
         seen = f"these {d.images:,} images" if unit == "images" else "this study"
-        return f"{of}no difference between {a} and {b} of more than {points_text(_rounded_up(d))} that {seen} could see"
+        return f"{of}no difference between {a} and {b} of more than {points_text(_rounded_up(d.low, d.high))} that {seen} could see"
     if unit == "seeds" and len(d.seeds) < 2:
         two = question in ("trained with", "null control")
         why = "one seed of each is two networks, and says nothing about the readouts" if two else "one seed says nothing about another one"
@@ -120,6 +122,6 @@ def _needs(comparisons: int, rule: Rule) -> str:
     return f"{family} needs {seeds_needed(comparisons, rule.level)} seeds"
 
 
-def _rounded_up(d: Difference) -> float:
+def _rounded_up(low: float, high: float) -> float:
     # to 0.1, but 0.3 is not 0.30000000000000004
-    return max(0.1, math.ceil(round(10 * max(abs(d.low), abs(d.high)), 6)) / 10)
+    return max(0.1, math.ceil(round(10 * max(abs(low), abs(high)), 6)) / 10)

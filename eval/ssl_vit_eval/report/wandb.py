@@ -4,7 +4,7 @@ Its pictures, of the findings and of what MAE fills in, are logged as a run of t
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from io import BytesIO
@@ -18,17 +18,14 @@ from PIL import Image
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.train.tracking import TrackedRun, Tracking
 from ssl_vit_eval.compare.comparison import Comparison
-from ssl_vit_eval.compare.verdict import Family
 from ssl_vit_eval.report import first_page
 from ssl_vit_eval.report.first_page import QUESTIONS, families_of
-from ssl_vit_eval.report.page import Block, Bullets, Drawings, Grid, Heading, Listing, Picture, Text
+from ssl_vit_eval.report.page import Block, Bullets, Figures, Heading, Listing, Text
+from ssl_vit_eval.report.plotting import Plot
 from ssl_vit_eval.report.table import Sheet, markdown
 from ssl_vit_eval.report.text import line, words_of
 from ssl_vit_eval.report.wandb_panels import Panels
-
-PLAIN = ("plain", "soft", "note")  # styles of a text that is no verdict
-FIGURES, FILLED = "figures", "reconstructions"
-Media = dict[str, list[tuple[str, bytes]]]  # captions and PNG files, by the key that they are logged under
+from ssl_vit_eval.report.write import reconstructions
 
 
 def write_wandb_report(comparison: Comparison, target: str, group: str | None, tables: Sequence[Sheet] = ()) -> str:
@@ -58,11 +55,13 @@ def write_wandb_report(comparison: Comparison, target: str, group: str | None, t
             raise UsageError(
                 f"W&B has no project {tracking.path} that is yours: log the runs to it first, with --wandb of study, pretrain and eval"
             )
-        shown = first_page.blocks(comparison)
+        filled, listings = reconstructions(comparison.runs), [Listing(sheet) for sheet in tables]
+        first: list[Block] = [*first_page.lead(comparison), *first_page.blocks(comparison), *_verdicts(comparison)]
+        last: list[Block] = [Heading("What MAE fills in"), Figures(filled)] if filled else []
+        last += [Heading("Tables"), *listings] if listings else []
         title = "Readouts compared " + re.sub(r"[^\w.-]+", "-", group or tracking.project)[:80]  # it becomes a part of the address
-        media = _media(comparison, shown)
-        filled = [key for key in media if key.startswith(FILLED)]
-        panels = Panels(wr, comparison, tracking, _logged(tracking, title, media) if media else None)
+        plots = {_key(plot): plot for block in [*first, *last] if isinstance(block, Figures) for plot in block.plots}
+        panels = Panels(wr, comparison, tracking, _logged(tracking, title, plots) if plots else None)
         report = wr.Report(
             entity=tracking.entity,
             project=tracking.project,
@@ -71,14 +70,9 @@ def write_wandb_report(comparison: Comparison, target: str, group: str | None, t
             blocks=[
                 wr.TableOfContents(),
                 wr.H1("What this study says"),
-                *(wr.P(text.text) for text in first_page.lead(comparison)),
-                *(shown_here for block in shown for shown_here in _blocks(panels, block)),
-                *_verdicts(wr, comparison),
+                *(shown for block in first for shown in _shown(panels, block)),
                 *panels.blocks(),
-                *([wr.H1("What MAE fills in")] if filled else []),
-                *map(panels.media, filled),
-                *([wr.H1("Tables")] if tables else []),
-                *(wr.MarkdownBlock(markdown(sheet)) for sheet in tables),
+                *(shown for block in last for shown in _shown(panels, block)),
             ],
             width="fluid",
         )
@@ -93,74 +87,47 @@ def write_wandb_report(comparison: Comparison, target: str, group: str | None, t
     return quote(report.url, safe=":/")
 
 
-def _verdicts(wr: Any, comparison: Comparison) -> list[Any]:
+def _verdicts(comparison: Comparison) -> list[Block]:
     """Every difference, question by question."""
-    blocks = []
-    for question, words in QUESTIONS.items():
-        if families := families_of(comparison, question):
-            blocks += [wr.H2(words), *_differences(wr, comparison, families)]
+    rule, blocks = comparison.rule, list[Block]()
+    for question, title in QUESTIONS.items():
+        families = families_of(comparison, question)
+        blocks += [Heading(title)] if families else []
+        for family in families:
+            setting, declared = family.setting, ", declared before training" if family.primary else ""
+            items = [f"{line(family, of, rule)}. In words: {words_of(family, of, rule)}." for of in family.differences]
+            blocks.append(Bullets(items, title=f"{family.scope}: {setting.dataset}, {setting.rule} v{setting.version}{declared}"))
     return blocks
 
 
-def _differences(wr: Any, comparison: Comparison, families: Iterable[Family]) -> list[Any]:
-    blocks = []
-    for family in families:
-        setting = family.setting
-        declared = ", declared before training" if family.primary else ""
-        blocks.append(wr.H3(f"{family.scope}: {setting.dataset}, {setting.rule} v{setting.version}{declared}"))
-        items = [f"{line(family, of, comparison.rule)}. In words: {words_of(family, of, comparison.rule)}." for of in family.differences]
-        blocks.append(wr.UnorderedList(items))
-    return blocks
-
-
-def _blocks(panels: Panels, block: Block) -> list[Any]:
+def _shown(panels: Panels, block: Block) -> list[Any]:
     """A block of the other reports as W&B's."""
     wr = panels.wr
     match block:
         case Text(text, style, lead):
             words = f"{lead} {text}".strip()
-            return [wr.P(words) if style in PLAIN else wr.CalloutBlock(f"{style.upper()}. {words}")]
-        case Bullets(items):
-            return [wr.UnorderedList(items)]
+            return [wr.CalloutBlock(f"{style.upper()}. {words}") if block.is_verdict else wr.P(words)]
+        case Bullets(items, _, title):
+            return [*([wr.H3(title)] if title else []), wr.UnorderedList(items)]
         case Heading(text):
             return [wr.H2(text)]
-        case Listing(sheet) | Grid(_, sheet):
+        case Listing(sheet):
             return [wr.MarkdownBlock(markdown(sheet))]
-        case Drawings(plots):
-            return [panels.media(_key(FIGURES, plot.name)) for plot in plots]
-        case Picture(name):
-            return [panels.media(_key(FIGURES, name))]
+        case Figures(plots):
+            return [panels.media(_key(plot)) for plot in plots]
 
 
-def _media(comparison: Comparison, shown: Sequence[Block]) -> Media:
-    """The pictures of the findings, and what MAE fills in, of the first seed of every arm."""
-    media: Media = {}
-    for block in shown:
-        if isinstance(block, Drawings):
-            media |= {_key(FIGURES, plot.name): [(plot.note or plot.title, plot.png)] for plot in block.plots}
-        elif isinstance(block, Picture):
-            media[_key(FIGURES, block.name)] = [(block.caption, block.png)]
-    seen = set()
-    for run in comparison.runs:
-        file, arm = run.folder / "reconstructions.png", (run.name, run.recipe["readout"])
-        if arm not in seen and file.is_file():
-            seen.add(arm)
-            caption = f"trained with {arm[1]}, seed {run.recipe['seed']}"
-            media.setdefault(_key(FILLED, run.name), []).append((caption, file.read_bytes()))
-    return media
+def _key(plot: Plot) -> str:
+    return f"figures/{re.sub(r'[^a-zA-Z0-9_-]+', '_', plot.name)}"  # a dot would begin another level
 
 
-def _key(kind: str, name: str) -> str:
-    return f"{kind}/{re.sub(r'[^a-zA-Z0-9_-]+', '_', name)}"  # a dot would begin another level
-
-
-def _logged(tracking: Tracking, name: str, media: Media) -> str:
-    """The id of a new run that holds the pictures."""
+def _logged(tracking: Tracking, name: str, plots: Mapping[str, Plot]) -> str:
+    """The id of a new run that holds the figures."""
     import wandb
 
     with TemporaryDirectory() as folder:
         run = TrackedRun(tracking, Path(folder), "report")
         run.start(name, {})
-        run.log({key: [wandb.Image(Image.open(BytesIO(png)), caption=text) for text, png in of] for key, of in media.items()})
+        run.log({key: [wandb.Image(Image.open(BytesIO(plot.png)), caption=plot.note or plot.title)] for key, plot in plots.items()})
         run.finish()
         return str(run.state["id"])

@@ -26,7 +26,7 @@ from ssl_vit_eval.study.plan import CONTROL_CELL, Cell, Plan, start_source
 from ssl_vit_eval.study.reconstructions import save_reconstructions
 
 
-def run_study(name: str, out: str | None, tracking: Tracking | None = None) -> Path:
+def run_study(name: str, out: str | None, tracking: Tracking | None = None, verbose: bool = False) -> Path:
     """Run what is missing of a study, and return the path of its report. Wrong names and unfair arms end it before anything trains.
 
     Cells that another process works on are left to it; then it is waited for, and what it left undone is done here.
@@ -55,7 +55,7 @@ def run_study(name: str, out: str | None, tracking: Tracking | None = None) -> P
             if not (plan.folder / "eval" / "rows.jsonl").exists():
                 raise
             failed = error
-        report = compare([plan.folder], plan.folder)
+        report = compare([plan.folder], plan.folder, verbose=verbose)
     print(f"{time.monotonic() - begun:.0f} s in all; a second run skips what is done")
     if failed:
         raise failed
