@@ -1,7 +1,9 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and locks between processes."""
 
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,3 +23,20 @@ def write_atomically(path: Path, content: str | Callable[[BinaryIO], object]) ->
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock `path` inside the `with`, waiting for it or, without `wait`, yielding False where another process holds it.
+
+    It belongs to the process and not to the file: it goes when the process does, however it ends, and the file stays behind. Shared
+    file systems pass it on to the other machines (NFS does, Lustre if it is mounted with `flock`).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

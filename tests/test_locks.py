@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit_eval.locks import locked
+from ssl_vit.files import locked
 from ssl_vit_eval.rows import RowStore
 from tests.planted import plant
 from tests.processes import FORK

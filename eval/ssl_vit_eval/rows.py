@@ -17,8 +17,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure, UsageError, reason
-from ssl_vit.files import write_atomically
-from ssl_vit_eval.locks import locked
+from ssl_vit.files import locked, write_atomically
 from ssl_vit_eval.schema import STRICT, checked
 
 FORMAT = 1  # of a line; one with a higher number was written by a later version

@@ -4,14 +4,13 @@ The file holds the pixels of all images one after the other, then their sizes. I
 any file there may be deleted when no run uses it.
 """
 
-import fcntl
 import io
 import itertools
 import os
 import shutil
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +24,7 @@ from ssl_vit.data.images import ImageStore, decode, limit_side, to_tensor
 from ssl_vit.data.loader import Corrupt, available_cores, begin_worker, told_of_lost_workers
 from ssl_vit.data.records import Records
 from ssl_vit.errors import Failure
-from ssl_vit.files import write_atomically
+from ssl_vit.files import locked, write_atomically
 
 DECODER = 2  # raised when an image decodes to other pixels
 SMALL = 64 * 2**20  # bytes that every process may have of its own
@@ -64,7 +63,7 @@ def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: s
     file = cache_folder() / f"{key}-{count}-{max_side}-{DECODER}.images"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.with_suffix(".lock")):
+        with locked(file.with_suffix(".lock")):
             store = _mapped(file, count)
             if store is None:
                 if (free := shutil.disk_usage(file.parent).free) < needed:
@@ -131,11 +130,3 @@ def _store(data: UInt8[np.ndarray, "bytes"], count: int) -> ImageStore | None:
         return None
     with warnings.catch_warnings(action="ignore"):  # torch's: nobody may write to it, and nobody does
         return ImageStore(torch.from_numpy(data[: -16 * count]), sizes)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone among the processes of this machine; the system gives a dead one's lock back."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

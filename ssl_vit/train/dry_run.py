@@ -1,12 +1,22 @@
 """`ssl-vit pretrain RECIPE --dry-run`: what a run would cost. Trains nothing, writes nothing, fetches nothing."""
 
+import tempfile
+import time
+import warnings
+from statistics import median
+from typing import Any
+
 import torch
 from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_vit.data.folders import local_path
+from ssl_vit.data.images import ImageStore
 from ssl_vit.data.loader import batches_of_an_epoch
 from ssl_vit.data.sources import builtin, open_records
+from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import require
 from ssl_vit.methods import Method
 from ssl_vit.train.cost import step_bytes, training_flops
@@ -18,6 +28,8 @@ from ssl_vit.train.pretrain import build_method, check_options, check_share, par
 GPUS = {"V100": 125, "A100": 312, "H100": 989, "RTX 4090": 165}
 UTILISATIONS = (0.1, 0.3, 0.45)
 GIB = 2**30
+STEPS = 4  # timed, of which the first is left out
+STEP_SECONDS = 1.0
 
 
 def dry_run(recipe: str, options: list[str]) -> None:
@@ -103,3 +115,42 @@ def total_steps(config: Namespace, fetch: bool = True) -> int | None:
         return int(trainer.max_steps)
     steps = int(trainer.max_epochs) * batches
     return steps if trainer.max_steps == -1 else min(steps, int(trainer.max_steps))
+
+
+def step_seconds(config: Namespace, values: Namespace) -> float:
+    """Seconds of one optimiser step, by a real training of a few batches of synthetic images of the model's size.
+
+    The recipe's batch if that takes `STEP_SECONDS` at most. Else two smaller ones, since a step costs something whatever its batch, and
+    the line through both is read at the recipe's. Decoding and reading are not in it.
+    """
+    whole = config.data.batch_size
+    small = min(whole, 4)
+    first = _timed(config, values, small)
+    large = min(whole, max(2 * small, int(STEP_SECONDS * small / first)))
+    second = _timed(config, values, large) if large > small else first
+    slope = max(0.0, second - first) / max(1, large - small)
+    return float(second + slope * (whole - large))
+
+
+def _timed(config: Namespace, values: Namespace, batch_size: int) -> float:
+    """Median seconds of a batch."""
+    method, clock = build_method(config, values), _Clock()
+    size = method.backbone.image_size
+    data = ImageData(config.data.source, batch_size)
+    data.images = ImageStore.stacked(torch.randint(0, 256, (STEPS * batch_size, 3, size, size), dtype=torch.uint8))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [clock]}
+    length = {"max_steps": STEPS, "max_epochs": -1, "limit_train_batches": None}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, about a training of a few steps
+        Trainer(**{**dict(values.trainer), **quiet, **length, "default_root_dir": folder}).fit(method, datamodule=data)
+    return median(b - a for a, b in zip(clock.times[:-1], clock.times[1:], strict=True))
+
+
+class _Clock(Callback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from ssl_vit.cli import run
+from ssl_vit.train.dry_run import step_seconds
 from ssl_vit.train.pretrain import parse_recipe
-from ssl_vit_eval.study.dry_run import clock, step_seconds
+from ssl_vit_eval.study.dry_run import clock
 
 pytestmark = pytest.mark.usefixtures("three_classes")
 

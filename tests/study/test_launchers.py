@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ssl_vit.cli import run
-from ssl_vit_eval.locks import locked
+from ssl_vit.files import locked
 from tests.conftest import errors
 from tests.fake_wandb import FakeWandb
 

@@ -1,24 +1,16 @@
 """`ssl-vit study --dry-run`: what a study will cost. Trains nothing that is kept, and writes nothing."""
 
-import tempfile
-import time
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 import torch
-from jsonargparse import Namespace
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 
-from ssl_vit.data.images import ImageStore
-from ssl_vit.data.stream import ImageData
 from ssl_vit.train.cost import training_flops
-from ssl_vit.train.dry_run import total_steps
+from ssl_vit.train.dry_run import STEPS, step_seconds, total_steps
 from ssl_vit.train.pretrain import build_method, parse_recipe
 from ssl_vit_eval.controls import controls_of
 from ssl_vit_eval.diagnostics.run import with_blocks
@@ -28,8 +20,6 @@ from ssl_vit_eval.sources import Source
 from ssl_vit_eval.study.plan import Cell, Plan, start_source
 from ssl_vit_eval.study.run import check
 
-STEPS = 4  # timed, of which the first is left out
-STEP_SECONDS = 1.0
 NUMBERS = ["steps", "images", "FLOPs", "time"]
 
 
@@ -72,45 +62,6 @@ def cell_costs(cells: Sequence[Cell]) -> pd.DataFrame:
         time = fmean(known[name]) if known[name] else steps * seconds
         costs[cell.folder.name] = [steps, images, images * training_flops(build_method(config, values)), time, source]
     return pd.DataFrame.from_dict(costs, orient="index", columns=[*NUMBERS, "from"])
-
-
-def step_seconds(config: Namespace, values: Namespace) -> float:
-    """Seconds of one optimiser step, by a real training of a few batches of synthetic images of the model's size.
-
-    The recipe's batch if that takes `STEP_SECONDS` at most. Else two smaller ones, since a step costs something whatever its batch, and
-    the line through both is read at the recipe's. Decoding and reading are not in it.
-    """
-    whole = config.data.batch_size
-    small = min(whole, 4)
-    first = _timed(config, values, small)
-    large = min(whole, max(2 * small, int(STEP_SECONDS * small / first)))
-    second = _timed(config, values, large) if large > small else first
-    slope = max(0.0, second - first) / max(1, large - small)
-    return float(second + slope * (whole - large))
-
-
-def _timed(config: Namespace, values: Namespace, batch_size: int) -> float:
-    """Median seconds of a batch."""
-    method, clock = build_method(config, values), _Clock()
-    size = method.backbone.image_size
-    data = ImageData(config.data.source, batch_size)
-    data.images = ImageStore.stacked(torch.randint(0, 256, (STEPS * batch_size, 3, size, size), dtype=torch.uint8))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [clock]}
-    length = {"max_steps": STEPS, "max_epochs": -1, "limit_train_batches": None}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's, about a training of a few steps
-        Trainer(**{**dict(values.trainer), **quiet, **length, "default_root_dir": folder}).fit(method, datamodule=data)
-    return median(b - a for a, b in zip(clock.times[:-1], clock.times[1:], strict=True))
-
-
-class _Clock(Callback):
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
 
 
 def evaluations(plan: Plan) -> str:

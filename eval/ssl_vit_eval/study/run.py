@@ -14,16 +14,16 @@ import torch
 
 from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.errors import Failure
+from ssl_vit.files import locked
 from ssl_vit.train.pretrain import pretrain
+from ssl_vit.train.reconstructions import save_reconstructions
 from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.evaluate import evaluate, wanted_specs
-from ssl_vit_eval.locks import locked
 from ssl_vit_eval.report.terminal import compare
 from ssl_vit_eval.sources import Source, open_source
 from ssl_vit_eval.splits import load_split
 from ssl_vit_eval.study.fairness import check_fair
 from ssl_vit_eval.study.plan import CONTROL_CELL, Cell, Plan, start_source
-from ssl_vit_eval.study.reconstructions import save_reconstructions
 
 
 def run_study(name: str, out: str | None, tracking: Tracking | None = None, verbose: bool = False) -> Path:

@@ -12,8 +12,8 @@ from ssl_vit.errors import UsageError
 from ssl_vit.methods import MAE
 from ssl_vit.methods.mae import DecoderConfig
 from ssl_vit.model.config import BackboneConfig
+from ssl_vit.train.reconstructions import GAP, LABEL, MASK_GREY, TILE, save_reconstructions
 from ssl_vit.weights.checkpoint import FORMAT
-from ssl_vit_eval.study.reconstructions import GAP, LABEL, MASK_GREY, TILE, save_reconstructions
 
 
 def mae(norm_pixels: bool = True) -> MAE:
