@@ -28,8 +28,9 @@ PART = 65536
 
 @contextmanager
 def measured(what: str, whole: float = 1.0) -> Iterator[None]:
-    """Print seconds, and the most memory that was this process's own, besides mapped files. whole: how much longer all of it takes."""
-    most, done, begun = [0], threading.Event(), time.perf_counter()
+    """Print seconds, those of the processor, and the most memory that was this process's own, besides mapped files. whole: how much more
+    all of it is."""
+    most, done, begun, computed = [0], threading.Event(), time.perf_counter(), time.process_time()
 
     def watch() -> None:
         while not done.wait(0.1):
@@ -43,9 +44,9 @@ def measured(what: str, whole: float = 1.0) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        seconds = time.perf_counter() - begun
-        rest = f", the whole by proportion: {seconds * whole / 60:,.0f} min" if whole > 1 else ""
-        print(f"{what:50} {seconds:8.1f} s   {most[0] / 2**20:5.2f} GiB{rest}", flush=True)
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - computed
+        rest = f"   the whole by proportion: {cpu * whole / 3600:,.1f} h of a core" if whole > 1 else ""
+        print(f"{what:50} {seconds:7.1f} s  {cpu:7.1f} s of a core  {most[0] / 2**20:5.2f} GiB{rest}", flush=True)
 
 
 def synthetic(folder: Path, split: str, n: int, centres: torch.Tensor) -> tuple[FeatureFile, torch.Tensor]:
