@@ -171,6 +171,26 @@ class ReadoutSpec:
         """True when some term has parameters: the spec alone is then not the whole readout."""
         return any(READOUTS[term.name].learned for term in self.terms)
 
+    @property
+    def of_last_blocks(self) -> bool:
+        """True when its blocks are counted from the last one, as in `cls` and `cls@last4`; `cls@block3` is for curves over the depth."""
+        return all(block < 0 for block in self.blocks)
+
+    @property
+    def norm(self) -> str | None:
+        """Where the final norm stands in every term; None where terms differ."""
+        norms = {term.norm for term in self.terms}
+        return norms.pop() if len(norms) == 1 else None
+
+    def with_norm(self, norm: str) -> "ReadoutSpec":
+        """The same readout with the final norm at this place in every term."""
+        return ReadoutSpec(tuple(replace(term, norm=norm) for term in self.terms))
+
+    def at_block(self, block: int) -> "ReadoutSpec | None":
+        """The same readout of this block alone, -1 for the last; None where terms read different blocks."""
+        same = len({term.blocks for term in self.terms}) == 1
+        return ReadoutSpec(tuple(replace(term, blocks=(block,)) for term in self.terms)) if same else None
+
     def width(self, token_width: int) -> int:
         return token_width * sum(len(term.blocks) for term in self.terms)
 

@@ -34,6 +34,20 @@ def test_grammar(text: str, canonical: str, slug: str, blocks: tuple[int, ...], 
 
 
 @pytest.mark.parametrize(
+    ("text", "last", "norm", "at_post", "at_block"),
+    [
+        ("cls", True, "post", "cls", "cls@block2"),
+        ("cls@last4/pre", True, "pre", "cls@last4", "cls@block2/pre"),
+        ("gap@block1+cls@block1/pooled", False, None, "gap@block1+cls@block1", "gap@block2+cls@block2/pooled"),
+        ("cls@last4+gap", True, "post", "cls@last4+gap", "None"),
+    ],
+)
+def test_questions_about_blocks_and_norms(text: str, last: bool, norm: str | None, at_post: str, at_block: str) -> None:
+    spec = ReadoutSpec.parse(text)
+    assert (spec.of_last_blocks, spec.norm, str(spec.with_norm("post")), str(spec.at_block(2))) == (last, norm, at_post, at_block)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("clss", "did you mean 'cls'"),

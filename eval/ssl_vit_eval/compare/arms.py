@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.runs import recipe_name
 from ssl_vit_eval.rows import Row
 
@@ -73,8 +72,3 @@ def _clashes(rows: Sequence[Row]) -> dict[Arm, str]:
             which = "" if seed is None else f" of seed {seed}"
             clashes[arm] = f"{len(of)} checkpoints{which} ({', '.join(key[:8] for key in of)})"
     return clashes
-
-
-def at_last(spec: str) -> bool:
-    """Whether a readout is of the last blocks; those of single blocks are read for the diagnostics' curves, of the first seed."""
-    return all(block < 0 for block in ReadoutSpec.parse(spec).blocks)

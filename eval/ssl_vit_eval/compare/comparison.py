@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from ssl_vit_eval.compare.arms import Arm, arms_of, at_last, clash_notes, ordered, weights_of
+from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit_eval.compare.arms import Arm, arms_of, clash_notes, ordered, weights_of
 from ssl_vit_eval.compare.differences import Answers, family_of
 from ssl_vit_eval.compare.preregistration import find_declared
 from ssl_vit_eval.compare.questions import ask, cells_of, null_controls
@@ -189,7 +190,9 @@ def _notes(tables: Sequence[Table]) -> list[str]:
         what = " and ".join(name for name, field in differs.items() if len({getattr(setting, field) for setting in apart}) > 1)
         if what:
             notes.append(f"{dataset}, {rule}: {len(apart)} tables that differ in {what}: never averaged, not comparable")
-    trained = [cell for table in tables for (arm, spec), cell in table.cells.items() if arm.trained_with and at_last(spec)]
+    trained = [
+        cell for table in tables for (arm, spec), cell in table.cells.items() if arm.trained_with and ReadoutSpec.parse(spec).of_last_blocks
+    ]
     if lacking := sum(cell.gain is None for cell in trained):
         notes.append(
             f"{lacking} of {len(trained)} trained cells have no gain: evaluate random:RUN/recipe.yaml, its own start, on the same data"

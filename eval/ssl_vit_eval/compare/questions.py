@@ -8,13 +8,13 @@ diagnostics read as curves, take no part.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import fmean
 from typing import NamedTuple, get_args
 
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit_eval.compare.arms import Arm, at_last, ordered, weights_of
+from ssl_vit_eval.compare.arms import Arm, ordered, weights_of
 from ssl_vit_eval.compare.preregistration import Primary
 from ssl_vit_eval.compare.runs import Run
 from ssl_vit_eval.compare.verdict import Question, Side
@@ -216,9 +216,9 @@ def _pairs(arm: Arm, cells: Mapping[str, Seeds], specs: Sequence[tuple[str, str]
 
 def _whole(cells: Mapping[str, Seeds]) -> list[str]:
     """The readouts of the last blocks."""
-    return ordered(spec for spec in cells if at_last(spec))
+    return ordered(spec for spec in cells if ReadoutSpec.parse(spec).of_last_blocks)
 
 
 def _at_post(spec: str) -> str:
     """The same readout with the final norm at its usual place."""
-    return str(ReadoutSpec(tuple(replace(term, norm="post") for term in ReadoutSpec.parse(spec).terms)))
+    return str(ReadoutSpec.parse(spec).with_norm("post"))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit_eval.compare.arms import Arm, at_last
+from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.questions import Cells, Group, Section
 from ssl_vit_eval.rows import Key, Row, RowStore, Setting
 
@@ -45,7 +45,7 @@ def missing(cells: Cells) -> list[str]:
     for setting, of_setting in cells.items():
         for section, own in arms.items():
             here = {arm: of_setting.get(arm, {}) for arm in own}
-            specs = list(dict.fromkeys(spec for found in here.values() for spec in found if at_last(spec)))
+            specs = list(dict.fromkeys(spec for found in here.values() for spec in found if ReadoutSpec.parse(spec).of_last_blocks))
             expected = [(arm, seed, spec) for arm in own for seed in sorted(seeds[section]) for spec in specs if _readable(spec, arm, here)]
             lacking = [(arm, seed, spec) for arm, seed, spec in expected if seed not in here[arm].get(spec, {})]
             if lacking:

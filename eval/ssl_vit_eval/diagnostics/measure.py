@@ -5,7 +5,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def at_each_block(text: str, depth: int) -> list[tuple[int | None, str]]:
     spec = ReadoutSpec.parse(text)
     if spec.learned or spec.blocks != (-1,):
         return [(None, text)]
-    moved = [str(ReadoutSpec(tuple(replace(term, blocks=(block,)) for term in spec.terms))) for block in range(depth - 1)]
+    moved = [str(spec.at_block(block)) for block in range(depth - 1)]
     return list(enumerate([*moved, text]))
 
 

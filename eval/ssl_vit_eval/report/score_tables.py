@@ -4,7 +4,6 @@ And one score as text, the same in the terminal and in the report.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from statistics import fmean
 
@@ -127,10 +126,8 @@ def _whole_text(cell: Cell) -> str:
 
 def at_last(spec: str) -> str | None:
     """The same readout of the last block; None for one that mixes blocks."""
-    terms = ReadoutSpec.parse(spec).terms
-    if len({term.blocks for term in terms}) > 1:
-        return None
-    return str(ReadoutSpec(tuple(replace(term, blocks=(-1,)) for term in terms)))
+    last = ReadoutSpec.parse(spec).at_block(-1)
+    return str(last) if last else None
 
 
 def _colour(points: float, scale: float) -> str:
@@ -200,10 +197,8 @@ def _placed(spec: str) -> tuple[str, str] | None:
     """The readout with its norm in the default place, and where its norm is; None for terms of several norms, and for pixels."""
     if spec == PIXELS:
         return None
-    terms = ReadoutSpec.parse(spec).terms
-    if len(places := {term.norm for term in terms}) > 1:
-        return None
-    return str(ReadoutSpec(tuple(replace(term, norm="post") for term in terms))), places.pop()
+    parsed = ReadoutSpec.parse(spec)
+    return (str(parsed.with_norm("post")), parsed.norm) if parsed.norm else None
 
 
 def ranking_sheets(found: Sequence[Ranking]) -> list[Sheet]:
