@@ -25,6 +25,7 @@ LINEAR: dict[str, Any] = {
     "slice_fraction": 0.3,
     "slice_seed": 0,
 }
+MLP: dict[str, Any] = {"hidden": 7, "lr": [1e-3, 3e-2], "weight_decay": [0.0, 5.0], "batch_size": 16, "iterations": 15, "seed": 5}
 GRID = [(lr, weight_decay) for lr in LINEAR["lr"] for weight_decay in LINEAR["weight_decay"]]
 
 

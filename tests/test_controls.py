@@ -1,10 +1,12 @@
-"""Controls: what shuffling and projecting do, and what they must leave alone."""
+"""Controls: what shuffling labels and columns does, and what the control of width says of a useless half and of a useful one."""
 
 import pytest
 import torch
 
 from ssl_vit.errors import UsageError
-from ssl_vit_eval.controls import SHUFFLED, check_controls, controls_of, projected, shuffled
+from ssl_vit_eval.controls import BESIDE, SHUFFLED, check_controls, controlled, controls_of, shuffled
+from ssl_vit_eval.probes.logreg import select_and_fit
+from ssl_vit_eval.probes.selection import stratified_slice
 
 
 def test_shuffled_labels_are_the_same_labels_elsewhere() -> None:
@@ -15,19 +17,52 @@ def test_shuffled_labels_are_the_same_labels_elsewhere() -> None:
     assert torch.equal(other, shuffled(y))
 
 
-def test_a_projection_is_orthonormal_and_the_same_for_all() -> None:
-    basis = projected(torch.eye(48, dtype=torch.float64), 16)  # the matrix itself
-    torch.testing.assert_close(basis.T @ basis, torch.eye(16, dtype=torch.float64))
-    X = torch.randn(20_000, 48)
-    torch.testing.assert_close(projected(X, 16), X @ basis.float(), rtol=1e-5, atol=1e-5)
-    # distances shrink by sqrt(16 / 48) on average, none of them to nothing
-    ratio = (projected(X[:300], 16) - projected(X[300:600], 16)).norm(dim=1) / (X[:300] - X[300:600]).norm(dim=1)
-    assert abs(ratio.square().mean().item() - 1 / 3) < 0.03
+def test_only_what_is_kept_stays_at_its_image() -> None:
+    X = torch.arange(1000)[:, None] + 1000.0 * torch.arange(10)  # five parts of two columns: cls at four blocks, gap
+    for kept, columns in (("gap", [8, 9]), ("cls@last4", list(range(8)))):
+        Z = controlled(X, "cls@last4+gap", kept + BESIDE)
+        others = [column for column in range(10) if column not in columns]
+        assert torch.equal(Z[:, columns], X[:, columns])
+        assert (Z[:, others] == X[:, others]).double().mean() < 0.01
+        assert torch.equal(Z[:, others].sort(dim=0).values, X[:, others])
+        assert (Z[:, others] % 1000 == Z[:, others[:1]] % 1000).all()  # all of one other image
+    assert torch.equal(controlled(X, "cls@last5", "cls" + BESIDE)[:, 8:], X[:, 8:])
+    assert controlled(X, "cls@last4+gap", SHUFFLED) is X
 
 
-def test_only_wide_readouts_are_projected() -> None:
-    assert controls_of([], 384, 192) == [""]
-    assert controls_of(["width", "shuffled"], 192, 192) == ["", SHUFFLED]
-    assert controls_of(["width"], 384, 192) == ["", "projected to 192"]
-    with pytest.raises(UsageError, match="unknown control 'shufled'; did you mean 'shuffled'"):
-        check_controls(["width", "shufled"])
+def test_which_controls_a_readout_has() -> None:
+    assert controls_of([], "cls+gap", True) == [""]
+    assert controls_of(["width", "shuffled"], "cls", True) == ["", SHUFFLED]
+    assert controls_of(["width"], "cls@last4+gap/pre", True) == ["", "cls@last4 beside shuffled", "gap/pre beside shuffled"]
+    assert controls_of(["width"], "cls@last4", True) == ["", "cls beside shuffled"]
+    assert controls_of(["width", "shuffled"], "cls+gap", False) == ["", SHUFFLED]  # k-NN fits nothing
+    with pytest.raises(UsageError, match="unknown control 'widht'; did you mean 'width'"):
+        check_controls(["shuffled", "widht"])
+
+
+def probed(features: dict[str, torch.Tensor], control: str = "") -> float:
+    """The accuracy of logreg on A + B, the first half of 1200 images being train."""
+    y, X = features["y"].long(), torch.cat([features["A"], features["B"]], dim=1)
+    train, test = (controlled(part, "cls+gap", control) for part in (X[:600], X[600:]))
+    found = select_and_fit(train, y[:600], test, y[600:], [0.001, 0.01, 0.1, 1.0], [stratified_slice(y[:600], 0.2)])
+    return (found.predictions == y[600:]).double().mean().item()
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_a_useless_half_takes_nothing_away_and_adds_nothing(scale: float) -> None:
+    """A random projection of A + B to the width of A loses 15 points or more here, and more where B has 5 times the scale."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(1200) % 10
+    centres, others = torch.randn(2, 10, 24, generator=generator)
+    A, useless, useful = torch.randn(3, 1200, 24, generator=generator)
+    weak, A, useful = A + 0.5 * centres[y], A + 0.8 * centres[y], useful + 0.5 * others[y]
+    basis = torch.linalg.qr(torch.randn(48, 24, generator=generator))[0]
+    nothing = torch.zeros_like(A)
+    alone = probed({"A": A, "B": nothing, "y": y})
+    projected = probed({"A": torch.cat([A, scale * useless], dim=1) @ basis, "B": nothing, "y": y})
+    together, control = (probed({"A": A, "B": scale * useless, "y": y}, kept) for kept in ("", "cls" + BESIDE))
+    assert projected < alone - 0.15  # what the control must not do
+    assert control > alone - 0.04
+    assert abs(together - control) < 0.04  # 3 standard errors of a difference of 600 images
+    both = {"A": weak, "B": scale * useful, "y": y}
+    assert probed(both) - max(probed(both, f"{kept}{BESIDE}") for kept in ("cls", "gap")) > 0.08

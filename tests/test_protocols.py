@@ -63,6 +63,14 @@ def test_protocols_on_features_learn_an_easy_task(name: str) -> None:
     assert (found.parameters is None) == (protocol.kind == "knn")
 
 
+def test_a_file_from_before_there_were_probe_seeds_has_one_and_keeps_its_hash(tmp_path: Path) -> None:
+    text = find_asset("protocols", "linear").read_text().replace("  probe_seeds: 3\n", "")
+    (tmp_path / "mine.yaml").write_text(text.replace("iterations: 5000", "iterations: 5"))
+    protocol = load_protocol(str(tmp_path / "mine.yaml"))
+    assert "probe_seeds" not in protocol.parameters
+    assert run(protocol).predictions.shape == (200,)
+
+
 def test_presets_and_repetitions_are_carried_out_once() -> None:
     assert [protocol.name for protocol in load_protocols(["knn-dino", "dino", "logreg", "logreg"])] == ["knn-dino", "linear-dino", "logreg"]
 
@@ -73,10 +81,12 @@ def test_the_slice_is_the_one_given_else_a_stratified_one() -> None:
     for given, expected_slice in ((None, stratified_slice(TRAIN[1], 0.1, 0)), (first, first)):
         found = run(protocol, given)
         p = protocol.parameters
-        expected = select_and_fit(*TRAIN, *TEST, p["C"], expected_slice, p["max_iter"], p["tol"])
+        expected = select_and_fit(*TRAIN, *TEST, p["C"], [expected_slice], p["max_iter"], p["tol"])
         assert found.predictions.tolist() == expected.predictions.tolist()
         assert (found.grid, found.selected) == (expected.grid, expected.selected)
-    assert not load_protocol("lowshot-5").held_out(TRAIN[1], first).any()
+    lowshot, groups = load_protocol("lowshot-5"), torch.arange(300) // 2
+    assert torch.equal(lowshot.held_out(TRAIN[1], first), torch.arange(300))
+    assert lowshot.held_out(TRAIN[1], first, groups) is groups
 
 
 def test_a_choice_is_the_first_best_and_tells_its_edge() -> None:

@@ -63,14 +63,15 @@ def test_controls_are_rows_and_tables_of_their_own(capsys: pytest.CaptureFixture
         ("gap", "shuffled labels"),
         ("cls+gap", ""),
         ("cls+gap", "shuffled labels"),
-        ("cls+gap", f"projected to {width}"),
+        ("cls+gap", "cls beside shuffled"),
+        ("cls+gap", "gap beside shuffled"),
     }
     assert rows.keys() == expected
-    assert (rows["cls+gap", ""].width, rows["cls+gap", f"projected to {width}"].width) == (2 * width, width)
-    assert rows["cls+gap", ""].parameters == 3 * (2 * width + 1)
+    for control in ("", "cls beside shuffled"):  # as wide, and as many weights
+        assert (rows["cls+gap", control].width, rows["cls+gap", control].parameters) == (2 * width, 3 * (2 * width + 1))
     assert run(["compare", "out"]) == 0
     text = capsys.readouterr().out
-    assert f"pictures · logreg, projected to {width} v1" in text
+    assert "pictures · logreg, gap beside shuffled v2" in text
     assert "differ in" not in text
 
 
@@ -195,8 +196,8 @@ def test_diagnostics_stand_beside_the_rows(capsys: pytest.CaptureFixture[str]) -
         (1, rows["knn", "cls", ""]),
     ]
     redundancy = next(of for of in found["redundancy"] if of["protocol"] == "logreg")
-    best = max(rows["logreg", "cls", ""], rows["logreg", "gap", ""])
-    assert redundancy["points"] == pytest.approx(100 * (rows["logreg", "cls+gap", f"projected to {BACKBONE['width']}"] - best))
+    best = max(rows["logreg", "cls+gap", f"{kept} beside shuffled"] for kept in ("cls", "gap"))
+    assert redundancy["points"] == pytest.approx(100 * (rows["logreg", "cls+gap", ""] - best))
     assert Path("out", found["picture"]).exists()
 
 

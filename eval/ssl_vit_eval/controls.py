@@ -1,7 +1,8 @@
 """Controls: the same evaluation with one thing changed, to see what a number owes to it.
 
 shuffled   train labels permuted: what remains is chance, or a leak
-width      readouts wider than one token, projected at random to the width of one: what is left of their advantage is not width
+width      of A + B all but A is taken from other images, then all but B: as wide, as many numbers to fit, and nothing to gain from the
+           other half. What A + B is better by is not its width. (A random projection to the width of A would keep half of it.)
 """
 
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ssl_vit.errors import UsageError, one_of
+from ssl_vit.model.readout import ReadoutSpec
 
 CONTROLS = ("shuffled", "width")
 SHUFFLED = "shuffled labels"
-PROJECTED = "projected to"
-_ROWS = 8192  # at once: features may be mapped from disk
+BESIDE = " beside shuffled"  # behind the term that is kept
 
 
 def check_controls(names: Sequence[str]) -> None:
@@ -24,13 +25,15 @@ def check_controls(names: Sequence[str]) -> None:
             raise UsageError(f"unknown control {name!r}; {one_of(name, CONTROLS)}")
 
 
-def controls_of(names: Sequence[str], width: int, token_width: int) -> list[str]:
-    """What a row's `control` says for each evaluation of a readout `width` wide: itself (""), then the controls that it can have."""
-    found = [""]
-    if "shuffled" in names:
-        found.append(SHUFFLED)
-    if "width" in names and width > token_width:
-        found.append(f"{PROJECTED} {token_width}")
+def controls_of(names: Sequence[str], spec: str, fitted: bool) -> list[str]:
+    """What a row's `control` says for each evaluation of a readout: itself (""), then the controls that it can have.
+
+    fitted: whether the probe fits weights. k-NN does not: width gives it no advantage, so that it has no control of it."""
+    found = ["", *[SHUFFLED] * ("shuffled" in names)]
+    if fitted and "width" in names:
+        parsed = ReadoutSpec.parse(spec)
+        kept = parsed.terms if len(parsed.terms) > 1 else parsed.parts[1:][-1:]  # of a term at several blocks, the last one
+        found += [f"{term}{BESIDE}" for term in kept]
     return found
 
 
@@ -39,10 +42,11 @@ def shuffled(y: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
     return y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
 
 
-def projected(X: Float[Tensor, "n d"], width: int) -> Float[Tensor, "n width"]:
-    """X through a fixed random matrix with orthonormal columns [d width] (Johnson & Lindenstrauss 1984): distances are kept on average.
-
-    It depends on d and `width` alone, so that train and test, and all readouts of one width, meet the same one."""
-    generator = torch.Generator().manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(X.shape[1], width, generator=generator, dtype=torch.float64))
-    return torch.cat([rows @ basis.to(rows) for rows in torch.split(X, _ROWS)])
+def controlled(X: Float[Tensor, "n d"], spec: str, control: str) -> Float[Tensor, "n d"]:
+    """The features of a readout under a control of its width: the columns of all other terms come from other images, one for all."""
+    if not control.endswith(BESIDE):
+        return X
+    parts, kept = ReadoutSpec.parse(spec).parts, ReadoutSpec.parse(control.removesuffix(BESIDE)).parts
+    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
+    columns = zip(parts, X.chunk(len(parts), dim=1), strict=True)
+    return torch.cat([x if part in kept else x[order] for part, x in columns], dim=1)

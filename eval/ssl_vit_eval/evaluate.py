@@ -45,6 +45,8 @@ def evaluate(
     check_controls(controls)
     if controls and not any(rule.reads == "features" for rule in rules):
         raise UsageError(f"--controls change features, which {', '.join(protocols)} do not read; add a protocol such as knn or logreg")
+    if "width" in controls and all(rule.kind == "knn" for rule in rules if rule.reads == "features"):
+        raise UsageError("--controls width asks what fitted weights owe to their number, and k-NN fits none; add a protocol such as logreg")
     if diagnostics and not any(rule.kind == "knn" for rule in rules):
         raise UsageError("--diagnostics reads every block by k-NN; add a protocol of that kind, e.g. knn")
     if all(source.backbone is None for source in sources) and not any(rule.kind == "knn" for rule in rules):
@@ -136,22 +138,21 @@ def size_on(dataset: Dataset, source: Source, referee: Referee) -> int:
 def wanted_specs(source: Source, rules: Sequence[Protocol], asked: Sequence[str] | None, trained: Sequence[str]) -> dict[str, list[str]]:
     """The canonical specs that each protocol, by name, reads this source with.
 
-    Protocols that train a readout take the learned ones, those that read features the ones without parameters and the one that the
-    source was trained with. UsageError for a spec that no protocol takes."""
+    Protocols that train a readout take all, the learned ones too where nothing is asked: so each meets those without parameters in one
+    training. Those that read features take the ones without parameters and the one that the source was trained with. UsageError for a
+    spec that no protocol takes."""
     if source.backbone is None:  # raw pixels are a floor for k-NN only
         return {rule.name: source.readouts(asked) if rule.kind == "knn" else [] for rule in rules}
     specs = source.readouts(asked, trained)
     learnable = [spec for spec in specs if ReadoutSpec.parse(spec).learned]
     fixed = [spec for spec in specs if spec == source.trained_with or spec not in learnable]
-    if asked is None:
-        learnable = available(source.backbone.cls_tokens, source.backbone.registers, learned=True)
-    taken = {rule.name: {"features": fixed, "tokens": learnable, "images": specs}[rule.reads] for rule in rules}
+    every = [*specs, *(available(source.backbone.cls_tokens, source.backbone.registers, learned=True) if asked is None else ())]
+    taken = {rule.name: {"features": fixed, "tokens": list(dict.fromkeys(every)), "images": specs}[rule.reads] for rule in rules}
     for spec in specs if asked is not None else ():
         # what a checkpoint beside it was trained with, its start cannot be read with: it has that readout's parameters nowhere
         if not any(spec in of for of in taken.values()) and not (source.method == "random" and spec in learnable):
-            kind = "has parameters, which this source has not trained" if spec in learnable else "has no parameters to train"
-            other = "attentive, which trains them" if spec in learnable else "knn or logreg"
-            raise UsageError(f"{source.name}: readout {spec!r} {kind}; add --protocols {other}, or leave it out")
+            why = "has parameters, which this source has not trained; add --protocols attentive, which trains them"
+            raise UsageError(f"{source.name}: readout {spec!r} {why}, or leave it out")
     return taken
 
 

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit_eval.controls import PROJECTED, SHUFFLED, controls_of, projected, shuffled
+from ssl_vit_eval.controls import SHUFFLED, controlled, controls_of, shuffled
 from ssl_vit_eval.diagnostics.run import examine, half_precision, with_blocks
 from ssl_vit_eval.distributed import agreed, gather_objects, in_memory, rank, world
 from ssl_vit_eval.features.extract import Reading
@@ -91,12 +91,12 @@ class Images:
         """The hash of both splits, as in the rows."""
         return "".join(self.fingerprints)
 
-    def held_out(self, rule: Protocol, control: str) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " n"]]:
-        """The labels of train that a task meets, and its selection slice, drawn once for all sources."""
+    def held_out(self, rule: Protocol, control: str) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " n"] | Int64[Tensor, " n"]]:
+        """The labels of train that a task meets, and its selection slice (or groups), drawn once for all sources."""
         y = shuffled(self.y_train) if control == SHUFFLED else self.y_train
         key = (control == SHUFFLED, *(rule.parameters.get(name) for name in ("slice_fraction", "slice_seed")))
         if key not in self._slices:
-            self._slices[key] = rule.held_out(y, self.train.selection)
+            self._slices[key] = rule.held_out(y, self.train.selection, self.train.groups)
         return y, self._slices[key]
 
 
@@ -142,9 +142,7 @@ class Evaluation:
     def missing(self, rule: Protocol, specs: Sequence[str], known: set[tuple[Key, str]]) -> list[Task]:
         places: dict[str, list[str]] = {}
         for spec in specs:
-            width = self.source.width(spec)
-            token = width if self.source.backbone is None else self.source.backbone.width
-            for control in controls_of(self.referee.controls, width, token) if rule.reads == "features" else [""]:
+            for control in controls_of(self.referee.controls, spec, rule.kind != "knn") if rule.reads == "features" else [""]:
                 if not all((self.key(rule, spec, control), metric) in known for metric in METRICS):
                     places.setdefault(control, []).append(spec)
         # a joint run is divided among the processes
@@ -156,7 +154,7 @@ class Evaluation:
         refusals: dict[int, Exception] = {}
         for number, task in enumerate(tasks):
             if needed := KINDS[task.rule.kind].memory:
-                most = max(needed(len(self.images.y_train), self.width(spec, task.control)) for spec in task.specs)
+                most = max(needed(len(self.images.y_train), self.source.width(spec)) for spec in task.specs)
                 try:
                     place_for(most, str(task), "use the protocol linear, which reads features batch by batch")
                 except Failure as error:
@@ -168,11 +166,6 @@ class Evaluation:
     def key(self, rule: Protocol, spec: str, control: str) -> Key:
         images = self.images
         return Key(self.source.weights, images.data, images.transform, rule.name, rule.version, rule.hash, spec, control)
-
-    def width(self, spec: str, control: str) -> int:
-        """Of what a probe reads."""
-        backbone = self.source.backbone
-        return backbone.width if backbone is not None and control.startswith(PROJECTED) else self.source.width(spec)
 
     def run(self, bar: Any) -> None:
         """Carry out the tasks; each process keeps its own results at once. Failure at the end for those that failed."""
@@ -214,7 +207,7 @@ class Evaluation:
         rule, (y, held_out) = task.rule, images.held_out(task.rule, task.control)
         run = partial(KINDS[rule.kind].run, rule.parameters)
         if rule.reads == "features":
-            train, test = ({spec: self.controlled(features[spec], task.control) for spec in task.specs} for features in self.features)
+            train, test = ({spec: controlled(features[spec], spec, task.control) for spec in task.specs} for features in self.features)
             found: dict[str, Found] = run(train, y, test, images.y_test, held_out)
         elif rule.reads == "tokens":
             found = run(task.specs, self.tokens[0], y, self.tokens[1], images.y_test, held_out)
@@ -224,11 +217,8 @@ class Evaluation:
         if KINDS[rule.kind].shared and rank():
             return
         for spec in task.specs:
-            key, width = self.key(rule, spec, task.control), self.width(spec, task.control)
+            key, width, remarks = self.key(rule, spec, task.control), self.source.width(spec), found[spec].remarks
             share = seconds * work[spec] / sum(work.values())
-            rows = make_rows(self.source, key, found[spec], images.train, images.test, width, share, rule.deviations)
+            rows = make_rows(self.source, key, found[spec], images.train, images.test, width, share, [*rule.deviations, *remarks])
             self.referee.store.append(rows, found[spec].predictions, images.y_test)
-            self.referee.tell(sentence(rows[0]))
-
-    def controlled(self, X: Float[Tensor, "n d"], control: str) -> Float[Tensor, "n _"]:
-        return projected(X, self.source.backbone.width) if self.source.backbone and control.startswith(PROJECTED) else X
+            self.referee.tell("  warning: ".join([sentence(rows[0]), *remarks]))

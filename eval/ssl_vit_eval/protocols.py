@@ -45,6 +45,7 @@ KINDS = {
     "attentive": Kind(attentive.PARAMETERS, attentive.run, reads="tokens", joint=True),
     "finetune": Kind(finetune.PARAMETERS, finetune.run, reads="images"),
 }
+OPTIONAL = ("probe_seeds",)  # a file from before there were several has one, and keeps its hash
 PRESET = "preset"  # a kind of file that only names others: {protocols: [...]}
 
 
@@ -85,11 +86,13 @@ class Protocol:
     def reads(self) -> str:
         return KINDS[self.kind].reads
 
-    def held_out(self, y: Int64[Tensor, " n"], given: Bool[Tensor, " n"] | None) -> Bool[Tensor, " n"]:
-        """The selection slice of train: the one given (of a set whose images overlap: whole groups of them), else stratified; empty
-        for a kind that selects in another way."""
+    def held_out(
+        self, y: Int64[Tensor, " n"], given: Bool[Tensor, " n"] | None, groups: Int64[Tensor, " n"] | None = None
+    ) -> Bool[Tensor, " n"] | Int64[Tensor, " n"]:
+        """The selection slice of train: the one given (of a set whose images overlap: whole groups of them), else stratified. For a kind
+        that selects by folds instead, the group of each image, which no fold may cut; without groups each image is one."""
         if "slice_fraction" not in self.parameters:
-            return torch.zeros(len(y), dtype=torch.bool)
+            return torch.arange(len(y)) if groups is None else groups
         return stratified_slice(y, self.parameters["slice_fraction"], self.parameters["slice_seed"]) if given is None else given
 
 
@@ -122,6 +125,6 @@ def _read(name: str, path: Path) -> Protocol:
     content = checked(_File, read_yaml(path), f"protocol {name!r}")
     where = f"protocol {name!r}, parameters"
     types = {"protocols": list} if content.kind == PRESET else KINDS[content.kind].parameters
-    fields: dict[str, Any] = {key: (kind, ...) for key, kind in types.items()}
+    fields: dict[str, Any] = {key: (kind, 1 if key in OPTIONAL else ...) for key, kind in types.items()}
     parameters = checked(create_model(content.kind, __config__=STRICT, **fields), content.parameters, where)
-    return Protocol(name, content.version, content.kind, parameters.model_dump(), content.deviations)
+    return Protocol(name, content.version, content.kind, parameters.model_dump(exclude_unset=True), content.deviations)

@@ -74,7 +74,7 @@ class Row:
     transform: str
     git: str | None
     source: str  # as the user named it; of a path the last part only
-    control: str = ""  # what was changed to see what a number owes to it: "shuffled labels", "projected to 192"
+    control: str = ""  # what was changed to see what a number owes to it: "shuffled labels", "cls beside shuffled"
     width: int | None = None  # of what the probe read
     parameters: int | None = None  # that the probe fitted and uses, a learned readout's among them
     bank: int | None = None  # images that could vote in k-NN

@@ -33,7 +33,7 @@ class Split:
     """The images of one split and what is known about them.
 
     `selection` marks the rows of a train split that are its fixed selection slice, None where the set has none. `notices` are sentences
-    to show to the user. `content` computes the fingerprint.
+    to show to the user. `content` computes the fingerprint. `groups`: images of one number may overlap; None where none do.
     """
 
     images: ImageStore
@@ -44,6 +44,7 @@ class Split:
     split: str
     notices: tuple[str, ...]
     content: Callable[[], str]
+    groups: Int64[Tensor, "n"] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -153,7 +154,9 @@ def _builtin(source: str, split: str, labels: bool, transform: EvalTransform) ->
     def content() -> str:
         return _fingerprint(hashlib.blake2b(stack.numpy().tobytes(), digest_size=8), chosen, classes)
 
-    return Split(images, chosen, classes, part.selection if split == "train" else None, source, split, (), content)
+    # patches of one block of a photograph overlap
+    groups = torch.unique(torch.cat([part.labels[:, None], part.corners // photos.BLOCK], dim=1), dim=0, return_inverse=True)[1]
+    return Split(images, chosen, classes, part.selection if split == "train" else None, source, split, (), content, groups)
 
 
 def _find_splits(source: str, wanted: str, known: list[str]) -> tuple[list[str], tuple[str, ...]]:

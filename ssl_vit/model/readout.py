@@ -172,6 +172,11 @@ class ReadoutSpec:
         return any(READOUTS[term.name].learned for term in self.terms)
 
     @property
+    def parts(self) -> tuple["ReadoutSpec", ...]:
+        """What it concatenates, each of one token's width, in the order of its columns: every term at every one of its blocks."""
+        return tuple(ReadoutSpec((replace(term, blocks=(block,)),)) for term in self.terms for block in term.blocks)
+
+    @property
     def of_last_blocks(self) -> bool:
         """True when its blocks are counted from the last one, as in `cls` and `cls@last4`; `cls@block3` is for curves over the depth."""
         return all(block < 0 for block in self.blocks)

@@ -113,10 +113,10 @@ def test_every_setting_is_a_separate_training_and_the_slice_chooses(backbone: Ba
 def test_weights_equal_separate_trainings(backbone: Backbone) -> None:
     train, y = one_informative_patch(backbone, 106, seed=0)
     axes = {"lr": [0.03, 0.3], "weight_decay": [3.0]}
-    course = attentive.Course(32, 4.0, 0, 1.0, "iteration", 3)
-    probes = {spec: attentive._start(spec, 24, 2, axes, 3) for spec in ("map", "cls")}
+    course = attentive.Course(32, 4.0, 0, 1.0, "iteration", (3,))
+    probes = {(spec, 3): attentive._start(spec, 24, 2, axes, 3) for spec in ("map", "cls")}
     attentive.fit(probes, axes, course, train, torch.arange(106), y - 5)
-    for spec, of_readout in probes.items():
+    for (spec, _), of_readout in probes.items():
         for lr, probe in zip(axes["lr"], of_readout, strict=True):
             alone = reference(spec, lr, 3.0, train, torch.arange(106), y - 5)
             for (name, ours), theirs in zip(probe.named_parameters(), alone.parameters(), strict=True):
@@ -148,6 +148,24 @@ def test_selection_never_sees_test_and_other_readouts_change_nothing(backbone: B
     assert other.grid["slice_accuracy"] == honest.grid["slice_accuracy"]
     assert other.grid["test_accuracy"] == pytest.approx([1 - value for value in honest.grid["test_accuracy"]])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_replicates_are_runs_of_other_seeds_and_their_mean_chooses(backbone: Backbone) -> None:
+    train, y = one_informative_patch(backbone, 80, seed=0)
+    test, y_test = one_informative_patch(backbone, 60, seed=1)
+    held_out = stratified_slice(y, 0.3)
+    found = run({**PARAMETERS, "probe_seeds": 2}, ["abmilp", "gap"], train, y, test, y_test, held_out)
+    for spec, of in found.items():
+        alone = [run({**PARAMETERS, "seed": seed}, [spec], train, y, test, y_test, held_out)[spec] for seed in (3, 4)]
+        assert of.grid is not None
+        for key in ("slice_accuracy", "test_accuracy"):
+            values = [other.grid[key] for other in alone if other.grid]
+            assert of.grid[key] == pytest.approx([sum(pair) / 2 for pair in zip(*values, strict=True)])
+        chosen = {"lr": [of.selected["lr"]], "weight_decay": [of.selected["weight_decay"]]}
+        for column, seed in zip(of.predictions.T, (3, 4), strict=True):
+            single = run({**PARAMETERS, **chosen, "seed": seed}, [spec], train, y, test, y_test, held_out)[spec]
+            assert column.tolist() == single.predictions.tolist()
+        assert len(of.selected["accuracy"]) == 2
 
 
 def test_a_setting_that_diverges_harms_no_other(backbone: Backbone) -> None:

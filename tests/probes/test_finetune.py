@@ -159,6 +159,16 @@ def test_the_slice_chooses_and_one_rate_does_not_touch_it(backbone: Backbone) ->
     assert (one.grid, one.oracle, one.edge_of_grid, one.selected["lr"]) == (None, None, None, 0.1)
 
 
+def test_replicates_are_runs_of_other_seeds(backbone: Backbone) -> None:
+    train, y = red_and_green(40, seed=0)
+    noise = ImageStore.stacked(torch.randint(256, (60, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)))
+    args = (backbone, ["gap"], train, y, noise, y[:1].repeat(60), NONE)
+    found = run({**PARAMETERS, "epochs": 1.0, "probe_seeds": 2}, *args)["gap"]
+    alone = [run({**PARAMETERS, "epochs": 1.0, "seed": seed}, *args)["gap"].predictions.tolist() for seed in (5, 6)]
+    assert found.predictions.T.tolist() == alone
+    assert alone[0] != alone[1]
+
+
 def test_answers_come_from_whole_images_and_the_whole_network(backbone: Backbone) -> None:
     images, _ = red_and_green(20, seed=0)
     model = Network(backbone, ReadoutSpec.parse("cls"), 9, drop_path=0.9, fresh_norm=False).train()

@@ -11,8 +11,8 @@ from sklearn.preprocessing import StandardScaler
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.probes import batches, gradient_descent, linear, mlp
 from ssl_vit_eval.probes.batches import Course
-from ssl_vit_eval.probes.selection import stratified_slice
-from tests.one_by_one import GRID, LINEAR, C, M, N, data, features, one_head, orders, standardised
+from ssl_vit_eval.probes.selection import points, stratified_slice
+from tests.one_by_one import GRID, LINEAR, MLP, C, M, N, data, features, one_head, orders, standardised
 
 
 @pytest.fixture(autouse=True)
@@ -22,24 +22,24 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_by_hand() -> None:
-    course = Course(100, 4.0, 0, 0.0, "epoch", 0)  # of 250 images: 2 steps an epoch
+    course = Course(100, 4.0, 0, 0.0, "epoch", (0,))  # of 250 images: 2 steps an epoch
     half = [1.0, 0.5 + 0.25 * math.sqrt(2), 0.5, 0.5 - 0.25 * math.sqrt(2)]
     assert [course.rate(step, 250) for step in range(8)] == pytest.approx([rate for rate in half for _ in range(2)])
-    course = Course(100, 3.0, 0, 1.0, "iteration", 0)
+    course = Course(100, 3.0, 0, 1.0, "iteration", (0,))
     assert [course.rate(step, 250) for step in range(6)] == pytest.approx([0.0, 0.5, *half])
-    course = Course(100, 0.0, 4, 0.0, "iteration", 0)
+    course = Course(100, 0.0, 4, 0.0, "iteration", (0,))
     assert [course.rate(step, 250) for step in range(4)] == pytest.approx(half)
     assert [course.total(n) for n in (1, 250, 10**6)] == [4, 4, 4]
-    course = Course(100, 2.5, 0, 0.0, "iteration", 0)
+    course = Course(100, 2.5, 0, 0.0, "iteration", (0,))
     assert [(course.batch(n), course.total(n)) for n in (7, 99, 100, 250, 399)] == [(7, 2), (99, 2), (100, 2), (100, 5), (100, 8)]
 
 
 def test_an_epoch_is_a_new_order_without_its_incomplete_batch() -> None:
-    steps = [which for which, _ in Course(16, 3.0, 0, 0.0, "iteration", 5).steps(N)]
+    steps = [which for (which,), _ in Course(16, 3.0, 0, 0.0, "iteration", (5,)).steps(N)]
     assert [which.tolist() for which in steps] == [which.tolist() for epoch in orders(N, 16, 3) for which in epoch]
     assert all(len(torch.cat(steps[4 * epoch : 4 * epoch + 4]).unique()) == 64 for epoch in range(3))
     assert len(torch.cat(steps).unique()) == N
-    assert [which.sort().values.tolist() for which, _ in Course(16, 2.0, 0, 0.0, "iteration", 5).steps(3)] == [[0, 1, 2], [0, 1, 2]]
+    assert [which.sort().values.tolist() for (which,), _ in Course(16, 2.0, 0, 0.0, "iteration", (5,)).steps(3)] == [[0, 1, 2], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])
@@ -108,6 +108,37 @@ def test_numbers_do_not_depend_on_the_other_readouts_of_the_call() -> None:
         assert alone.predictions.tolist() == together[name].predictions.tolist()
 
 
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_replicates_are_runs_of_other_seeds_and_their_mean_chooses(kind: str, side_by_side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if side_by_side:
+        monkeypatch.setitem(gradient_descent.SIDE_BY_SIDE, "cpu", 2**20)
+    train, y, test, y_test, held_out = data()
+    module, p = (linear, LINEAR) if kind == "linear" else (mlp, MLP)
+    found = module.run(p | {"probe_seeds": 3}, train, y, test, y_test, held_out)
+    alone = [module.run(p | {"seed": 5 + number}, train, y, test, y_test, held_out) for number in range(3)]
+    for name, of in found.items():
+        grids = [run[name].grid for run in alone]
+        assert of.grid is not None
+        for key in ("slice_accuracy", "test_accuracy"):
+            assert of.grid[key] == pytest.approx(np.mean([grid[key] for grid in grids if grid], axis=0))
+        setting = {key: of.selected[key] for key in ("lr", "weight_decay")}
+        place = points({key: of.grid[key] for key in setting}).index(setting)
+        assert place == int(np.argmax(of.grid["slice_accuracy"]))
+        assert of.oracle == pytest.approx(max(of.grid["test_accuracy"]))
+        chosen = [
+            module.run(p | {"seed": 5 + k} | {key: [value] for key, value in setting.items()}, train, y, test, y_test, held_out)
+            for k in range(3)
+        ]
+        assert of.predictions.T.tolist() == [run[name].predictions.tolist() for run in chosen]
+        accuracy = [(run[name].predictions == y_test).double().mean().item() for run in chosen]
+        assert of.selected["accuracy"] == pytest.approx(accuracy)
+        assert of.selected["spread"] == pytest.approx(np.std(accuracy, ddof=1))
+        assert len({tuple(run[name].predictions.tolist()) for run in chosen}) > 1
+    with pytest.raises(UsageError, match="probe_seeds is 0"):
+        module.run(p | {"probe_seeds": 0}, train, y, test, y_test, held_out)
+
+
 def test_features_on_disk_and_several_chunks_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = LINEAR | {"normalise": "standardise"}
     (X, y), (Q, answers) = features(N, 6), features(M, 6, seed=1)
@@ -163,7 +194,7 @@ def test_a_head_that_diverges_harms_no_other_and_is_not_chosen() -> None:
         assert with_diverged["test_accuracy"] == [*of.grid["test_accuracy"], 0.0, 0.0]
         assert with_diverged["slice_accuracy"][6:] == [0.0, 0.0]
         assert found[name].predictions.tolist() == of.predictions.tolist()
-    with pytest.raises(UsageError, match=r"readout 'cls': all heads diverged at the learning rates 1e\+308, 1.5e\+308"):
+    with pytest.raises(UsageError, match=r"readout 'cls': training diverged at the learning rates 1e\+308, 1.5e\+308"):
         linear.run(LINEAR | {"lr": [1e308, 1.5e308]}, train, y, test, y_test, held_out)
 
 
@@ -225,9 +256,9 @@ def test_bad_input_is_named() -> None:
         mlp.training({"hidden": 0})
     with pytest.raises(UsageError, match="slice holds 0 of 70"):
         linear.run(LINEAR, train, y, test, y_test, torch.zeros_like(held_out))
-    with pytest.raises(UsageError, match="readout 'gap': features of row 2 are not finite"):
+    with pytest.raises(UsageError, match="readout 'gap': in train, features of row 2 are not finite"):
         linear.run(LINEAR, train | {"gap": train["gap"].index_fill(0, torch.tensor(2), math.nan)}, y, test, y_test, held_out)
-    with pytest.raises(UsageError, match="readout 'gap': features are 12 wide in test, 6 in train"):
+    with pytest.raises(UsageError, match="readout 'gap': in test, features are 12 wide, 6 in train"):
         linear.run(LINEAR, train, y, test | {"gap": test["cls+gap"]}, y_test, held_out)
 
 

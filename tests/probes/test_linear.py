@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from ssl_vit_eval.probes import batches, linear, mlp
 from ssl_vit_eval.protocols import load_protocol
-from tests.one_by_one import GRID, LINEAR, C, N, data, features, one_head, orders, standardised
-
-MLP = {"hidden": 7, "lr": [1e-3, 3e-2], "weight_decay": [0.0, 5.0], "batch_size": 16, "iterations": 15, "seed": 5}
+from tests.one_by_one import GRID, LINEAR, MLP, C, N, data, features, one_head, orders, standardised
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +99,7 @@ def test_every_perceptron_equals_one_trained_by_torch() -> None:
 
 
 def test_a_perceptron_starts_as_torch_draws_it() -> None:
-    weights = mlp.MLPHeads(1, (400, 300, 5), [1.0], [0.0], 0, torch.float32).weights
+    weights = mlp.MLPHeads([0], (400, 300, 5), [1.0], [0.0], torch.float32).weights
     for weight, layer in zip(weights[::2], (nn.Linear(400, 300), nn.Linear(300, 5)), strict=True):
         torch.testing.assert_close(weight.abs().max(), layer.weight.abs().max(), rtol=0.01, atol=0)
         torch.testing.assert_close(weight.std(), layer.weight.std(), rtol=0.05, atol=0)
@@ -136,4 +134,5 @@ def test_the_mlp_protocol_trains() -> None:
     train, y, test, y_test, held_out = data()
     found = mlp.run(p, train, y, test, y_test, held_out)
     assert found["cls+gap"].parameters == 12 * p["hidden"] + p["hidden"] + p["hidden"] * C + C
-    assert (found["cls+gap"].predictions == y_test).double().mean() > 0.5
+    assert found["cls+gap"].predictions.shape == (len(y_test), p["probe_seeds"])
+    assert (found["cls+gap"].predictions == y_test[:, None]).double().mean() > 0.5

@@ -21,7 +21,7 @@ PARAMETERS: dict[str, Any] = {
     "C_of_single_images": 0.2,
     "folds": 4,
     "max_iter": 1000,
-    "tol": 1e-8,
+    "tol": 1e-6,
 }
 
 
@@ -34,7 +34,7 @@ def features(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 TRAIN, TEST = features(300), features(200, seed=1)
-NONE = torch.zeros(300, dtype=torch.bool)
+APART = torch.arange(300)  # every image a group of its own
 
 
 def sklearn_scores(C: float, rows: np.ndarray, X: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -44,11 +44,11 @@ def sklearn_scores(C: float, rows: np.ndarray, X: np.ndarray, y: np.ndarray) -> 
 
 
 def test_each_draw_is_scikit_learns_with_C_chosen_inside_the_draw() -> None:
-    found = run(PARAMETERS, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], NONE)["cls"]
+    found = run(PARAMETERS, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], APART)["cls"]
     grid, test, y_test = [0.001, 0.03, 1.0], TEST[0].double().numpy(), TEST[1].numpy()
     chosen, accuracy, on_folds, on_test = [], [], [], []
     for rows in draw(TRAIN[1], 0.0, 5, 3, 0):
-        rows, number = rows.numpy(), folds(TRAIN[1][rows], 4).numpy()
+        rows, number = rows.numpy(), folds(TRAIN[1][rows], APART[rows], 4).numpy()
         by_C = []
         for C in grid:
             right: list[bool] = []
@@ -78,12 +78,12 @@ def test_each_draw_is_scikit_learns_with_C_chosen_inside_the_draw() -> None:
 
 
 def test_selection_and_fits_never_see_test_or_the_rest_of_train() -> None:
-    honest = run(PARAMETERS, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], NONE)["cls"]
+    honest = run(PARAMETERS, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], APART)["cls"]
     drawn = torch.cat(draw(TRAIN[1], 0.0, 5, 3, 0))
     elsewhere = torch.ones(300, dtype=torch.bool).index_fill(0, drawn, False)
     X = TRAIN[0].clone()
     X[elsewhere] = 1e6
-    other = run(PARAMETERS, {"cls": X}, TRAIN[1], {"cls": TEST[0]}, TEST[1].roll(1), NONE)["cls"]
+    other = run(PARAMETERS, {"cls": X}, TRAIN[1], {"cls": TEST[0]}, TEST[1].roll(1), APART)["cls"]
     assert other.selected["C"] == honest.selected["C"]
     assert other.predictions.tolist() == honest.predictions.tolist()
     assert other.selected["accuracy"] != honest.selected["accuracy"]
@@ -108,15 +108,25 @@ def test_draws_are_stratified_disjoint_and_of_the_seed() -> None:
 
 def test_folds_are_stratified_and_spare_single_images() -> None:
     y = torch.tensor([0] * 8 + [1] * 6 + [2] + [3] * 2)
-    number = folds(y, 4)
+    number = folds(y, torch.arange(17), 4)
     assert number[y == 2].tolist() == [-1]
     assert torch.bincount(number[number >= 0]).tolist() == [4, 4, 4, 4]
     assert torch.bincount(number[y == 0]).tolist() == [2, 2, 2, 2]
     assert number[y == 3].unique().numel() == 2
 
 
+def test_no_fold_cuts_a_group_of_overlapping_images() -> None:
+    y, groups = torch.tensor([0] * 8 + [1] * 6), torch.tensor([5, 5, 5, 7, 7, 9, 9, 9, 11, 11, 11, 11, 11, 11])
+    number = folds(y, groups, 4)
+    assert [number[groups == group].unique().numel() for group in (5, 7, 9, 11)] == [1] * 4
+    assert sorted(number[groups == group][0].item() for group in (5, 7, 9)) == [0, 1, 2]
+    assert number[groups == 11].tolist() == [-1] * 6  # the only group of its class is never held out
+    found = run(PARAMETERS, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], torch.zeros(300, dtype=torch.int64))["cls"]
+    assert (found.selected["C"], found.grid) == ([0.2] * 3, None)  # nothing can be held out
+
+
 def test_one_image_a_class_leaves_nothing_to_choose() -> None:
-    found = run({**PARAMETERS, "per_class": 1}, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], NONE)["cls"]
+    found = run({**PARAMETERS, "per_class": 1}, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], APART)["cls"]
     assert found.selected["C"] == [0.2, 0.2, 0.2]
     assert (found.grid, found.edge_of_grid, found.oracle) == (None, None, None)
     rows = draw(TRAIN[1], 0.0, 1, 3, 0)[1].numpy()
@@ -134,4 +144,4 @@ def test_one_image_a_class_leaves_nothing_to_choose() -> None:
 )
 def test_bad_parameters_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        run({**PARAMETERS, **change}, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], NONE)
+        run({**PARAMETERS, **change}, {"cls": TRAIN[0]}, TRAIN[1], {"cls": TEST[0]}, TEST[1], APART)

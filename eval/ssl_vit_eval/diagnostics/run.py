@@ -8,11 +8,11 @@ from typing import Any
 
 from ssl_vit.files import write_atomically
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit_eval.controls import PROJECTED
+from ssl_vit_eval.controls import BESIDE
 from ssl_vit_eval.diagnostics.geometry import redundancy
 from ssl_vit_eval.diagnostics.measure import VERSION, at_each_block, diagnose
 from ssl_vit_eval.rows import Row, RowStore
-from ssl_vit_eval.sources import Source
+from ssl_vit_eval.sources import PIXELS, Source
 from ssl_vit_eval.splits import Split
 
 
@@ -63,13 +63,16 @@ def accuracy_by_block(rows: Sequence[Row], specs: Sequence[str], depth: int) -> 
 
 
 def redundancies(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each A + B that was read at the width of one token (the control `width`), what it adds to the better of A and B, in points."""
-    known = {(row.protocol, row.protocol_version, row.protocol_hash, row.read_with): row for row in rows if not row.control}
+    """For each A + B, what it adds at equal width, in points: to the better of A and B beside the other shuffled (the control `width`);
+    in k-NN, which fits nothing, to the better of A and B."""
+    known = {(row.protocol, row.protocol_version, row.protocol_hash, row.read_with, row.control): row for row in rows}
     found = []
     for row in rows:
-        terms = list(map(str, ReadoutSpec.parse(row.read_with).terms)) if row.control.startswith(PROJECTED) else []
-        parts = [known.get((row.protocol, row.protocol_version, row.protocol_hash, term)) for term in terms]
-        if len(parts) == 2 and (a := parts[0]) is not None and (b := parts[1]) is not None and a.width == b.width == row.width:
-            gain = 100 * redundancy(row.value, a.value, b.value)
+        plain = not row.control and row.read_with != PIXELS
+        terms = ReadoutSpec.parse(row.read_with).terms if plain else ()
+        places = [(str(term), "") for term in terms] if row.bank else [(row.read_with, f"{term}{BESIDE}") for term in terms]
+        keys = [(row.protocol, row.protocol_version, row.protocol_hash, *place) for place in places]
+        if len(keys) == 2 and all(key in known for key in keys):
+            gain = 100 * redundancy(row.value, *(known[key].value for key in keys))
             found.append({"protocol": row.protocol, "readout": row.read_with, "width": row.width, "points": gain})
     return found

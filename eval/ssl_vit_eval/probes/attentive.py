@@ -14,16 +14,16 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit.errors import UsageError
 from ssl_vit.methods.optim import parameter_groups
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.model.tokens import Tokens
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.features.extract import BATCH
 from ssl_vit_eval.features.tokens import TokenReader
+from ssl_vit_eval.probes.base import class_targets, seeds_of
 from ssl_vit_eval.probes.batches import Course
 from ssl_vit_eval.probes.linear import rates_and_decays
-from ssl_vit_eval.probes.selection import Axes, Found, check_slice, choose, points, record
+from ssl_vit_eval.probes.selection import Answers, Axes, Found, points, select
 
 PARAMETERS: dict[str, type] = {
     "lr": list,  # for 256 images: the rate used is lr * batch / 256
@@ -33,6 +33,7 @@ PARAMETERS: dict[str, type] = {
     "iterations": int,  # instead of epochs; the unused one is 0
     "warmup_epochs": float,
     "seed": int,
+    "probe_seeds": int,
     "slice_fraction": float,
     "slice_seed": int,
 }
@@ -66,32 +67,28 @@ def run(
 ) -> dict[str, Found]:
     """The protocol kind `attentive`: every readout with every setting, all trained on the same batches, each batch read once.
 
-    Settings are chosen for each readout on the slice of train marked by `held_out`; of one setting nothing is chosen and the slice is
-    not touched. UsageError for a single class, an empty slice, and where all settings diverged.
+    UsageError for a single class, and as `selection.select`.
     """
     p, axes = parameters, rates_and_decays(parameters)
-    course = Course(p["batch_size"], p["epochs"], p["iterations"], p["warmup_epochs"], "iteration", p["seed"])
+    course = Course(p["batch_size"], p["epochs"], p["iterations"], p["warmup_epochs"], "iteration", seeds_of(p))
     classes, targets = class_targets(y_train)
-    everything = torch.arange(len(y_train))
+    details = [{"batch_size": course.batch(len(y_train)), "iterations": course.total(len(y_train))}] * len(points(axes))
 
-    def trained(rows: Int64[Tensor, "k"]) -> dict[str, list[TokenProbe]]:
-        probes = {spec: _start(spec, train.width, len(classes), axes, p["seed"]) for spec in specs}
+    def train_all(rows: Int64[Tensor, " k"], split: str, asked: Int64[Tensor, " q"]) -> dict[str, Answers]:
+        probes = {(spec, seed): _start(spec, train.width, len(classes), axes, seed) for spec in specs for seed in course.seeds}
         fit(probes, axes, course, train, rows, targets)
-        return probes
+        answers = predict(probes, train if split == "train" else test, asked, classes)
+        on_train = predict(probes, train, rows[:BATCH], classes)
+        found = {}
+        for spec in specs:
+            # asked of training images: test has no say in what is chosen
+            alive = torch.stack([(on_train[spec, seed] != DIVERGED).all(dim=1) for seed in course.seeds]).all(dim=0)
+            parameters = sum(p.numel() for p in probes[spec, course.seeds[0]][0].parameters())
+            of_seeds = torch.stack([answers[spec, seed] for seed in course.seeds], dim=2)
+            found[spec] = Answers(of_seeds, alive, details, parameters=parameters)
+        return found
 
-    slice_accuracy: dict[str, list[float]] = {}
-    if len(points(axes)) > 1:
-        check_slice(held_out)
-        answers = predict(trained(everything[~held_out]), train, everything[held_out], classes)
-        slice_accuracy = {spec: accuracy(answer, y_train[held_out]) for spec, answer in answers.items()}
-    probes = trained(everything)
-    answers = predict(probes, test, torch.arange(len(y_test)), classes)
-    counts = {spec: sum(p.numel() for p in of_readout[0].parameters()) for spec, of_readout in probes.items()}
-    alive = {spec: finite(answer) for spec, answer in predict(probes, train, everything[:BATCH], classes).items()}
-    return {
-        spec: found(spec, axes, course, slice_accuracy.get(spec), alive[spec], answers[spec], y_test, len(y_train), counts[spec])
-        for spec in specs
-    }
+    return select(axes, train_all, y_train, y_test, [held_out])
 
 
 def _start(spec: str, width: int, classes: int, axes: Axes, seed: int) -> list[TokenProbe]:
@@ -103,14 +100,14 @@ def _start(spec: str, width: int, classes: int, axes: Axes, seed: int) -> list[T
 
 
 def fit(
-    probes: Mapping[str, Sequence[TokenProbe]],
+    probes: Mapping[tuple[str, int], Sequence[TokenProbe]],
     axes: Axes,
     course: Course,
     store: TokenReader,
     rows: Int64[Tensor, "k"],
     targets: Int64[Tensor, " n"],
 ) -> None:
-    """Train all probes in place on these rows, each with its setting.
+    """Train all probes, by readout and seed, in place on these rows, each with its setting.
 
     One probe after the other within a batch: a `vmap` over the settings copies the tokens for each, and takes 2 to 5 times as long."""
     scale = course.batch(len(rows)) / 256
@@ -122,80 +119,33 @@ def fit(
     ]
     optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)  # two groups a probe: launches are what a GPU waits for
     for which, rate in course.steps(len(rows)):
-        tokens, labels = store.batch(rows[which]), targets[rows[which]].to(device())
         for group in optimizer.param_groups:
             group["lr"] = rate * group["base_lr"]
         optimizer.zero_grad()
-        for of_readout in probes.values():
-            for probe in of_readout:
+        for seed, batch in zip(course.seeds, rows[which], strict=True):
+            tokens, labels = store.batch(batch), targets[batch].to(device())
+            for probe in (probe for (_, own), of_readout in probes.items() if own == seed for probe in of_readout):
                 torch.autograd.backward(F.cross_entropy(probe(tokens), labels))
         optimizer.step()
 
 
 @torch.no_grad()
 def predict(
-    probes: Mapping[str, Sequence[TokenProbe]],
+    probes: Mapping[tuple[str, int], Sequence[TokenProbe]],
     store: TokenReader,
     rows: Int64[Tensor, "k"],
     classes: Int64[Tensor, " c"],
-) -> dict[str, Int64[Tensor, "settings k"]]:
+) -> dict[tuple[str, int], Int64[Tensor, "settings k"]]:
     """Each probe's class for each of the rows."""
-    answers: dict[str, list[Tensor]] = {spec: [] for spec in probes}
+    answers: dict[tuple[str, int], list[Tensor]] = {key: [] for key in probes}
     for batch in torch.split(rows, BATCH):
         tokens = store.batch(batch)
-        for spec, of_readout in probes.items():
-            answers[spec].append(torch.stack([classes_of(probe(tokens), classes) for probe in of_readout]))
-    return {spec: torch.cat(parts, dim=1) for spec, parts in answers.items()}
-
-
-def class_targets(y: Int64[Tensor, " n"]) -> tuple[Int64[Tensor, " c"], Int64[Tensor, " n"]]:
-    """The classes and each label's place among them; UsageError for fewer than two."""
-    classes, targets = torch.unique(y, return_inverse=True)
-    if len(classes) < 2:
-        raise UsageError(f"all {len(y)} training labels are {y[0].item()}: a probe needs at least two classes")
-    return classes, targets
+        for key, of_readout in probes.items():
+            answers[key].append(torch.stack([classes_of(probe(tokens), classes) for probe in of_readout]))
+    return {key: torch.cat(parts, dim=1) for key, parts in answers.items()}
 
 
 def classes_of(logits: Float[Tensor, "b c"], classes: Int64[Tensor, " c"]) -> Int64[Tensor, " b"]:
     """The class of the largest logit, on the CPU; DIVERGED where they are not finite."""
     finite = torch.isfinite(logits).all(dim=1).cpu()
     return torch.where(finite, classes[logits.argmax(dim=1).cpu()], DIVERGED)
-
-
-def finite(predictions: Int64[Tensor, "settings k"]) -> list[bool]:
-    """Which settings answer with numbers. Asked of training images: test has no say in what is chosen."""
-    return (predictions != DIVERGED).all(dim=1).tolist()
-
-
-def accuracy(predictions: Int64[Tensor, "settings k"], y: Int64[Tensor, " k"]) -> list[float]:
-    return (predictions == y).double().mean(dim=1).tolist()
-
-
-def found(
-    spec: str,
-    axes: Axes,
-    course: Course,
-    slice_accuracy: Sequence[float] | None,
-    alive: Sequence[bool],
-    predictions: Int64[Tensor, "settings m"],
-    y_test: Int64[Tensor, " m"],
-    n_train: int,
-    parameters: int,
-) -> Found:
-    """What a trained grid found: the answers of the setting that was best on the slice, or of the only one (slice_accuracy None).
-
-    What is not finite is wrong; a setting that diverged on all of train is not chosen. UsageError where all did."""
-    if not any(alive):
-        rates = ", ".join(f"{lr:g}" for lr in axes["lr"])
-        raise UsageError(f"readout {spec!r}: training diverged at the learning rates {rates}: give smaller ones")
-    selects, on_slice = (True, slice_accuracy) if slice_accuracy is not None else (False, [0.0])
-    choice = choose(axes, [value if lives else -1.0 for value, lives in zip(on_slice, alive, strict=True)])
-    on_test = accuracy(predictions, y_test)
-    return Found(
-        predictions=predictions[choice.place].clone(),
-        selected={**choice.settings, "batch_size": course.batch(n_train), "iterations": course.total(n_train)},
-        grid=record(axes, on_slice, on_test) if selects else None,
-        edge_of_grid=choice.edge if selects else None,
-        oracle=max(on_test) if selects else None,
-        parameters=parameters,
-    )

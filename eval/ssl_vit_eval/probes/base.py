@@ -1,14 +1,22 @@
-"""What every probe asks of its features and labels: checks that name the offending row, and the scikit-learn manner of scoring."""
+"""What every probe asks of its features and labels: checks that name the offending row, standardisation, scikit-learn's way of scoring."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
+from tqdm import tqdm
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import UsageError, require
+from ssl_vit_eval.distributed import rank
+
+T = TypeVar("T")
 
 _ROWS = 65536  # at once: features may be mapped from disk
+_PART = 4096
+_CONSTANT = 1e-6  # a spread below this share of the mean is the rounding of float32, not a feature
 
 
 def check_features(X: Tensor) -> None:
@@ -29,8 +37,57 @@ def check_training(X: Tensor, y: Tensor) -> None:
         raise UsageError(f"labels are {y.dtype}: a probe needs integer class indices")
     if y.shape != (len(X),):
         raise UsageError(f"{len(X)} feature rows came with labels of shape {list(y.shape)}: give one label for each row")
-    if (y == y[0]).all():
+    class_targets(y)
+
+
+def check_readouts(train: Mapping[str, Tensor], y: Tensor, test: Mapping[str, Tensor]) -> None:
+    """`check_training` and `check_features` for every readout, which the UsageError names; both splits must be equally wide."""
+    for spec, X in train.items():
+        split = "train"
+        try:
+            check_training(X, y)
+            split = "test"
+            check_features(test[spec])
+            if test[spec].shape[1] != X.shape[1]:
+                raise UsageError(f"features are {test[spec].shape[1]} wide, {X.shape[1]} in train: read both in the same way")
+        except UsageError as error:
+            raise UsageError(f"readout {spec!r}: in {split}, {error}") from error
+
+
+def class_targets(y: Int64[Tensor, " n"]) -> tuple[Int64[Tensor, " c"], Int64[Tensor, " n"]]:
+    """The classes and each label's place among them; UsageError for fewer than two."""
+    classes, targets = torch.unique(y, return_inverse=True)
+    if len(classes) < 2:
         raise UsageError(f"all {len(y)} training labels are {y[0].item()}: a probe needs at least two classes")
+    return classes, targets
+
+
+def moments(X: Float[Tensor, "n d"], rows: Int64[Tensor, " k"] | None = None) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:
+    """Mean and (biased) standard deviation of these rows, or all, in float64: features are standardised as (x - mean) / deviation.
+
+    A feature that is constant, but for the rounding of float32, has 1. The rows are read once, part by part."""
+    rows = torch.arange(len(X), device=X.device) if rows is None else rows.to(X.device)
+    origin = X[rows[0]].double()  # around a row of the set, so that a mean far from 0 does not cancel the spread
+    first, second = torch.zeros_like(origin), torch.zeros_like(origin)
+    for part in torch.split(rows, _PART):
+        x = X[part].double() - origin
+        first += x.sum(dim=0) / len(rows)
+        second += x.square().sum(dim=0) / len(rows)
+    mean, std = origin + first, (second - first.square()).clamp(min=0).sqrt()
+    return mean, torch.where(std > _CONSTANT * mean.abs(), std, 1.0)
+
+
+def seeds_of(parameters: Mapping[str, Any]) -> tuple[int, ...]:
+    """The seeds of a protocol's replicates, which differ in first weights and in the order of the batches; without `probe_seeds`, one."""
+    count = parameters.get("probe_seeds", 1)
+    require(count > 0, "probe_seeds", count, "above 0")
+    return tuple(range(parameters["seed"], parameters["seed"] + count))
+
+
+def progress(steps: Iterable[T], title: str) -> Iterable[T]:
+    """The steps, with a bar on stderr while they last, if that is a terminal; of several processes the first shows it."""
+    bar: Iterable[T] = tqdm(steps, title, leave=False, disable=True if rank() else None)
+    return bar
 
 
 class Probe(ABC):

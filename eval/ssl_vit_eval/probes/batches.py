@@ -13,17 +13,17 @@ from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit.methods.schedules import cosine
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.memory import available_memory
+from ssl_vit_eval.probes.base import moments, progress
 
 ROWS = 2048  # read, standardised or answered at once
-_CONSTANT = 1e-6  # a spread below this share of the mean is the rounding of float32, not a feature
 
 
 @dataclass(frozen=True)
 class Course:
     """How long heads are trained, in which order they see the images, and how their rates fall.
 
-    batch_size: images a step; a smaller set is one batch. An epoch is a new order drawn from `seed`, and its last, incomplete batch is
-    left out: which images that is changes with the order.
+    batch_size: images a step; a smaller set is one batch. An epoch is a new order drawn from each of `seeds`, and its last, incomplete
+    batch is left out: which images that is changes with the order.
     epochs or iterations: one of them, the other is 0. warmup_epochs: the rates rise linearly from 0; then they fall to 0 along a half
     cosine, at every `iteration` or every `epoch` (`schedule`). UsageError for other values.
     """
@@ -33,7 +33,7 @@ class Course:
     iterations: int
     warmup_epochs: float
     schedule: str
-    seed: int
+    seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "batch_size", self.batch_size, "above 0")
@@ -57,15 +57,15 @@ class Course:
         unit = epoch if self.schedule == "epoch" else 1
         return cosine(step // unit, math.ceil(self.total(n) / unit), 1.0, 0.0, warmup=round(self.warmup_epochs * epoch / unit))
 
-    def steps(self, n: int) -> Iterator[tuple[Int64[Tensor, " b"], float]]:
-        """Every step's images, as indices below n, and its rate."""
-        generator = torch.Generator().manual_seed(self.seed)
+    def steps(self, n: int) -> Iterator[tuple[Int64[Tensor, "seeds b"], float]]:
+        """Every step's images for each seed, as indices below n, and its rate."""
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         b = self.batch(n)
-        for step in range(self.total(n)):
+        for step in progress(range(self.total(n)), "training probes"):
             place = step % (n // b)
             if place == 0:
-                order = torch.randperm(n, generator=generator)
-            yield order[place * b : (place + 1) * b], self.rate(step, n)
+                order = torch.stack([torch.randperm(n, generator=generator) for generator in generators])
+            yield order[:, place * b : (place + 1) * b], self.rate(step, n)
 
 
 class Standard(NamedTuple):
@@ -76,19 +76,11 @@ class Standard(NamedTuple):
 
 
 def standard_of(features: Sequence[Float[Tensor, "n d"]], rows: Int64[Tensor, " k"]) -> Standard:
-    """Mean and (biased) standard deviation of these rows, accumulated in float64; a constant feature keeps scale 1."""
-    moments = []
-    for of in features:
-        # around a row of the set, so that a mean far from 0 does not cancel the spread
-        origin = of[rows[0]].double()
-        first, second = torch.zeros_like(origin), torch.zeros_like(origin)
-        for part in torch.split(rows, ROWS):
-            x = of[part].double() - origin
-            first += x.sum(dim=0) / len(rows)
-            second += x.square().sum(dim=0) / len(rows)
-        mean, std = origin + first, (second - first.square()).clamp(min=0).sqrt()
-        moments.append(torch.stack([mean, torch.where(std > _CONSTANT * mean.abs(), std, 1.0)]))
-    mean, scale = torch.stack(moments, dim=1)[:, :, None].to(device=device(), dtype=features[0].dtype)
+    """The `moments` of these rows, on this process's device."""
+    mean, scale = (
+        torch.stack(part)[:, None].to(device=device(), dtype=features[0].dtype)
+        for part in zip(*(moments(of, rows) for of in features), strict=True)
+    )
     return Standard(mean, scale)
 
 

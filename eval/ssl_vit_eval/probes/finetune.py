@@ -1,10 +1,10 @@
 """Fine-tuning: a copy of the backbone, a readout and a linear head, trained together as in MAE (He et al. 2022, appendix A.1)."""
 
 import copy
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.features.extract import BATCH
-from ssl_vit_eval.probes.attentive import accuracy, class_targets, classes_of, finite, found
+from ssl_vit_eval.probes.attentive import DIVERGED, classes_of
+from ssl_vit_eval.probes.base import class_targets, seeds_of
 from ssl_vit_eval.probes.batches import Course
-from ssl_vit_eval.probes.selection import Found, check_slice
+from ssl_vit_eval.probes.selection import Answers, Found, select
 
 PARAMETERS: dict[str, type] = {
     "lr": list,  # for 256 images, at the head: the rate used is lr * batch / 256 * layer_decay ** (layers above)
@@ -43,6 +44,7 @@ PARAMETERS: dict[str, type] = {
     "label_smoothing": float,
     "fresh_norm": bool,  # the final norm starts anew
     "seed": int,
+    "probe_seeds": int,
     "slice_fraction": float,
     "slice_seed": int,
 }
@@ -81,31 +83,25 @@ def run(
 ) -> dict[str, Found]:
     """The protocol kind `finetune`; `backbone` itself stays as it is.
 
-    The learning rate is chosen for each readout on the slice of train marked by `held_out`; of one rate nothing is chosen and the slice
-    is not touched. UsageError for a single class or image, an empty slice, and where all rates diverged.
+    UsageError for a single class or image, and as `selection.select`.
     """
     axes = {"lr": sorted(map(float, parameters["lr"]))}
     require(min(axes["lr"], default=0.0) > 0, "lr", parameters["lr"], "a list of numbers above 0")
-    classes, targets = class_targets(y_train)
-    everything, every_test = torch.arange(len(y_train)), torch.arange(len(y_test))
-    results = {}
-    for spec in specs:
-        trained = partial(_trained, parameters, backbone, ReadoutSpec.parse(spec), train, targets, len(classes))
-        slice_accuracy = None
-        if len(axes["lr"]) > 1:
-            check_slice(held_out)
-            networks = (trained(everything[~held_out], lr) for lr in axes["lr"])
-            on_slice = torch.stack([predict(network, train, everything[held_out], classes) for network in networks])
-            slice_accuracy = accuracy(on_slice, y_train[held_out])
+    seeds, (classes, targets) = seeds_of(parameters), class_targets(y_train)
+    course = _course(parameters, len(y_train))
+    details = [{"batch_size": course.batch(len(y_train)), "iterations": course.total(len(y_train))}] * len(axes["lr"])
+
+    def train_all(spec: str, rows: Int64[Tensor, " k"], split: str, asked: Int64[Tensor, " q"]) -> Answers:
         answers, alive = [], []
-        for lr in axes["lr"]:
-            network = trained(everything, lr)
-            alive += finite(predict(network, train, everything[:BATCH], classes)[None])
-            answers.append(predict(network, test, every_test, classes))
+        for lr, seed in itertools.product(axes["lr"], seeds):
+            network = _trained({**parameters, "seed": seed}, backbone, ReadoutSpec.parse(spec), train, targets, len(classes), rows, lr)
+            answers.append(predict(network, train if split == "train" else test, asked, classes))
+            alive.append(bool((predict(network, train, rows[:BATCH], classes) != DIVERGED).all()))
         used = sum(p.numel() for p in network.parameters() if p.grad is not None)
-        course = _course(parameters, len(y_train))
-        results[spec] = found(spec, axes, course, slice_accuracy, alive, torch.stack(answers), y_test, len(y_train), used)
-    return results
+        of_seeds = torch.stack(answers).view(-1, len(seeds), len(asked)).transpose(1, 2)
+        return Answers(of_seeds, torch.tensor(alive).view(-1, len(seeds)).all(dim=1), details, parameters=used)
+
+    return select(axes, lambda *asked: {spec: train_all(spec, *asked) for spec in specs}, y_train, y_test, [held_out])
 
 
 def _trained(
@@ -129,7 +125,7 @@ def _course(parameters: Mapping[str, Any], n: int) -> Course:
     p = parameters
     size = min(p["batch_size"], n) // 2 * 2
     require(size > 0, "batch_size", f"{p['batch_size']}, for {n} training images", "2 or more, as many images must be there")
-    return Course(size, p["epochs"], 0, p["warmup_epochs"], "iteration", p["seed"])
+    return Course(size, p["epochs"], 0, p["warmup_epochs"], "iteration", (p["seed"],))
 
 
 def fit(
@@ -143,7 +139,7 @@ def fit(
     smoothing = p["label_smoothing"]
     mix = Mixup(p["mixup"], p["cutmix"], label_smoothing=smoothing, num_classes=classes) if p["mixup"] or p["cutmix"] else None
     network.train()
-    for step, (which, _) in enumerate(course.steps(len(rows))):
+    for step, ((which,), _) in enumerate(course.steps(len(rows))):
         pixels, sizes = (part.to(device()) for part in images.batch(rows[which]))
         labels = targets[rows[which]].to(device())
         positions = torch.arange(step * size, (step + 1) * size, device=device())

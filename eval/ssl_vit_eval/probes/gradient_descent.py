@@ -13,11 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ssl_vit.errors import UsageError
 from ssl_vit_eval.distributed import device
-from ssl_vit_eval.probes.base import check_features, check_training
+from ssl_vit_eval.probes.base import check_readouts, class_targets
 from ssl_vit_eval.probes.batches import ROWS, Course, Rows, Standard, read, standard_of
-from ssl_vit_eval.probes.selection import Axes, Found, check_slice, choose, points, record
+from ssl_vit_eval.probes.selection import Answers, Axes, Found, points, select
 
 # Logits that readouts trained side by side may have for a batch. An accelerator waits for its launches, which one readout needs as much
 # as five. A CPU's products are as fast one readout after the other, and then no number depends on which others were asked for.
@@ -25,12 +24,12 @@ SIDE_BY_SIDE = {"cuda": 2**26}
 
 
 class Heads(ABC):
-    """A grid of G heads for each of R readouts of width d, trained on the same batches and otherwise independent of each other."""
+    """A grid of G heads for each of R readouts of width d and seeds, independent of each other."""
 
     parameters: int  # of one head
 
     @abstractmethod
-    def step(self, x: Float[Tensor, "r b d"], targets: Int64[Tensor, " b"], rate: float) -> None:
+    def step(self, x: Float[Tensor, "r b d"], targets: Int64[Tensor, "r b"], rate: float) -> None:
         """One update of every head by its mean cross-entropy on the batch; `rate` is the schedule's share of the learning rates."""
 
     @abstractmethod
@@ -47,11 +46,21 @@ class Trained(NamedTuple):
 
     heads: Heads
     standard: Standard | None
+    seeds: int
 
-    def predict(self, features: Sequence[Float[Tensor, "m d"]], rows: Int64[Tensor, " k"]) -> Int64[Tensor, "r g k"]:
+    def predict(self, features: Sequence[Float[Tensor, "m d"]], rows: Int64[Tensor, " k"]) -> Int64[Tensor, "r g k seeds"]:
         """The class that every head gives to these rows."""
-        answers = [self.heads.logits(read(features, part, self.standard)).argmax(dim=2).cpu() for part in torch.split(rows, ROWS)]
-        return torch.cat(answers, dim=2)
+        answers = [self.logits(read(features, part, self.standard)).argmax(dim=2).cpu() for part in torch.split(rows, ROWS)]
+        found = torch.cat(answers, dim=2)
+        return found.view(len(features), self.seeds, *found.shape[1:]).permute(0, 2, 3, 1)
+
+    def logits(self, x: Float[Tensor, "r m d"]) -> Float[Tensor, "rs g c m"]:
+        return self.heads.logits(x.repeat_interleave(self.seeds, dim=0))
+
+    def alive(self) -> Bool[Tensor, "r g"]:
+        """Which settings did not diverge, with any seed."""
+        finite = self.heads.finite().cpu()
+        return finite.view(-1, self.seeds, finite.shape[1]).all(dim=1)
 
 
 @dataclass(frozen=True)
@@ -59,26 +68,28 @@ class Training:
     """How a grid of heads is trained.
 
     axes: `lr` and `weight_decay`; a head for each of `points(axes)`. standardise: by the mean and the standard deviation of the rows
-    trained on. build: (R, d, c, b) -> untrained Heads for R readouts of width d, c classes and batches of b images.
+    trained on. build: (seeds, d, c, b) -> untrained Heads of width d for c classes and batches of b images, a grid for each seed.
     """
 
     axes: Axes
     course: Course
     standardise: bool
-    build: Callable[[int, int, int, int], Heads]
+    build: Callable[[Sequence[int], int, int, int], Heads]
 
     def fit(self, features: Sequence[Float[Tensor, "n d"]], rows: Int64[Tensor, " k"], targets: Int64[Tensor, " n"], c: int) -> Trained:
         """Train on these rows of readouts of one width; targets below c."""
         standard = standard_of(features, rows) if self.standardise else None
-        heads = self.build(len(features), features[0].shape[1], c, self.course.batch(len(rows)))
+        course, width, batch = self.course, features[0].shape[1], self.course.batch(len(rows))
+        heads = self.build(course.seeds * len(features), width, c, batch)
         held, targets = Rows(features, rows, standard), targets[rows].to(device())
-        for which, rate in self.course.steps(len(rows)):
-            heads.step(held.batch(which), targets[which.to(targets.device)], rate)
-        return Trained(heads, standard)
+        for which, rate in course.steps(len(rows)):
+            x = held.batch(which.flatten()).view(-1, batch, width)  # readouts, then seeds
+            heads.step(x, targets[which.to(targets.device)].repeat(len(features), 1), rate)
+        return Trained(heads, standard, len(course.seeds))
 
 
 @torch.no_grad()
-def select(
+def run(
     training: Training,
     train: Mapping[str, Float[Tensor, "n _"]],
     y_train: Int64[Tensor, " n"],
@@ -86,69 +97,24 @@ def select(
     y_test: Int64[Tensor, " m"],
     held_out: Bool[Tensor, " n"],
 ) -> dict[str, Found]:
-    """Train the grid on train without its slice, choose on the slice for each readout, train the grid on all of train, read test once.
+    """`selection.select` among heads trained side by side; `selected` says beside the settings how many images a step saw and how many
+    steps there were. UsageError for features or labels that the probes refuse, and as `select`."""
+    check_readouts(train, y_train, test)
+    classes, targets = class_targets(y_train)
+    n, course, grid, splits = len(y_train), training.course, points(training.axes), {"train": train, "test": test}
+    logits = len(course.seeds) * len(grid) * len(classes) * course.batch(n)  # of a readout in a step
+    details = [{"batch_size": course.batch(n), "iterations": course.total(n)}] * len(grid)
 
-    A grid of one point leaves nothing to choose: it is trained once. A head that diverged, in either training, has accuracy 0 and is not
-    chosen. `selected` says beside the settings how many images a step saw and how many steps there were.
-    UsageError for features or labels that the probes refuse, for a slice that is empty or all of train, where every head diverged.
-    """
-    for spec, X in train.items():
-        try:
-            check_training(X, y_train)
-            check_features(test[spec])
-            if test[spec].shape[1] != X.shape[1]:
-                raise UsageError(f"features are {test[spec].shape[1]} wide in test, {X.shape[1]} in train: read both in the same way")
-        except UsageError as error:
-            raise UsageError(f"readout {spec!r}: {error}") from error
-    classes, _ = torch.unique(y_train, return_inverse=True)
-    logits = len(points(training.axes)) * len(classes) * training.course.batch(len(y_train))  # of a readout in a step
-    found: dict[str, Found] = {}
-    for names in _groups(train, SIDE_BY_SIDE.get(device().type, 0) // logits):
-        found |= _found(training, names, [train[name] for name in names], y_train, [test[name] for name in names], y_test, held_out)
-    return {name: found[name] for name in train}
+    def fit(rows: Int64[Tensor, " k"], split: str, asked: Int64[Tensor, " q"]) -> dict[str, Answers]:
+        answers = {}
+        for names in _groups(train, SIDE_BY_SIDE.get(device().type, 0) // logits):
+            trained = training.fit([train[name] for name in names], rows, targets, len(classes))
+            given = classes[trained.predict([splits[split][name] for name in names], asked)]
+            for name, of, alive in zip(names, given, trained.alive(), strict=True):
+                answers[name] = Answers(of, alive, details, parameters=trained.heads.parameters)
+        return {name: answers[name] for name in train}
 
-
-def _found(
-    training: Training,
-    names: Sequence[str],
-    train: Sequence[Float[Tensor, "n d"]],
-    y_train: Int64[Tensor, " n"],
-    test: Sequence[Float[Tensor, "m d"]],
-    y_test: Int64[Tensor, " m"],
-    held_out: Bool[Tensor, " n"],
-) -> dict[str, Found]:
-    """`select` for readouts of one width, side by side."""
-    classes, targets = torch.unique(y_train, return_inverse=True)
-    n, rows = len(y_train), torch.arange(len(y_train))
-    grid = points(training.axes)
-    selects = len(grid) > 1
-    on_slice, alive = torch.zeros(len(names), len(grid), dtype=torch.float64), torch.ones(len(names), len(grid), dtype=torch.bool)
-    if selects:
-        check_slice(held_out)
-        trained = training.fit(train, rows[~held_out], targets, len(classes))
-        alive = trained.heads.finite().cpu()
-        on_slice = (trained.predict(train, rows[held_out]) == targets[held_out]).double().mean(dim=2)
-    trained = training.fit(train, rows, targets, len(classes))
-    alive = alive & trained.heads.finite().cpu()
-    for name, any_alive in zip(names, alive.any(dim=1), strict=True):
-        if not any_alive:
-            rates = ", ".join(f"{lr:g}" for lr in training.axes["lr"])
-            raise UsageError(f"readout {name!r}: all heads diverged at the learning rates {rates}: give smaller ones")
-    # below 0, so that a head that lives goes before one that diverged even where it has nothing right
-    choices = [choose(training.axes, accuracy.tolist()) for accuracy in torch.where(alive, on_slice, -1.0)]
-    answers = classes[trained.predict(test, torch.arange(len(y_test)))]
-    on_slice, on_test = on_slice * alive, (answers == y_test).double().mean(dim=2) * alive
-    return {
-        name: Found(
-            predictions=answers[r, choice.place].clone(),  # not a view that keeps the answers of the whole grid
-            selected={**choice.settings, "batch_size": training.course.batch(n), "iterations": training.course.total(n)},
-            grid=record(training.axes, on_slice[r].tolist(), on_test[r].tolist()) if selects else None,
-            edge_of_grid=choice.edge if selects else None,
-            oracle=on_test[r].max().item() if selects else None,
-            parameters=trained.heads.parameters,
-        )
-        for r, (name, choice) in enumerate(zip(names, choices, strict=True))
-    }
+    return select(training.axes, fit, y_train, y_test, [held_out])
 
 
 def _groups(features: Mapping[str, Float[Tensor, "n _"]], most: int) -> list[list[str]]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.distributed import device, merge_parts, parts
-from ssl_vit_eval.probes.base import Probe, check_features, check_training
+from ssl_vit_eval.probes.base import Probe, check_readouts, check_training, moments
 from ssl_vit_eval.probes.neighbours import CHUNK, QUERIES, Vectors, neighbours
-from ssl_vit_eval.probes.selection import Axes, Found, check_slice, choose, points, record
+from ssl_vit_eval.probes.selection import Answers, Axes, Found, points, select
 
 PARAMETERS: dict[str, type] = {"k": list, "temperature": list, "standardise": bool, "slice_fraction": float, "slice_seed": int}
 
@@ -73,24 +73,17 @@ def run(
     _check_grid(parameters["k"], parameters["temperature"])
     ks = list(dict.fromkeys(min(k, len(y_train)) for k in parameters["k"]))
     axes = {"temperature": [float(t) for t in parameters["temperature"]], "k": ks}
-    selecting, standardise = len(points(axes)) > 1, parameters["standardise"]
-    if selecting:
-        check_slice(held_out)
-    y_train, y_test, held_out = y_train.cpu(), y_test.cpu(), held_out.cpu()
-    every, kept, drawn = torch.arange(len(y_train)), (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-    found = {}
-    for spec, X in train.items():
-        _check_readout(spec, X, y_train, test[spec])
-        answers = _answers(X, y_train, every, test[spec], torch.arange(len(y_test)), axes, standardise)
-        if not selecting:
-            found[spec] = Found(answers[:, 0], points(axes)[0], bank=len(X))
-            continue
-        slice_accuracy = _accuracies(_answers(X, y_train, kept, X, drawn, axes, standardise), y_train[drawn])
-        test_accuracy = _accuracies(answers, y_test)
-        settings, place, edge = choose(axes, slice_accuracy, ends={"k": len(X)})
-        grid = record(axes, slice_accuracy, test_accuracy)
-        found[spec] = Found(answers[:, place], settings, grid, edge, max(test_accuracy), bank=len(X))
-    return found
+    check_readouts(train, y_train, test)
+    y, splits = y_train.cpu(), {"train": train, "test": test}
+
+    def fit(rows: Int64[Tensor, " bank"], split: str, asked: Int64[Tensor, " queries"]) -> dict[str, Answers]:
+        alive, found = torch.ones(len(points(axes)), dtype=torch.bool), {}
+        for spec, X in train.items():
+            given = _answers(X, y, rows, splits[split][spec], asked, axes, parameters["standardise"])
+            found[spec] = Answers(given.T[:, :, None], alive, bank=len(rows))
+        return found
+
+    return select(axes, fit, y_train, y_test, [held_out], ends={"k": len(y_train)})
 
 
 def _votes(
@@ -117,14 +110,14 @@ def _answers(
     standardise: bool,
 ) -> Int64[Tensor, "queries points"]:
     """The classes that rows `bank` of X give to rows `queries` of Z at every point of the grid, by one search."""
-    on, moments = device(), _moments(X, bank) if standardise else None
+    on, scaling = device(), moments(X, bank) if standardise else None
     classes, targets = torch.unique(y[bank], return_inverse=True)
     targets = targets.to(on)
     used = [min(int(k), len(bank)) for k in axes["k"]]
     ascending = sorted(set(used))
     own = torch.cat([torch.arange(0), *(torch.arange(*part) for part in parts(len(queries), QUERIES))])
     answers = [torch.empty(0, len(points(axes)), dtype=torch.int64)]
-    for similarity, place in neighbours(Vectors(X, bank, moments), Vectors(Z, queries[own], moments), ascending[-1], on):
+    for similarity, place in neighbours(Vectors(X, bank, scaling), Vectors(Z, queries[own], scaling), ascending[-1], on):
         some = max(1, CHUNK // len(classes))  # votes held at once
         for near, labels in zip(torch.split(similarity, some), torch.split(targets[place], some), strict=True):
             columns = []
@@ -136,29 +129,7 @@ def _answers(
     return merge_parts(torch.cat(answers), len(queries), QUERIES)
 
 
-def _accuracies(answers: Int64[Tensor, "m points"], y: Int64[Tensor, " m"]) -> list[float]:
-    return [float(share) for share in (answers == y[:, None]).double().mean(dim=0)]
-
-
-def _moments(X: Float[Tensor, "n d"], rows: Int64[Tensor, " bank"]) -> tuple[Float64[Tensor, " d"], Float64[Tensor, " d"]]:
-    """Mean and biased standard deviation of the rows; a feature that is constant, but for the rounding of float32, keeps 1."""
-    pieces = torch.split(rows, 4096)
-    mean = torch.stack([X[piece].double().sum(dim=0) for piece in pieces]).sum(dim=0) / len(rows)
-    std = (torch.stack([(X[piece].double() - mean).square().sum(dim=0) for piece in pieces]).sum(dim=0) / len(rows)).sqrt()
-    return mean, torch.where(std > 1e-6 * mean.abs(), std, 1.0)
-
-
 def _check_grid(ks: Sequence[Any], temperatures: Sequence[Any]) -> None:
     numbers = all(type(k) is int for k in ks) and all(type(t) in (int, float) for t in temperatures)
     if not (ks and temperatures and numbers and min(ks) >= 1 and min(temperatures) > 0 and max(temperatures) < math.inf):
         raise UsageError(f"k-NN got k {ks} and temperature {temperatures}: k must be at least 1 and whole, the temperature above 0")
-
-
-def _check_readout(spec: str, X: Tensor, y: Tensor, X_test: Tensor) -> None:
-    split = "train"
-    try:
-        check_training(X, y)
-        split = "test"
-        check_features(X_test)
-    except UsageError as error:
-        raise UsageError(f"readout {spec!r}: in {split}, {error}") from error

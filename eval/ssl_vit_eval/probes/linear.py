@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit_eval.distributed import device
+from ssl_vit_eval.probes import gradient_descent
+from ssl_vit_eval.probes.base import seeds_of
 from ssl_vit_eval.probes.batches import Course
-from ssl_vit_eval.probes.gradient_descent import Heads, Training, select
+from ssl_vit_eval.probes.gradient_descent import Heads, Training
 from ssl_vit_eval.probes.selection import Found, points
 
 PARAMETERS: dict[str, type] = {
@@ -27,6 +29,7 @@ PARAMETERS: dict[str, type] = {
     "normalise": str,
     "init_std": float,
     "seed": int,
+    "probe_seeds": int,
     "slice_fraction": float,
     "slice_seed": int,
 }
@@ -44,9 +47,9 @@ def run(
     y_test: Int64[Tensor, " m"],
     held_out: Bool[Tensor, " n"],
 ) -> dict[str, Found]:
-    """The protocol kind `linear`; UsageError as `training` and `select`."""
+    """The protocol kind `linear`; UsageError as `training` and `selection.select`."""
     dtype = next(iter(train.values())).dtype
-    return select(training(parameters, dtype), train, y_train, test, y_test, held_out)
+    return gradient_descent.run(training(parameters, dtype), train, y_train, test, y_test, held_out)
 
 
 def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Training:
@@ -54,8 +57,8 @@ def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) 
 
     lr: base rates, for 256 images a step: the rate is `lr * images a step / 256`, of a set smaller than `batch_size` with that many.
     normalise: nothing, by mean and standard deviation of train, or by a batch norm without parameters, whose running statistics normalise
-    what is answered. init_std: of the normal weights that all heads of a width start from; biases start at 0. The rest: `Course`,
-    `LinearHeads`.
+    what is answered. init_std: of the normal weights that all heads of a width and a seed start from; biases start at 0. The rest:
+    `Course`, `LinearHeads`, `seeds_of`.
     """
     p = parameters
     for name, options in (("optimizer", OPTIMIZERS), ("normalise", NORMALISE)):
@@ -65,14 +68,14 @@ def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) 
     axes = rates_and_decays(p)
     grid = points(axes)
 
-    def build(readouts: int, width: int, classes: int, batch: int) -> LinearHeads:
-        generator = torch.Generator().manual_seed(p["seed"])
-        start = torch.randn(classes, width, generator=generator).to(dtype) * p["init_std"]
+    def build(seeds: Sequence[int], width: int, classes: int, batch: int) -> LinearHeads:
+        generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+        start = torch.stack([torch.randn(classes, width, generator=of) for of in generators]).to(dtype) * p["init_std"]
         lr = [point["lr"] * batch / 256 for point in grid]
         weight_decay = [point["weight_decay"] for point in grid]
-        return LinearHeads(readouts, start, lr, weight_decay, p["momentum"], p["optimizer"] == "lars", p["normalise"] == "batchnorm")
+        return LinearHeads(start, lr, weight_decay, p["momentum"], p["optimizer"] == "lars", p["normalise"] == "batchnorm")
 
-    course = Course(p["batch_size"], p["epochs"], p["iterations"], p["warmup_epochs"], p["schedule"], p["seed"])
+    course = Course(p["batch_size"], p["epochs"], p["iterations"], p["warmup_epochs"], p["schedule"], seeds_of(p))
     return Training(axes, course, p["normalise"] == "standardise", build)
 
 
@@ -85,7 +88,7 @@ def rates_and_decays(parameters: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 class LinearHeads(Heads):
-    """W [R, G * c, d] and biases of G heads for each of R readouts.
+    """W [R, G * c, d] and biases of G heads for each of R readouts and seeds.
 
     A step is one product for all logits, one for all gradients, and the optimiser written over whole tensors: no autograd, whose
     bookkeeping costs more than the arithmetic of one head. With `lars` (You et al. 2017, in MAE's form) the gradient of each head's
@@ -93,45 +96,44 @@ class LinearHeads(Heads):
     Otherwise the update is that of `torch.optim.SGD`, whose decay includes the bias.
 
     Args:
-        start: [c d], the weights that every head starts from; its dtype is that of all arithmetic.
+        start: the weights that the G heads start from; their dtype is that of all arithmetic.
         lr, weight_decay: of each head.
         norm: batch norm without parameters before the heads (`BatchNorm1d(affine=False, eps=1e-6)`): one for all heads of a readout.
     """
 
     def __init__(
         self,
-        readouts: int,
-        start: Float[Tensor, "c d"],
+        start: Float[Tensor, "r c d"],
         lr: Sequence[float],
         weight_decay: Sequence[float],
         momentum: float,
         lars: bool,
         norm: bool,
     ) -> None:
-        c, d = start.shape
-        self.shape = (readouts, len(lr), c, d)
+        r, c, d = start.shape
+        self.shape = (r, len(lr), c, d)
         self.parameters = c * d + c
         self.momentum, self.lars = momentum, lars
         start = start.to(device())
-        self.weight = start.repeat(readouts, len(lr), 1)
-        self.bias = start.new_zeros(readouts, len(lr) * c, 1)
+        self.weight = start.repeat(1, len(lr), 1)
+        self.bias = start.new_zeros(r, len(lr) * c, 1)
         self.weight_buffer, self.bias_buffer = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
         # a row for each row of W
         self.lr, self.weight_decay = (start.new_tensor(values).repeat_interleave(c)[:, None] for values in (lr, weight_decay))
         self.decays = max(weight_decay) > 0
         # running mean and variance of the batch norm, as BatchNorm1d starts them
-        self.running = (start.new_zeros(readouts, 1, d), start.new_ones(readouts, 1, d)) if norm else None
+        self.running = (start.new_zeros(r, 1, d), start.new_ones(r, 1, d)) if norm else None
 
-    def step(self, x: Float[Tensor, "r b d"], targets: Int64[Tensor, " b"], rate: float) -> None:
+    def step(self, x: Float[Tensor, "r b d"], targets: Int64[Tensor, "r b"], rate: float) -> None:
         r, g, c, _ = self.shape
-        b = len(targets)
+        b = targets.shape[1]
         if self.running is not None:
             x = self._batch_normed(x)
         # classes before images: with few classes a softmax down the columns is vectorised, one along the rows is not
         residual = torch.baddbmm(self.bias, self.weight, x.mT).view(r, g, c, b).softmax(dim=2)
         # no gradient feels what is below; subnormal numbers, which high rates make many of, would slow a CPU's products tenfold
         torch.threshold_(residual, 1e-30, 0.0)
-        residual.scatter_add_(2, targets.expand(r, g, 1, b), residual.new_full((1, 1, 1, 1), -1.0).expand(r, g, 1, b))
+        residual.scatter_add_(2, targets[:, None, None].expand(r, g, 1, b), residual.new_full((1, 1, 1, 1), -1.0).expand(r, g, 1, b))
         residual = residual.view(r, g * c, b)
         self.bias_buffer.mul_(self.momentum).add_(residual.sum(dim=2, keepdim=True), alpha=1 / b)
         if self.lars:

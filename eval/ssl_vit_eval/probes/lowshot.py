@@ -7,17 +7,19 @@ the claim of so many images does not count.
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.distributed import device
-from ssl_vit_eval.probes.logreg import fit_path
-from ssl_vit_eval.probes.selection import Found, choose, record
+from ssl_vit_eval.probes.base import check_readouts
+from ssl_vit_eval.probes.logreg import select_and_fit
+from ssl_vit_eval.probes.selection import Found
 
 PARAMETERS: dict[str, type] = {
     "fraction": float,  # of every class, at least one image; 0 where per_class is used
@@ -38,19 +40,20 @@ def run(
     y_train: Int64[Tensor, " n"],
     test: Mapping[str, Float[Tensor, "m _"]],
     y_test: Int64[Tensor, " m"],
-    held_out: Bool[Tensor, " n"],
+    groups: Int64[Tensor, " n"],
 ) -> dict[str, Found]:
     """The protocol kind `lowshot`. `Found.predictions` [m draws]; `selected` has for each draw its images, C and accuracy, and the
     accuracy's standard deviation over draws (n - 1). The grid's accuracies are means over draws, and so is the oracle: of each
-    draw's best. `held_out` is drawn from like the rest of train. UsageError unless one of fraction and per_class is above 0, and
+    draw's best. groups: of images that overlap, which no fold cuts. UsageError unless one of fraction and per_class is above 0, and
     for fewer than two draws or folds."""
     p = parameters
     if (p["fraction"] > 0) == (p["per_class"] > 0):
         raise UsageError(f"low-shot got fraction {p['fraction']} and per_class {p['per_class']}; give one of them, and 0 for the other")
     if min(p["draws"], p["folds"]) < 2:
         raise UsageError(f"low-shot got {p['draws']} draws and {p['folds']} folds; give at least 2 of each")
+    check_readouts(train, y_train, test)
     subsets = draw(y_train, p["fraction"], p["per_class"], p["draws"], p["seed"])
-    return {spec: _run(p, X, y_train, test[spec], y_test, subsets) for spec, X in train.items()}
+    return {spec: _run(p, X, y_train, test[spec], y_test, groups, subsets) for spec, X in train.items()}
 
 
 def draw(y: Int64[Tensor, " n"], fraction: float, per_class: int, draws: int, seed: int) -> list[Int64[Tensor, "_"]]:
@@ -66,14 +69,15 @@ def draw(y: Int64[Tensor, " n"], fraction: float, per_class: int, draws: int, se
     return [torch.from_numpy(np.concatenate(of_draw)) for of_draw in chosen]
 
 
-def folds(y: Int64[Tensor, " n"], count: int) -> Int64[Tensor, " n"]:
-    """The fold in which each row is held out, dealt out class by class; -1, never, for the only row of a class."""
+def folds(y: Int64[Tensor, " n"], groups: Int64[Tensor, " n"], count: int) -> Int64[Tensor, " n"]:
+    """The fold in which each row is held out: groups are dealt out class by class; -1, never, for the only group of a class."""
     number, dealt = torch.full_like(y, -1), 0
     for label in torch.unique(y):
-        rows = (y == label).nonzero()[:, 0]
-        if len(rows) > 1:
-            number[rows] = (torch.arange(len(rows), device=y.device) + dealt) % count
-            dealt += len(rows)
+        own = dict.fromkeys(groups[(y == label) & (number < 0)].tolist())
+        if len(own) > 1:
+            for place, group in enumerate(own):
+                number[groups == group] = (place + dealt) % count
+            dealt += len(own)
     return number
 
 
@@ -83,41 +87,29 @@ def _run(
     y: Int64[Tensor, " n"],
     X_test: Float[Tensor, "m d"],
     y_test: Int64[Tensor, " m"],
+    groups: Int64[Tensor, " n"],
     subsets: list[Int64[Tensor, "_"]],
 ) -> Found:
-    selects = bool((torch.unique(y[subsets[0]], return_counts=True)[1] > 1).any())  # all draws have the same number of a class
-    axes = {"C": sorted(p["C"]) if selects else [p["C_of_single_images"]]}
-    answers, places, edges, on_folds, on_test = [], [], [], [], []
+    selects = all((folds(y[rows], groups[rows], p["folds"]) >= 0).any() for rows in subsets)
+    grid, found = p["C"] if selects else [p["C_of_single_images"]], []
     for rows in subsets:
+        number = folds(y[rows], groups[rows], p["folds"])
+        held_out = [number == fold for fold in range(p["folds"]) if (number == fold).any()]
         few, labels = X[rows].to(device()), y[rows].to(device())
-        fits = fit_path(few, labels, axes["C"], p["max_iter"], p["tol"])
-        on_folds.append(_cross_validated(p, few, labels, axes["C"]) if selects else [0.0])
-        choice = choose(axes, on_folds[-1])
-        places.append(choice.place)
-        edges.append(choice.edge)
-        predictions = torch.stack([fit.predict(X_test).cpu() for fit in fits])
-        answers.append(predictions[places[-1]])
-        on_test.append((predictions == y_test.cpu()).double().mean(dim=1).tolist())
-    accuracy = [of_draw[place] for of_draw, place in zip(on_test, places, strict=True)]
+        found.append(select_and_fit(few, labels, X_test, y_test, grid, held_out, p["max_iter"], p["tol"]))
+    predictions = torch.stack([of.predictions for of in found], dim=1)
+    accuracy = (predictions == y_test.cpu()[:, None]).double().mean(dim=0).tolist()
     selected = {
-        "C": [axes["C"][place] for place in places],
+        "C": [of.selected["C"] for of in found],
         "accuracy": accuracy,
         "spread": statistics.stdev(accuracy),
         "images": [len(rows) for rows in subsets],
     }
-    parameters = (X.shape[1] + 1) * len(torch.unique(y))
+    remarks = tuple(dict.fromkeys(remark for of in found for remark in of.remarks))
+    whole = replace(found[0], predictions=predictions, selected=selected, remarks=remarks)
     if not selects:
-        return Found(torch.stack(answers, dim=1), selected, parameters=parameters)
-    grid = record(axes, np.mean(on_folds, axis=0).tolist(), np.mean(on_test, axis=0).tolist())
-    return Found(torch.stack(answers, dim=1), selected, grid, any(edges), statistics.mean(map(max, on_test)), parameters)
-
-
-def _cross_validated(p: Mapping[str, Any], X: Float[Tensor, "n d"], y: Int64[Tensor, " n"], grid: list[float]) -> list[float]:
-    """The accuracy of each C on the rows held out, fold by fold."""
-    number = folds(y, p["folds"])
-    right = torch.zeros(len(grid), dtype=torch.int64)
-    for fold in torch.unique(number[number >= 0]).tolist():
-        out = number == fold
-        fits = fit_path(X[~out], y[~out], grid, p["max_iter"], p["tol"])
-        right += torch.stack([(fit.predict(X[out]) == y[out]).sum().cpu() for fit in fits])
-    return (right / (number >= 0).sum().cpu()).tolist()
+        return whole
+    grids = [of.grid or {} for of in found]
+    means = {name: np.mean([of[name] for of in grids], axis=0).tolist() for name in ("slice_accuracy", "test_accuracy")}
+    edge, oracle = any(of.edge_of_grid for of in found), statistics.mean(of.oracle or 0.0 for of in found)
+    return replace(whole, grid=grids[0] | means, edge_of_grid=edge, oracle=oracle)

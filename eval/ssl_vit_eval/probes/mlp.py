@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 from ssl_vit.errors import require
 from ssl_vit_eval.distributed import device
+from ssl_vit_eval.probes import gradient_descent
+from ssl_vit_eval.probes.base import seeds_of
 from ssl_vit_eval.probes.batches import Course
-from ssl_vit_eval.probes.gradient_descent import Heads, Training, select
+from ssl_vit_eval.probes.gradient_descent import Heads, Training
 from ssl_vit_eval.probes.linear import rates_and_decays
 from ssl_vit_eval.probes.selection import Found, points
 
@@ -26,6 +28,7 @@ PARAMETERS: dict[str, type] = {
     "batch_size": int,
     "iterations": int,
     "seed": int,
+    "probe_seeds": int,
     "slice_fraction": float,
     "slice_seed": int,
 }
@@ -40,9 +43,9 @@ def run(
     y_test: Int64[Tensor, " m"],
     held_out: Bool[Tensor, " n"],
 ) -> dict[str, Found]:
-    """The protocol kind `mlp`; UsageError as `training` and `select`."""
+    """The protocol kind `mlp`; UsageError as `training` and `selection.select`."""
     dtype = next(iter(train.values())).dtype
-    return select(training(parameters, dtype), train, y_train, test, y_test, held_out)
+    return gradient_descent.run(training(parameters, dtype), train, y_train, test, y_test, held_out)
 
 
 def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Training:
@@ -54,42 +57,43 @@ def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) 
     axes = rates_and_decays(p)
     lr, weight_decay = ([point[name] for point in points(axes)] for name in ("lr", "weight_decay"))
 
-    def build(readouts: int, width: int, classes: int, batch: int) -> MLPHeads:
-        return MLPHeads(readouts, (width, p["hidden"], classes), lr, weight_decay, p["seed"], dtype)
+    def build(seeds: Sequence[int], width: int, classes: int, batch: int) -> MLPHeads:
+        return MLPHeads(seeds, (width, p["hidden"], classes), lr, weight_decay, dtype)
 
-    return Training(axes, Course(p["batch_size"], 0.0, p["iterations"], 0.0, "iteration", p["seed"]), True, build)
+    return Training(axes, Course(p["batch_size"], 0.0, p["iterations"], 0.0, "iteration", seeds_of(p)), True, build)
 
 
 class MLPHeads(Heads):
-    """G perceptrons d -> hidden -> c with GELU for each of R readouts, all from the weights that `nn.Linear` would draw by `seed`.
+    """G perceptrons d -> hidden -> c with GELU for each of R readouts and seeds, from the weights that `nn.Linear` would draw by the seed.
 
     Args:
+        seeds: R of them.
         widths: d, hidden, c.
         lr, weight_decay: of each head, as `torch.optim.AdamW` takes them; the decay includes the biases.
     """
 
     def __init__(
-        self, readouts: int, widths: tuple[int, int, int], lr: Sequence[float], weight_decay: Sequence[float], seed: int, dtype: torch.dtype
+        self, seeds: Sequence[int], widths: tuple[int, int, int], lr: Sequence[float], weight_decay: Sequence[float], dtype: torch.dtype
     ) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.weights: list[Tensor] = []  # W1 [R G hidden d], b1 [R G hidden 1], W2 [R G c hidden], b2 [R G c 1]
         for inputs, outputs in pairwise(widths):
             for columns in (inputs, 1):
-                start = (2 * torch.rand(outputs, columns, generator=generator) - 1) / inputs**0.5
-                self.weights.append(start.to(device(), dtype).repeat(readouts, len(lr), 1, 1))
+                start = torch.stack([torch.rand(outputs, columns, generator=of) for of in generators])
+                self.weights.append(((2 * start - 1) / inputs**0.5)[:, None].to(device(), dtype).repeat(1, len(lr), 1, 1))
         self.parameters = sum(weight[0, 0].numel() for weight in self.weights)
         self.first, self.second = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
         self.lr, self.weight_decay = (self.weights[0].new_tensor(values)[:, None, None] for values in (lr, weight_decay))
         self.steps = 0
 
-    def step(self, x: Float[Tensor, "r b d"], targets: Int64[Tensor, " b"], rate: float) -> None:
+    def step(self, x: Float[Tensor, "r b d"], targets: Int64[Tensor, "r b"], rate: float) -> None:
         with torch.enable_grad():
             for weight in self.weights:
                 weight.requires_grad_()
             logits = self.logits(x)
             r, g, c, b = logits.shape
             # of each head the mean over the batch; a sum over heads leaves each its own gradient
-            loss = F.cross_entropy(logits.view(r * g, c, b), targets.expand(r * g, b), reduction="sum") / b
+            loss = F.cross_entropy(logits.view(r * g, c, b), targets.repeat_interleave(g, dim=0), reduction="sum") / b
             gradients = torch.autograd.grad(loss, self.weights)
         self.steps += 1
         lr = rate * self.lr

@@ -1,7 +1,11 @@
-"""Selection that never sees test: the slice of train, the choice on it, and what a choice on test would have given (the oracle)."""
+"""Selection that never sees test: choose on a slice of train, fit again on all of train, read test once.
+
+`select` does this for every protocol. `oracle` is what a choice on test would have given; it is never used.
+"""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +22,24 @@ Axes = Mapping[str, Sequence[int | float]]  # the values of each setting; the gr
 ENDS = {"weight_decay": 0.0, "k": 1}
 
 
+class Answers(NamedTuple):
+    """What probes of one readout answer that were fitted with every setting of the grid, each with every replicate.
+
+    alive: settings of which no replicate diverged. details: what else to say of each setting beside its values. converged: where it can
+    be told. parameters and bank as in `Found`."""
+
+    predictions: Int64[Tensor, "settings m replicates"]
+    alive: Bool[Tensor, " settings"]
+    details: Sequence[Mapping[str, Any]] = ()
+    converged: Sequence[bool] = ()
+    parameters: int | None = None
+    bank: int | None = None
+
+
+# fits every setting on these rows of train, and answers these rows of the split "train" or "test", for each readout
+Fit = Callable[[Int64[Tensor, " n"], str, Int64[Tensor, " m"]], Mapping[str, Answers]]
+
+
 class Choice(NamedTuple):
     """A point of the grid: its settings, its place in `points(axes)`, and whether it has no neighbour in some direction."""
 
@@ -30,18 +52,74 @@ class Choice(NamedTuple):
 class Found:
     """What a protocol found for one readout: the frozen choice's answers on test, read once.
 
-    predictions: class indices, a column for each draw of a protocol that draws several training sets. Accuracies are fractions.
+    predictions: class indices, a column for each replicate: a probe seed, or a draw of the training set. Accuracies are fractions.
     `grid`, `edge_of_grid` and `oracle` are None where nothing was selected; `oracle` is the best of the grid on test, never used.
-    parameters: numbers that were fitted and are used; bank: images that could vote. None where there are none.
+    parameters: numbers that were fitted and are used; bank: images that could vote. None where there are none. remarks: sentences on what
+    went wrong.
     """
 
-    predictions: Int64[Tensor, "m"] | Int64[Tensor, "m draws"]
+    predictions: Int64[Tensor, "m"] | Int64[Tensor, "m replicates"]
     selected: dict[str, Any]
     grid: dict[str, Any] | None = None
     edge_of_grid: bool | None = None
     oracle: float | None = None
     parameters: int | None = None
     bank: int | None = None
+    remarks: tuple[str, ...] = ()
+
+
+def select(
+    axes: Axes,
+    fit: Fit,
+    y: Int64[Tensor, " n"],
+    y_test: Int64[Tensor, " m"],
+    held_out: Sequence[Bool[Tensor, " n"]],
+    ends: Mapping[str, int | float] | None = None,
+) -> dict[str, Found]:
+    """Choose for each readout on what is held out of train, fit every setting again on all of train, and read test once.
+
+    held_out: a slice, or folds that are held out in turn; a grid of one setting leaves them alone. Accuracies are means over replicates,
+    of which `selected` has each one's and their standard deviation (n - 1) where there are several.
+    A setting that diverged, in any fit, has accuracy 0 and is not chosen. `ends` as `choose`. UsageError for a slice that is empty or
+    all of train, and where every setting diverged."""
+    y, y_test, rows, grid = y.cpu(), y_test.cpu(), torch.arange(len(y)), points(axes)
+    selects = len(grid) > 1
+    right = defaultdict[str, Tensor](lambda: torch.zeros(len(grid), dtype=torch.float64))
+    cut = defaultdict[str, set[int]](set)  # settings that did not converge
+    alive = defaultdict[str, Tensor](lambda: torch.ones(len(grid), dtype=torch.bool))
+    for out in held_out if selects else ():
+        check_slice(out)
+        for spec, answers in fit(rows[~out.cpu()], "train", rows[out.cpu()]).items():
+            # counted, so that equally good settings are equal whatever the order of the sum
+            right[spec] += (answers.predictions == y[out.cpu()][:, None]).sum(dim=(1, 2)).double() / answers.predictions.shape[2]
+            alive[spec] &= answers.alive
+            cut[spec] |= {place for place, converged in enumerate(answers.converged) if not converged}
+    found = {}
+    for spec, answers in fit(rows, "test", torch.arange(len(y_test))).items():
+        lives = alive[spec] & answers.alive
+        if not lives.any():
+            rates = ", ".join(f"{lr:g}" for lr in axes["lr"])
+            raise UsageError(f"readout {spec!r}: training diverged at the learning rates {rates}: give smaller ones")
+        on_slice = right[spec] * lives / max(1, sum(int(out.sum()) for out in held_out))
+        on_test = (answers.predictions == y_test[:, None]).double().mean(dim=1) * lives[:, None]  # [settings replicates]
+        # below 0, so that a setting that lives goes before one that diverged even where it has nothing right
+        choice = choose(axes, torch.where(lives, on_slice, -1.0).tolist(), ends)
+        cut[spec] |= {place for place, converged in enumerate(answers.converged) if not converged}
+        names = [", ".join(f"{name} {value:g}" for name, value in grid[place].items()) for place in sorted(cut[spec])]
+        details = {**choice.settings, **(answers.details[choice.place] if answers.details else {})}
+        if on_test.shape[1] > 1:
+            details |= {"accuracy": on_test[choice.place].tolist(), "spread": on_test[choice.place].std().item()}
+        found[spec] = Found(
+            predictions=answers.predictions[choice.place].squeeze(1).clone(),  # not a view that keeps the answers of the whole grid
+            selected=details,
+            grid=record(axes, on_slice.tolist(), on_test.mean(dim=1).tolist()) if selects else None,
+            edge_of_grid=choice.edge if selects else None,
+            oracle=on_test.mean(dim=1).max().item() if selects else None,
+            parameters=answers.parameters,
+            bank=answers.bank,
+            remarks=(f"probes did not converge at {'; '.join(names)}",) if names else (),
+        )
+    return found
 
 
 def points(axes: Axes) -> list[dict[str, int | float]]:

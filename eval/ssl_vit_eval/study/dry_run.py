@@ -94,7 +94,7 @@ def _evaluations(plan: Plan, source: Source) -> dict[str, int]:
         diagnosed = plan.study.diagnostics and source.seed == plan.study.seeds[0] and rule.kind == "knn"
         of = with_blocks(specs[rule.name], source.backbone.depth) if diagnosed else specs[rule.name]
         controls = plan.study.controls if rule.reads == "features" else []
-        counts[rule.name] = sum(len(controls_of(controls, source.width(spec), source.backbone.width)) for spec in of)
+        counts[rule.name] = sum(len(controls_of(controls, spec, rule.kind != "knn")) for spec in of)
     return counts
 
 
