@@ -169,7 +169,7 @@ def test_one_screen_has_the_tables_then_the_verdicts_then_what_to_do(store: RowS
     for readout, count in (("cls", 300), ("gap", 200)):
         plant_arm(store, readout, range(6), lambda seed, count=count: torch.arange(400) < count)
     text = screen(build([store.folder]))
-    parts = ["75.0 ± 0.0*", "verdicts, at a margin of 1 points", "Which readout to train with (B): 1 better"]
+    parts = ["75.0 ± 0.0*", "verdicts, at a margin of 1 point\n", "Which readout to train with (B): 1 better"]
     parts += ["dino (toy), builtin:photos, knn: cls > gap +25.0 [", "next: See whether", "--verbose", "Warnings there: 2."]
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
 
@@ -181,8 +181,10 @@ def test_what_raw_pixels_beat_is_marked_and_warned_of_first(store: RowStore) -> 
         store, answers(0.85, seed=1), method="pixels", read_with="pixels", source="pixels:32", checkpoint="p", trained_with=None, init=None
     )
     text = screen(build([store.folder]))
-    assert text.startswith("warning: builtin:photos, knn v1: 1 of 2 trained backbones, read as trained, are below raw pixels (")
-    assert ": dino (toy), trained with cls; what is compared there has not learnt to see" in text
+    warning, _, text = text.partition("\n\n")
+    said = " ".join(warning.split())
+    assert said.startswith("warning: builtin:photos, knn v1: 1 of 2 trained backbones, read as trained, are below raw pixels (")
+    assert said.endswith(": dino (toy), trained with cls; what is compared there has not learnt to see")
     assert [line.split()[1] for line in text.splitlines() if "*▽" in line] == ["cls"]
     assert "next: Train longer" in text
 

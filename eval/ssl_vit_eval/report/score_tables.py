@@ -150,7 +150,7 @@ def scores(comparison: Comparison) -> Sheet:
             percent = {name: None if share is None else 100 * share for name, share in shares.items()}
             records.append({**place, **percent, "n": cell.seeds, **gains, **about})
     forms: Forms = {**dict.fromkeys(("top-1, %", "deviation", "low", "high", "macro top-1, %"), "{:.1f}"), **dict.fromkeys(GAINS, signed)}
-    return Sheet("scores", "Every score", frame_of(records), NOTES["scores"], {**forms, "test images": "{:,}"}, {"data": "code"})
+    return Sheet("scores", "Every score", frame_of(records), NOTES["scores"], forms, {"data": "code"})
 
 
 GAINS = ("gain", "gain low", "gain high")

@@ -16,7 +16,7 @@ from ssl_vit_eval.compare.verdict import Outcome
 from ssl_vit_eval.report import first_page, page
 from ssl_vit_eval.report.first_page import QUESTIONS, about, chip, families_of
 from ssl_vit_eval.report.score_tables import FLOOR, at_last, below_pixels, pixels_of, scores
-from ssl_vit_eval.report.text import interval_text, words_of
+from ssl_vit_eval.report.text import interval_text, points_text, words_of
 from ssl_vit_eval.report.wandb import write_wandb_report
 from ssl_vit_eval.report.write import chapters_of, write_chapters
 from ssl_vit_eval.sources import PIXELS
@@ -62,10 +62,10 @@ def screen(comparison: Comparison) -> str:
     width = get_terminal_size((120, 40)).columns
     floors = first_page.floors(comparison)
     others = len(first_page.warnings_of(comparison)) - len(floors)
-    parts = ["\n".join(f"warning: {note}" for note in floors)]
+    parts = ["\n".join(line for note in floors for line in wrap(f"warning: {note}", width, subsequent_indent="  "))]
     parts += [_tables(comparison, dataset, width) for dataset in dict.fromkeys(table.setting.dataset for table in comparison.tables)]
     parts.append(LEGEND)
-    verdicts = [f"verdicts, at a margin of {comparison.rule.margin:g} points", *_verdicts(comparison)]
+    verdicts = [f"verdicts, at a margin of {points_text(comparison.rule.margin)}", *_verdicts(comparison)]
     verdicts += wrap(f"next: {first_page.next_step(comparison)}", width, subsequent_indent="  ")
     parts.append("\n".join(verdicts))
     parts.append(HINT + (f" Warnings there: {others}." if others else ""))
@@ -73,13 +73,14 @@ def screen(comparison: Comparison) -> str:
 
 
 def _tables(comparison: Comparison, dataset: str, width: int) -> str:
-    """Trained-with × read-with under every protocol, side by side as far as they fit; readouts of single blocks are in the report."""
+    """Trained-with × read-with under every protocol, side by side as far as they fit; other blocks and norms are in the report."""
     tables = [table for table in comparison.tables if table.setting.dataset == dataset]
     several = len({(table.setting.rule, table.setting.version) for table in tables}) < len(tables)
     lines, cells = dict[Arm, str](), dict[tuple[str, str], dict[Arm, str]]()
     for table in tables:
         named = [table.setting.rule, f"v{table.setting.version}", *([table.setting.transform, table.setting.data[:4]] if several else [])]
         specs = [spec for spec in comparison.read_with if at_last(spec) in (spec, None) and any(spec == of for _, of in table.cells)]
+        specs = [spec for spec in specs if "/" not in spec or spec in comparison.trained_with] or specs
         columns = {spec: cells.setdefault((" ".join(named), f"read {spec}"), {}) for spec in specs or [PIXELS]}
         columns.setdefault(PIXELS, next(iter(columns.values())))
         for arm in [*comparison.trained(table), *pixels_of(table), *comparison.others(table)]:
