@@ -19,7 +19,7 @@ def test_wheel_holds_two_packages_and_works_without_the_checkout(tmp_path: Path)
     assert {name.split("/")[0] for name in names} == {"ssl_vit", "ssl_vit_eval", "ssl_vit-0.1.0.dist-info"}
     for asset in ("ssl_vit/recipes/dino_photos.yaml", "ssl_vit/recipes/studies/quickstart.yaml", "ssl_vit_eval/protocols/knn.yaml"):
         assert asset in names
-    for asset in ("report.css", "report.js", "page.html", "blocks.html", "scores.html", "glance.html"):
+    for asset in ("report.css", "report.js", "page.html", "blocks.html", "scores.html", "glance.html", "words.yaml", "report.mplstyle"):
         assert f"ssl_vit_eval/report/templates/{asset}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     script = (

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import matplotlib
@@ -19,37 +20,14 @@ from matplotlib.textpath import text_to_path
 from ssl_vit_eval.compare.arms import FIRST
 
 DPI = 200
-INK, SOFT, FAINT = "#1b1f24", "#57606a", "#e6e8eb"
+INK, SOFT = "#1b1f24", "#57606a"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0609a", "#4aa3d8", "#8c6d1f")  # after Okabe and Ito: told apart by the colour-blind
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[tuple[float, ...], ...] = ((), (4.5, 1.5), (1.2, 1.2), (6.0, 1.5, 1.2, 1.5), (3.0, 1.0, 1.0, 1.0, 1.0, 1.0))
 COLUMNS = 3  # of panels
 LINE = 0.2  # inches of a line of text
 SHORTEST = 8  # characters of a line
-STYLE: dict[str, Any] = {
-    "text.parse_math": False,  # names are shown as they are
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": SOFT,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.formatter.useoffset": False,
-    "grid.color": FAINT,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
-
-
+STYLE = dict(matplotlib.rc_params_from_file(Path(__file__).parent / "templates/report.mplstyle", use_default_template=False))
 T = TypeVar("T")
 
 

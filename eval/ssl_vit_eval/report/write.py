@@ -37,32 +37,20 @@ def chapters_of(comparison: Comparison, folders: Sequence[str | Path]) -> list[C
     """The whole report but its first page. Failure as `find_diagnoses`."""
     rows = frame_of_rows(comparison.rows)
     warnings = selection_warnings(rows)
-    chapters = [
-        Chapter("findings", "Findings", "What this study says", first_page.blocks(comparison)),
-        Chapter("trained", "Trained × read", "B. Trained with × read with", _trained(comparison)),
-        Chapter("post-hoc", "Post hoc", "A. One frozen backbone, read in every way", _post_hoc(comparison)),
-        Chapter("data-sets", "Data sets", "Across data sets and protocols", _across(comparison)),
-        Chapter("inside", "Inside", "Inside the backbones", _inside(comparison, folders)),
-        Chapter("pretraining", "Pretraining", "What each pretraining did", _pretraining(comparison.runs)),
-        Chapter("costs", "Costs", "What it cost", [Listing(costs(comparison))]),
-        Chapter(
-            "selection",
-            "Selection",
-            "What was selected, and what selection on test would have added",
-            [*([Bullets(warnings, "note")] if warnings else []), Listing(selections(rows))],
-        ),
-        Chapter(
-            "provenance",
-            "Provenance",
-            "What was run",
-            [
-                *([Listing(pretrainings(comparison))] if comparison.runs else []),
-                Listing(datasets(rows)),
-                Listing(evaluations(rows), folded=True),
-            ],
-        ),
-    ]
-    return [chapter for chapter in chapters if chapter.blocks]
+    contents: dict[str, list[Block]] = {
+        "findings": first_page.blocks(comparison),
+        "trained": _trained(comparison),
+        "post-hoc": _post_hoc(comparison),
+        "data-sets": _across(comparison),
+        "inside": _inside(comparison, folders),
+        "pretraining": _pretraining(comparison.runs),
+        "costs": [Listing(costs(comparison))],
+        "selection": [*([Bullets(warnings, "note")] if warnings else []), Listing(selections(rows))],
+        "provenance": [Listing(pretrainings(comparison))] if comparison.runs else [],
+    }
+    contents["provenance"] += [Listing(datasets(rows)), Listing(evaluations(rows), folded=True)]
+    titles: dict[str, tuple[str, str]] = WORDS["chapters"]
+    return [Chapter(anchor, titles[anchor][0], titles[anchor][1], blocks) for anchor, blocks in contents.items() if blocks]
 
 
 def write_chapters(comparison: Comparison, chapters: Sequence[Chapter], out: Path) -> Path:
