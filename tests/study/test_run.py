@@ -76,7 +76,6 @@ def test_a_study_is_resumed_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch
     assert len(outcome("out")) == 2 * (1 + (4 + 2) * 2)  # metrics x (pixels + (cells + random) x readouts)
     assert re.search(r"^trained with +read cls +read gap", text, re.MULTILINE)
     assert "next: Train" in text
-    assert len(text[text.index("builtin:") :].splitlines()) < 60
     report = Path("out/report.html").read_text()
     assert "data:image/png;base64" in report  # the reconstructions
     assert "data:image/svg+xml;base64" in report  # the curves
@@ -140,7 +139,7 @@ def test_token_sets_make_recipes_of_their_own(capsys: pytest.CaptureFixture[str]
     assert weights("out")["mae-r4-register-s3"]["backbone.vit.reg_token"].shape[1] == 4
     kept = yaml.safe_load(Path("out/study.yaml").read_text())
     assert {key: kept[key] for key in written} == written
-    assert "mae (mae-r1), gap" in capsys.readouterr().out
+    assert "mae-r1 gap" in capsys.readouterr().out
 
     assert run(["study", "study.yaml", "--out", "out", "--cell", "mae-r4-gap-s4"]) == 2
     assert "did you mean 'mae-r4-gap-s3'?" in errors(capsys)[0]
