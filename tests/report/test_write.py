@@ -167,7 +167,7 @@ def test_two_sentences_say_what_was_compared_and_what_came_out(study: tuple[Path
     outcomes = [of.outcome for of in differences(study[1], "trained with")]
     assert outcomes.count("undecided") == 5
     assert "Of 6 comparisons of two trainings, each read as it was trained, 1 found a better readout, 0 no difference" in header
-    assert "5 of these could not be decided with so few seeds" in header
+    assert "5 of the undecided could not be decided with so few seeds" in header
     assert "Train 8 seeds of each arm, or 6 and declare one primary comparison before the training; see whether" in header
     assert "Better: cls over gap (dino (toy), builtin:photos, knn)." in header
 

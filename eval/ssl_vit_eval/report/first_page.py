@@ -140,10 +140,10 @@ def _certainty(comparison: Comparison) -> str:
     known = [of.resolvable for _, of in pairs if not isinf(of.resolvable)]
     text = f"Verdicts follow one rule at the {100 * rule.level:g} % level; less than {points_text(rule.margin)} is too small to matter."
     if hopeless := sum(of.outcome == "undecided" and isinf(of.resolvable) for _, of in pairs):
-        text += f" {hopeless} of these could not be decided with so few seeds, however large the difference."
+        text += f" {hopeless} of the undecided could not be decided with so few seeds, however large the difference."
     if known:
         reach = f"{min(known):.1f}" + ("" if f"{min(known):.1f}" == f"{max(known):.1f}" else f" to {max(known):.1f}")
-        text += f" A true difference of {reach} points would have been found four times in five."
+        text += f" Where the seeds suffice, a true difference of {reach} points would have been found four times in five."
     if notes := warnings_of(comparison):
         text += f" {_count(len(notes), 'warning')} below."
     return text
