@@ -7,7 +7,7 @@ other readouts of its width, and every step updates all of them on the same batc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -90,7 +90,8 @@ class Training:
 
 @torch.no_grad()
 def run(
-    training: Training,
+    trained_by: Callable[[Mapping[str, Any], torch.dtype], Training],
+    parameters: Mapping[str, Any],
     train: Mapping[str, Float[Tensor, "n _"]],
     y_train: Int64[Tensor, " n"],
     test: Mapping[str, Float[Tensor, "m _"]],
@@ -98,7 +99,9 @@ def run(
     held_out: Bool[Tensor, " n"],
 ) -> dict[str, Found]:
     """`selection.select` among heads trained side by side; `selected` says beside the settings how many images a step saw and how many
-    steps there were. UsageError for features or labels that the probes refuse, and as `select`."""
+    steps there were. trained_by: parameters and dtype -> the Training. UsageError for parameters, features or labels that are refused, and
+    as `select`."""
+    training = trained_by(parameters, next(iter(train.values())).dtype)
     check_readouts(train, y_train, test)
     classes, targets = class_targets(y_train)
     n, course, grid, splits = len(y_train), training.course, points(training.axes), {"train": train, "test": test}

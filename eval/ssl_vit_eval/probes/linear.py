@@ -2,6 +2,7 @@
 2021, section 4.1), MAE (He et al. 2022, appendix A.1) and DINOv2 (Oquab et al. 2024, section 7.1) on frozen features."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ssl_vit_eval.probes import gradient_descent
 from ssl_vit_eval.probes.base import seeds_of
 from ssl_vit_eval.probes.batches import Course
 from ssl_vit_eval.probes.gradient_descent import Heads, Training
-from ssl_vit_eval.probes.selection import Found, points
+from ssl_vit_eval.probes.selection import points
 
 PARAMETERS: dict[str, type] = {
     "optimizer": str,
@@ -37,19 +38,6 @@ OPTIMIZERS = ("sgd", "lars")
 NORMALISE = ("none", "standardise", "batchnorm")
 _TRUST = 0.001  # of LARS, as in MAE's evaluation
 _NORM_EPS, _NORM_MOMENTUM = 1e-6, 0.1  # of the batch norm, as there
-
-
-def run(
-    parameters: Mapping[str, Any],
-    train: Mapping[str, Float[Tensor, "n _"]],
-    y_train: Int64[Tensor, " n"],
-    test: Mapping[str, Float[Tensor, "m _"]],
-    y_test: Int64[Tensor, " m"],
-    held_out: Bool[Tensor, " n"],
-) -> dict[str, Found]:
-    """The protocol kind `linear`; UsageError as `training` and `selection.select`."""
-    dtype = next(iter(train.values())).dtype
-    return gradient_descent.run(training(parameters, dtype), train, y_train, test, y_test, held_out)
 
 
 def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Training:
@@ -77,6 +65,9 @@ def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) 
 
     course = Course(p["batch_size"], p["epochs"], p["iterations"], p["warmup_epochs"], p["schedule"], seeds_of(p))
     return Training(axes, course, p["normalise"] == "standardise", build)
+
+
+run = partial(gradient_descent.run, training)  # the protocol kind `linear`
 
 
 def rates_and_decays(parameters: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ It asks what a readout holds that a linear probe cannot take out. More parameter
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from ssl_vit_eval.probes.base import seeds_of
 from ssl_vit_eval.probes.batches import Course
 from ssl_vit_eval.probes.gradient_descent import Heads, Training
 from ssl_vit_eval.probes.linear import rates_and_decays
-from ssl_vit_eval.probes.selection import Found, points
+from ssl_vit_eval.probes.selection import points
 
 PARAMETERS: dict[str, type] = {
     "hidden": int,
@@ -35,19 +36,6 @@ PARAMETERS: dict[str, type] = {
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # of AdamW, as everywhere
 
 
-def run(
-    parameters: Mapping[str, Any],
-    train: Mapping[str, Float[Tensor, "n _"]],
-    y_train: Int64[Tensor, " n"],
-    test: Mapping[str, Float[Tensor, "m _"]],
-    y_test: Int64[Tensor, " m"],
-    held_out: Bool[Tensor, " n"],
-) -> dict[str, Found]:
-    """The protocol kind `mlp`; UsageError as `training` and `selection.select`."""
-    dtype = next(iter(train.values())).dtype
-    return gradient_descent.run(training(parameters, dtype), train, y_train, test, y_test, held_out)
-
-
 def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Training:
     """What the parameters of an `mlp` protocol ask for; UsageError for values that are not allowed.
 
@@ -61,6 +49,9 @@ def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) 
         return MLPHeads(seeds, (width, p["hidden"], classes), lr, weight_decay, dtype)
 
     return Training(axes, Course(p["batch_size"], 0.0, p["iterations"], 0.0, "iteration", seeds_of(p)), True, build)
+
+
+run = partial(gradient_descent.run, training)  # the protocol kind `mlp`
 
 
 class MLPHeads(Heads):
