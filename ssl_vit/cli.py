@@ -219,6 +219,7 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="what eval or study wrote")
     parser.add_argument("--out", metavar="DIR", help="where report.html goes; default: the first folder")
     parser.add_argument("--margin", type=float, metavar="POINTS", help="differences below it do not matter; 1, or as the study declares it")
+    parser.add_argument("--family", help="what Holm's correction runs over: study, all data sets and protocols, or setting, each alone")
     parser.add_argument("--wandb", metavar="PROJECT", help="write a W&B Report there as well; [ENTITY/]PROJECT")
     parser.add_argument("--wandb-group", metavar="NAME", help="on the runs of this study alone")
     parser.add_argument("--verbose", action="store_true", help=VERBOSE)
@@ -227,7 +228,7 @@ def compare(arguments: list[str]) -> None:
         raise UsageError("--wandb-group needs --wandb PROJECT")
     from ssl_vit_eval.report.terminal import compare as run_compare
 
-    run_compare(values.folders, values.out, values.margin, values.wandb, values.wandb_group, values.verbose)
+    run_compare(values.folders, values.out, values.margin, values.wandb, values.wandb_group, values.verbose, values.family)
 
 
 def study(arguments: list[str]) -> None:

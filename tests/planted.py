@@ -10,17 +10,20 @@ from ssl_vit_eval.compare.comparison import Comparison, build
 from ssl_vit_eval.compare.verdict import Difference, Family
 from ssl_vit_eval.report.text import words_of
 from ssl_vit_eval.rows import Row, RowStore
-from ssl_vit_eval.stats.images import wilson_interval
+from ssl_vit_eval.stats.seeds import accuracy_interval
 
 PRIMARY = {"recipe": "toy", "data": "builtin:photos", "protocol": "knn", "compare": ["cls", "gap"]}
 
 
 def plant(store: RowStore, correct: Sequence[int] | torch.Tensor, labels: torch.Tensor | None = None, **changes: object) -> list[Row]:
-    """Append the two rows of one evaluation that is right exactly where `correct` is; the fields of a DINO cell, or as changed."""
-    right = torch.as_tensor(correct).bool()
+    """Append the two rows of one evaluation that is right exactly where `correct` is, [n] or [n, replicates]; the fields of a DINO cell, or
+    as changed."""
+    right = torch.as_tensor(correct).bool().reshape(len(correct), -1)
     labels = torch.arange(len(right)) % 3 if labels is None else labels
     accuracy = right.double().mean().item()
-    low, high = wilson_interval(int(right.sum()), len(right))
+    low, high = accuracy_interval(right)
+    predictions = torch.where(right, labels[:, None], labels[:, None] + 1)
+    macro = torch.stack([right[labels == label].double().mean() for label in labels.unique()]).mean().item()
     values: dict[str, object] = {
         "method": "dino",
         "trained_with": "cls",
@@ -50,9 +53,9 @@ def plant(store: RowStore, correct: Sequence[int] | torch.Tensor, labels: torch.
     values.setdefault("checkpoint", f"weights-of-{values['source']}")
     rows = [
         Row(metric="top1", value=accuracy, ci_low=low, ci_high=high, **values),  # type: ignore[arg-type]
-        Row(metric="top1_macro", value=accuracy / 2, ci_low=0.0, ci_high=1.0, **values),  # type: ignore[arg-type]
+        Row(metric="top1_macro", value=macro, ci_low=0.0, ci_high=1.0, **values),  # type: ignore[arg-type]
     ]
-    return store.append(rows, torch.where(right, labels, labels + 1), labels)
+    return store.append(rows, predictions, labels)
 
 
 def plant_random(store: RowStore, correct: Sequence[int] | torch.Tensor, start: str = "start", **changes: object) -> list[Row]:

@@ -11,7 +11,7 @@ from ssl_vit_eval.probes.selection import Found
 from ssl_vit_eval.rows import Key, Row
 from ssl_vit_eval.sources import PIXELS, Source
 from ssl_vit_eval.splits import Split
-from ssl_vit_eval.stats.images import macro_interval, mean_interval, wilson_interval
+from ssl_vit_eval.stats.seeds import accuracy_interval
 
 METRICS = ("top1", "top1_macro")
 
@@ -19,16 +19,13 @@ METRICS = ("top1", "top1_macro")
 def make_rows(
     source: Source, key: Key, found: Found, train: Split, test: Split, width: int, seconds: float, deviations: Sequence[str]
 ) -> list[Row]:
-    """The two numbers of one evaluation: top-1 over images (Wilson's interval) and over classes (bootstrap within classes).
-
-    Of several replicates (draws of the training set, seeds of a probe) both are means, with a bootstrap interval over the images."""
+    """The two numbers of one evaluation: top-1 over images and over classes, means over replicates, with their intervals."""
     labels = test.labels
     assert labels is not None
     predictions = found.predictions.reshape(len(labels), -1)
-    share = (predictions == labels[:, None]).double().mean(dim=1)
-    one = predictions.shape[1] == 1
-    scores = torch.tensor([accuracies(draw.contiguous(), labels) for draw in predictions.T], dtype=torch.float64).mean(dim=0).tolist()
-    intervals = [wilson_interval(int(share.sum()), len(share)) if one else mean_interval(share), macro_interval(share, labels)]
+    right = predictions == labels[:, None]
+    scores = torch.tensor([accuracies(of.contiguous(), labels) for of in predictions.T], dtype=torch.float64).mean(dim=0).tolist()
+    intervals = [accuracy_interval(right), accuracy_interval(right, labels)]
     of_source = {name: getattr(source, name) for name in ("method", "trained_with", "seed", "recipe", "family", "init")}
     of_probe = {name: getattr(found, name) for name in ("selected", "grid", "edge_of_grid", "parameters", "bank")}
     numbers = {"n_train": len(train.images), "n_test": len(test.images), "width": width, "seconds": round(seconds, 3)}

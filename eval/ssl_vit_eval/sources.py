@@ -177,6 +177,10 @@ def _of_recipe(
     backbone: Backbone,
     image_size: int | None,
 ) -> Source:
-    family = recipe_hash({key: value for key, value in recipe.items() if key not in ("readout", "seed")})
     size, weights = image_size or backbone.image_size, backbone.weights_hash()
-    return Source(name, method, trained_with, recipe["seed"], size, weights, recipe_hash(recipe), family, init, backbone)
+    return Source(name, method, trained_with, recipe["seed"], size, weights, recipe_hash(recipe), family_of(recipe), init, backbone)
+
+
+def family_of(recipe: dict[str, Any]) -> str:
+    """Hash of a recipe without its readout and seed: what the arms and seeds of one comparison share."""
+    return recipe_hash({key: value for key, value in recipe.items() if key not in ("readout", "seed")})

@@ -14,7 +14,7 @@ from ssl_vit_eval.report.score_tables import ranking_sheets
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.stats.seeds import interquartile_mean, probability_of_improvement
 from tests.drawing import Drawing
-from tests.planted import plant
+from tests.planted import plant, plant_random
 
 CLS, GAP, REGISTER = (Arm("dino", "toy", spec) for spec in ("cls", "gap", "register"))
 RIGHT = {  # of 100 images: [data set][arm] of two seeds
@@ -62,13 +62,31 @@ def test_the_statistics_are_of_the_right_arms_in_the_right_order(tmp_path: Path)
     (found,) = of(tmp_path)
     scores = {Arm("dino", "toy", spec): [[n / 100 for n in arms[spec]] for arms in RIGHT.values()] for spec in RIGHT["a"]}
     assert found.scores == scores
-    assert found.iqm == {arm: interquartile_mean(values) for arm, values in scores.items()}
+    assert found.floors == pytest.approx([1 / 3] * 3)  # of three classes, without a random backbone
+    over_chance = {arm: [[(value - 1 / 3) / (2 / 3) for value in of] for of in values] for arm, values in scores.items()}
+    assert found.iqm == {arm: pytest.approx(interquartile_mean(values)) for arm, values in over_chance.items()}
     assert list(found.improvement) == [(CLS, GAP), (CLS, REGISTER), (GAP, REGISTER)]
     for (a, b), estimate in found.improvement.items():
         wins = [[(x > y) + (x == y) / 2 for x, y in product(*pair)] for pair in zip(scores[a], scores[b], strict=True)]
         assert estimate.value == pytest.approx(sum(sum(values) / len(values) for values in wins) / len(wins))
         assert estimate == probability_of_improvement(scores[a], scores[b])
     assert found.improvement[CLS, GAP].value == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+def test_scores_are_normalised_by_the_random_backbone_of_all_data_sets_or_of_none(tmp_path: Path) -> None:
+    planted(tmp_path, RIGHT)
+    right = {"a": (20, 30, 40), "b": (5, 10, 0), "c": (60, 80, 85)}
+    store = RowStore(tmp_path)
+    for dataset, counts in right.items():
+        for spec, count in zip(("cls", "gap", "register"), counts, strict=True):
+            if (dataset, spec) != ("c", "register"):
+                plant_random(store, [i < count for i in range(100)], dataset=dataset, data=f"data of {dataset}", read_with=spec)
+    assert of(tmp_path)[0].floors == pytest.approx([1 / 3] * 3)  # one is missing
+    plant_random(store, [i < 85 for i in range(100)], dataset="c", data="data of c", read_with="register")
+    (found,) = of(tmp_path)
+    assert found.floors == pytest.approx([0.30, 0.05, 0.75])
+    assert found.normalised(CLS)[2] == pytest.approx([0.6, 0.64])  # 90 and 91 % of images, where the floor is 75 %
+    assert found.iqm[CLS] == pytest.approx(interquartile_mean([[4 / 7, 44 / 70], [35 / 95, 36 / 95], [0.6, 0.64]]))
 
 
 def test_only_complete_data_sets_enter_and_the_others_are_named(tmp_path: Path) -> None:

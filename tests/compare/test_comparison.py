@@ -1,6 +1,7 @@
 """The comparison: gains are the paired ones, nothing is averaged that differs, nothing missing is left out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from ssl_vit_eval.report.score_tables import gain_text, score_text, under_text
 from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.text import signed
 from ssl_vit_eval.rows import RowStore
-from ssl_vit_eval.stats.images import paired_difference
-from tests.planted import plant, plant_arm, plant_random
+from ssl_vit_eval.stats.seeds import crossed_interval
+from tests.planted import families, plant, plant_arm, plant_random
 
 DINO_CLS = Arm("dino", "toy", "cls")
 
@@ -46,13 +47,14 @@ def test_gain_is_the_paired_difference_over_the_backbones_own_initialisation(sto
         plant_random(store, torch.zeros(400), **change)
     cell = build([store.folder]).tables[0].cells[DINO_CLS, "cls"]
     assert cell.gain is not None
-    assert (cell.gain.points, cell.gain.low, cell.gain.high) == tuple(paired_difference(trained.double(), start.double()))
+    assert (cell.gain.points, cell.gain.low, cell.gain.high) == crossed_interval((trained.double() - start.double())[None, None])[:3]
     assert cell.gain.points == pytest.approx(100 * (trained.double().mean() - start.double().mean()).item())
     # and a loop over resampled images, of other random numbers, agrees to a few tenths of a point
     rng, difference = np.random.default_rng(7), trained.numpy().astype(float) - start.numpy()
     draws = [100 * difference[rng.integers(0, 400, 400)].mean() for _ in range(4000)]
     assert np.percentile(draws, [2.5, 97.5]) == pytest.approx([cell.gain.low, cell.gain.high], abs=0.6)
-    assert cell.macro == pytest.approx(cell.top1 / 2)
+    classes = torch.arange(400) % 3
+    assert cell.macro == pytest.approx(np.mean([trained[classes == of].double().mean() for of in range(3)]))
 
 
 @pytest.mark.parametrize("init", [None, "not evaluated"])
@@ -122,11 +124,97 @@ def test_a_seed_without_its_baseline_is_said(store: RowStore) -> None:
 
 def test_different_recipes_and_equal_seeds_are_not_averaged(store: RowStore) -> None:
     plant(store, answers(0.8), source="toy-cls-s0")
-    plant(store, answers(0.7), source="slow-cls-s0")
-    plant(store, answers(0.6), source="slow-cls-s0", checkpoint="another")  # trained again, elsewhere
+    plant(store, answers(0.7), source="slow-cls-s0", family="slower")
+    plant(store, answers(0.6), source="slow-cls-s0", family="slower", checkpoint="another")  # trained again, elsewhere
+    plant(store, answers(0.5), source="slow-gap-s0", family="slowest", trained_with="gap", read_with="gap")
     comparison = build([store.folder])
     assert {cell.seeds for cell in comparison.tables[0].cells.values()} == {1}
-    assert comparison.sections == [("dino", "toy"), ("dino", "slow weights-"), ("dino", "slow another")]
+    slow = [("dino", "slow slower weights-"), ("dino", "slow slower another"), ("dino", "slow slowest")]
+    assert comparison.sections == [("dino", "toy"), *slow]
+    assert "dino (slow): 2 recipes of this name differ in more than readout and seed" in comparison.notes
+    again = "dino (slow slower), trained with cls: 2 checkpoints of seed 0 (weights-, another); each of its checkpoints stands alone"
+    assert again in comparison.notes
+
+
+@pytest.mark.parametrize(
+    ("names", "recipe"),
+    [
+        (("my_cls", "my_gap"), "my"),
+        (("cls-of-mine", "gap-of-mine"), "of"),
+        (("one", "another"), "family-h"),  # the hash of the recipe
+        (("toy-cls-s0", "toy-gap-s0"), "toy"),
+    ],
+)
+def test_arms_are_joined_by_what_the_rows_hold_and_not_by_the_folder(store: RowStore, names: tuple[str, str], recipe: str) -> None:
+    for seed in (0, 1):
+        for name, readout in zip(names, ("cls", "gap"), strict=True):
+            source = name.replace("s0", f"s{seed}") if "-s0" in name else f"{name}{seed or ''}"
+            for network in ("", ":student"):
+                own = {"init": f"start{seed}", "seed": seed, "source": source + network, "trained_with": readout}
+                for read_with in ("cls", "gap"):
+                    plant(store, answers(0.8), read_with=read_with, **own)
+    comparison = build([store.folder])
+    if recipe == "my":  # of my_cls, my_cls1, my_gap and my_gap1
+        assert comparison.sections == [("dino", "my"), ("dino", "my:student")]
+    (table,) = comparison.tables
+    arms = [("dino", name, spec) for _, name in comparison.sections for spec in ("cls", "gap")]
+    assert [arm for arm in comparison.trained(table) if arm.trained_with] == arms
+    assert {cell.seeds for cell in table.cells.values()} == {2}
+    assert {family.scope for family in comparison.families if family.question == "trained with"} == {
+        f"dino ({name})" for _, name in comparison.sections
+    }
+    assert comparison.sections[0] == ("dino", recipe)
+    assert not any("are they" in note or "stands alone" in note for note in comparison.notes)
+
+
+def test_a_value_that_is_not_that_of_its_predictions_is_refused(store: RowStore) -> None:
+    plant(store, answers(0.8))
+    plant(store, torch.stack([answers(0.7, seed=seed) for seed in range(3)], dim=1), read_with="gap", protocol="lowshot-5")
+    build([store.folder])
+    for metric in ("top1", "top1_macro"):
+        lines = [json.loads(line) for line in store.file.read_text().splitlines()]
+        for line in lines:
+            line["value"] = line["value"] + 0.05 * (line["metric"] == metric and line["read_with"] == "gap")
+        edited = RowStore(store.folder.parent / metric)
+        shutil.copytree(store.folder, edited.folder)
+        edited.file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        with pytest.raises(Failure, match=rf"toy-cls-s0 read with gap .*: the row says {metric} .*{metric}.predictions.*parquet"):
+            build([edited.folder])
+
+
+def test_cells_below_raw_pixels_are_marked_by_their_own_protocol(store: RowStore) -> None:
+    pixels = {"method": "pixels", "trained_with": None, "read_with": "pixels", "source": "pixels:32", "checkpoint": "pixels", "init": None}
+    plant(store, torch.arange(400) < 306, transform="resize32-own", **pixels)
+    plant(store, torch.arange(400) < 307)
+    plant(store, torch.arange(400) < 305, read_with="gap")
+    plant(store, torch.arange(400) < 200, read_with="gap", protocol="logreg")  # pixels were not judged by it
+    plant(store, torch.arange(400) < 200, read_with="gap", control="shuffled labels")
+    plant_random(store, torch.arange(400) < 100)
+    comparison = build([store.folder])
+    below = {(arm, spec) for table in comparison.tables for (arm, spec), cell in table.cells.items() if cell.below_pixels}
+    assert below == {(DINO_CLS, "gap"), (DINO_CLS._replace(trained_with=None), "cls")}
+
+
+def test_a_data_set_is_judged_by_its_own_metric(store: RowStore) -> None:
+    labels = torch.cat([torch.zeros(300), torch.ones(60), torch.full((40,), 2)]).long()
+    start, gap = torch.arange(400) % 2 == 0, torch.arange(400) < 330  # gap answers the large class
+    for dataset in ("oxford-iiit-pet", "pictures"):
+        own = {"dataset": dataset, "data": dataset}
+        plant(store, answers(0.75), labels, **own)
+        plant(store, gap, labels, read_with="gap", **own)
+        plant_random(store, start, labels=labels, **own)
+    pets, pictures = build([store.folder]).tables
+    assert (pets.metric, pictures.metric, pets.classes) == ("top1_macro", "top1", 3)
+    for table in (pets, pictures):
+        weights = torch.full((400,), 1 / 400) if table is pictures else 1 / 3 / torch.bincount(labels)[labels]
+        cell = table.cells[DINO_CLS, "cls"]
+        assert cell.value == pytest.approx((answers(0.75) * weights).sum().item(), rel=1e-5)
+        assert cell.gain is not None
+        assert cell.gain.points == pytest.approx(100 * ((answers(0.75).double() - start.double()) * weights).sum().item(), rel=1e-4)
+    for family in families(build([store.folder]), "read with"):
+        (found,) = family.differences
+        assert (found.points > 0) == (family.setting.dataset == "pictures")
+        assert found.low < found.points < found.high
 
 
 def test_controls_stand_with_what_they_control(store: RowStore) -> None:
@@ -170,7 +258,7 @@ def test_one_screen_has_the_tables_then_the_verdicts_then_what_to_do(store: RowS
         plant_arm(store, readout, range(6), lambda seed, count=count: torch.arange(400) < count)
     text = screen(build([store.folder]))
     parts = ["75.0 ± 0.0*", "verdicts, at a margin of 1 point\n", "Which readout to train with (B): 1 better"]
-    parts += ["dino (toy), builtin:photos, knn: cls > gap +25.0 [", "next: See whether", "--verbose", "Warnings there: 2."]
+    parts += ["dino (toy), builtin:photos, knn: cls > gap +25.0 [", "next: See whether", "--verbose", "Warnings there: 1."]
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
 
 
@@ -252,7 +340,8 @@ def test_runs(tmp_path: Path) -> None:
     (finished / "run.json").write_text(json.dumps({"steps": 3}))
     (killed / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
     unfinished, done = find_runs([tmp_path, tmp_path / "cells"])
-    assert (done.name, done.summary, done.metrics) == ("toy-cls+gap-s1", {"steps": 3}, [])
+    # of one recipe: one name, and the cells of a study have it without the readout and the seed
+    assert (done.name, done.summary, done.metrics) == ("toy", {"steps": 3}, [])
     assert (unfinished.name, unfinished.summary, unfinished.metrics) == ("toy", None, [{"step": 1, "loss": 2.5}])
     assert recipe_name("random:toy", None, 1) == "random:toy"
     (finished / "run.json").write_text("{")

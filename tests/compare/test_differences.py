@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit_eval.compare.comparison import build
 from ssl_vit_eval.report.terminal import screen
+from ssl_vit_eval.report.text import words_of
 from ssl_vit_eval.rows import RowStore
-from ssl_vit_eval.stats.images import paired_difference
-from ssl_vit_eval.stats.seeds import crossed_interval
+from ssl_vit_eval.stats.images import paired_p
+from ssl_vit_eval.stats.seeds import crossed_interval, t_test
 from tests.planted import PRIMARY, compared, declare, families, first, noisy, only, plant, plant_arm, plant_three, right, specs, words
 
 
@@ -39,7 +41,7 @@ def test_a_readout_that_is_better_by_so_many_points(store: RowStore) -> None:
     for line, seed in zip(lines, found.seeds, strict=True):
         line[150 - seed : 150] += 1
         line[199] -= 1
-    interval = crossed_interval(torch.from_numpy(lines))
+    interval = crossed_interval(torch.from_numpy(lines)[:, None])
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
 
 
@@ -47,6 +49,7 @@ def test_a_difference_in_all_seeds_is_a_verdict_of_either_sign(store: RowStore) 
     for dataset, (cls, gap) in {"one": (180, 140), "two": (140, 180)}.items():
         plant_arm(store, "cls", range(6), right(cls), dataset=dataset, data=dataset)
         plant_arm(store, "gap", range(6), right(gap), dataset=dataset, data=dataset)
+    declare(store, family="setting")
     comparison = compared(store)
     better, worse = (family.differences[0] for family in families(comparison, "trained with"))
     assert (better.points, better.p, better.outcome) == (pytest.approx(20.0), 2 / 64, "better")
@@ -75,7 +78,7 @@ def test_one_seed_is_two_networks(store: RowStore) -> None:
     assert words(comparison, found).startswith("undecided: one seed of each is two networks")
     assert words(comparison, found).endswith("one comparison needs 6 seeds")
     assert found.resolvable == float("inf")
-    assert (found.points, found.low, found.high) == tuple(paired_difference(a.double(), b.double()))
+    assert (found.points, found.low, found.high) == crossed_interval((a.double() - b.double())[None, None])[:3]
     assert found.p < 1e-6
     assert families(comparison, "trained with")[0].unit == "seeds"
 
@@ -141,9 +144,60 @@ def test_a_comparison_of_one_seed_does_not_count_among_those_of_several(store: R
     assert words(comparison, one).endswith("a family of 3 comparisons needs 7 seeds")
 
 
+def test_holm_runs_over_the_study_or_as_declared_over_each_setting(store: RowStore) -> None:
+    for number, change in enumerate(({}, {"protocol": "logreg"}, {"dataset": "two", "data": "two"})):
+        plant_arm(store, "cls", range(7), right(180), **change)
+        plant_arm(store, "gap", range(7), right(170 - number), **change)
+        plant_arm(store, "cls", range(7), right(180), "gap", **change)
+    found = [difference for family in families(compared(store), "trained with") for difference in family.differences]
+    assert [(of.p, of.corrected, of.comparisons) for of in found] == [(2 / 128, 3 * 2 / 128, 3)] * 3
+    assert {of.comparisons for family in families(compared(store), "read with") for of in family.differences} == {3}  # apart
+    assert [of.outcome for of in found] == ["better"] * 3
+    plant_arm(store, "cls", range(7), right(180), protocol="linear")
+    plant_arm(store, "gap", range(7), right(180), protocol="linear")
+    found = [difference for family in families(compared(store), "trained with") for difference in family.differences]
+    assert sorted((of.corrected, of.outcome) for of in found) == [(4 * 2 / 128, "undecided")] * 3 + [(1.0, "undecided")]
+    declare(store, family="setting")
+    found = [difference for family in families(compared(store), "trained with") for difference in family.differences]
+    assert sorted((of.corrected, of.outcome, of.comparisons) for of in found)[:3] == [(2 / 128, "better", 1)] * 3
+    with pytest.raises(UsageError, match="declared the family setting before the training, so --family study comes too late"):
+        build([store.folder.parent], family="study")
+
+
+def test_no_difference_is_corrected_as_a_difference_is(store: RowStore) -> None:
+    """Five seeds can show one equivalence (2^-5 = .031), seven can show three of a family (3 / 128)."""
+    for seeds, corrected, outcome in ((range(5), 3 / 32, "undecided"), (range(7), 3 / 128, "no difference")):
+        for dataset in ("one", "two", "three"):
+            for readout in ("cls", "gap"):
+                plant_arm(store, readout, seeds, noisy(0.7, 1500), dataset=dataset, data=dataset)
+        found = [family.differences[0] for family in families(compared(store), "trained with")]
+        assert [(of.p_beyond, of.corrected_beyond, of.outcome) for of in found] == [(corrected / 3, corrected, outcome)] * 3
+        assert max(-found[0].low, found[0].high) < 1.0
+        (alone, *_) = families(build([store.folder.parent], family="setting"), "trained with")
+        assert alone.differences[0].outcome == "no difference"
+
+
+def test_three_seeds_can_be_judged_by_students_t_if_that_was_declared(store: RowStore) -> None:
+    plant_arm(store, "cls", range(3), lambda seed: first(150 + seed, 200))
+    plant_arm(store, "gap", range(3), right(120))
+    assert only(compared(store), "trained with").outcome == "undecided"
+    declare(store, test="t", level=0.01)
+    comparison = compared(store)
+    found = only(comparison, "trained with")
+    assert (found.outcome, found.corrected < 0.01) == ("better", True)
+    assert words_of(families(comparison, "trained with")[0], found, comparison.rule).endswith(
+        ", by Student's t over 3 seeds, whose differences are taken as normal"
+    )
+    assert np.isfinite(found.resolvable)
+    for readout in ("cls", "gap"):
+        plant_arm(store, readout, range(3), noisy(0.7, 2000), dataset="other", data="other")
+    same = families(compared(store), "trained with")[1].differences[0]
+    assert (same.outcome, same.p_beyond < 0.001) == ("no difference", True)
+
+
 def test_equivalence_within_the_margin(store: RowStore) -> None:
-    plant_arm(store, "cls", range(3), noisy(0.7, 2000))
-    plant_arm(store, "gap", range(3), lambda seed: noisy(0.7, 2000)(seed) ^ (torch.arange(2000) % 997 == seed))
+    plant_arm(store, "cls", range(5), noisy(0.7, 2000))
+    plant_arm(store, "gap", range(5), lambda seed: noisy(0.7, 2000)(seed) ^ (torch.arange(2000) % 997 == seed))
     found = only(compared(store), "trained with")
     assert found.outcome == "no difference"
     assert max(-found.low, found.high) < 1.0
@@ -151,7 +205,7 @@ def test_equivalence_within_the_margin(store: RowStore) -> None:
     declare(store, margin=0.01)
     for comparison in (compared(store), compared(store, margin=0.01)):
         assert (comparison.rule.margin, only(comparison, "trained with").outcome) == (0.01, "undecided")
-    with pytest.raises(UsageError, match=r"declared a margin of 0\.01 points before the training, so --margin 2 comes too late"):
+    with pytest.raises(UsageError, match=r"declared the margin 0\.01 before the training, so --margin 2\.0 comes too late"):
         compared(store, margin=2.0)
     declare(store, seeds=[0])
     assert compared(store, margin=2.0).rule.margin == 2.0
@@ -164,12 +218,20 @@ def test_several_draws_of_the_training_set_are_shares_of_right_answers(store: Ro
     answers = {read_with: torch.from_numpy(rng.random((60, 2)) < accuracy) for read_with, accuracy in (("cls", 0.6), ("gap", 0.8))}
     for read_with, draws in answers.items():
         fields = {"method": "timm", "trained_with": None, "seed": None, "source": "timm:vit", "init": None}
-        rows = plant(store, first(30, 60), read_with=read_with, **fields)
-        labels = torch.arange(60) % 3
-        store.append(rows, torch.where(draws, labels[:, None], labels[:, None] + 1), labels)
+        plant(store, draws, read_with=read_with, **fields)
     found = only(compared(store), "read with")
-    shares = (answers["gap"].double() - answers["cls"].double()).mean(dim=1).numpy()
+    differences = answers["gap"].double() - answers["cls"].double()
+    shares = differences.mean(dim=1).numpy()
     assert found.points == pytest.approx(100 * shares.mean())
-    assert found.discordance == pytest.approx(np.mean(shares != 0))
-    flips = rng.choice([-1.0, 1.0], (20_000, 60)) @ shares
-    assert found.p == pytest.approx(np.mean(np.abs(flips) >= shares.sum() - 1e-9), abs=0.01)
+    assert found.discordance == pytest.approx((differences != 0).double().mean().item())
+    crossed = crossed_interval(differences.T[None])
+    assert (found.low, found.high) == (crossed.low, crossed.high)
+    assert found.p == max(t_test(crossed), paired_p(torch.from_numpy(shares), torch.zeros(60)))  # for other draws, and for other images
+
+
+def test_replicates_that_do_not_pair_are_refused(store: RowStore) -> None:
+    fields = {"method": "timm", "trained_with": None, "seed": None, "source": "timm:vit", "init": None}
+    plant(store, first(30, 60), **fields)
+    plant(store, first(30, 60)[:, None].expand(60, 3), read_with="gap", **fields)
+    with pytest.raises(Failure, match=r"has 1 replicates in its predictions, timm:vit read with gap .* has 3: evaluate one of them again"):
+        compared(store)

@@ -14,15 +14,18 @@ from ssl_vit.errors import UsageError
 from ssl_vit_eval.stats import images
 from ssl_vit_eval.stats.images import (
     holm,
-    macro_interval,
     mcnemar,
-    mean_interval,
-    paired_difference,
     paired_p,
     resolvable_images,
     sign_flip,
     wilson_interval,
 )
+from ssl_vit_eval.stats.seeds import Crossed, accuracy_interval, crossed_interval
+
+
+def paired_difference(a: torch.Tensor, b: torch.Tensor, seed: int = 0) -> Crossed:
+    """Of one seed: over its images."""
+    return crossed_interval((a - b)[None, None], seed=seed)
 
 
 def answers(n: int, accuracy: float, seed: int) -> torch.Tensor:
@@ -46,7 +49,7 @@ def test_macro_equals_drawing_images_within_classes() -> None:
     rng = np.random.default_rng(3)
     groups = [correct[labels == label].numpy() for label in (0, 1, 7)]
     naive = [np.mean([g[rng.integers(len(g), size=len(g))].mean() for g in groups]) for _ in range(10_000)]
-    np.testing.assert_allclose(macro_interval(correct, labels), np.percentile(naive, [2.5, 97.5]), atol=0.006)
+    np.testing.assert_allclose(accuracy_interval(correct[:, None].bool(), labels), np.percentile(naive, [2.5, 97.5]), atol=0.006)
 
 
 def test_paired_difference_equals_drawing_images() -> None:
@@ -57,9 +60,9 @@ def test_paired_difference_equals_drawing_images() -> None:
     naive = [100 * signed[rng.integers(400, size=400)].mean() for _ in range(10_000)]
     found = paired_difference(a, b)
     assert found.points == pytest.approx(100 * signed.mean())
-    np.testing.assert_allclose((found.ci_low, found.ci_high), np.percentile(naive, [2.5, 97.5]), atol=0.251)
+    np.testing.assert_allclose((found.low, found.high), np.percentile(naive, [2.5, 97.5]), atol=0.251)
     back = paired_difference(b, a)
-    np.testing.assert_allclose((-back.points, -back.ci_high, -back.ci_low), (found.points, found.ci_low, found.ci_high), atol=0.251)
+    np.testing.assert_allclose((-back.points, -back.high, -back.low), (found.points, found.low, found.high), atol=0.251)
 
 
 def test_paired_interval_covers_the_true_difference_95_times_in_100() -> None:
@@ -68,7 +71,7 @@ def test_paired_interval_covers_the_true_difference_95_times_in_100() -> None:
     for seed in range(600):
         outcome = torch.from_numpy(rng.choice(4, size=500, p=[0.5, 0.2, 0.15, 0.15]))  # both, only A, only B, none
         found = paired_difference((outcome <= 1).double(), ((outcome == 0) | (outcome == 2)).double(), seed)
-        covered += found.ci_low <= 5.0 <= found.ci_high
+        covered += found.low <= 5.0 <= found.high
     assert 0.92 < covered / 600 < 0.98
 
 
@@ -77,20 +80,8 @@ def test_paired_width_is_the_detectable_difference_of_theory() -> None:
     a, b = torch.zeros(10_000), torch.zeros(10_000)
     a[:500], b[500:1000] = 1.0, 1.0
     found = paired_difference(a, b)
-    standard_error = (found.ci_high - found.ci_low) / 2 / norm.ppf(0.975)
+    standard_error = (found.high - found.low) / 2 / norm.ppf(0.975)
     assert standard_error * (norm.ppf(0.975) + norm.ppf(0.8)) == pytest.approx(0.89, abs=0.02)
-
-
-def test_shares_of_several_draws_are_resampled_by_image() -> None:
-    """Each image was asked three times: the images are drawn, not the answers."""
-    shares = torch.stack([answers(300, 0.4, seed) for seed in (0, 1)] + [answers(300, 0.4, 0)]).mean(dim=0)
-    rng = np.random.default_rng(3)
-    naive = [shares.numpy()[rng.integers(300, size=300)].mean() for _ in range(10_000)]
-    np.testing.assert_allclose(mean_interval(shares), np.percentile(naive, [2.5, 97.5]), atol=0.004)
-    other = torch.stack([answers(300, 0.5, seed) for seed in (5, 6, 7)]).mean(dim=0)
-    naive = [100 * (shares - other).numpy()[rng.integers(300, size=300)].mean() for _ in range(10_000)]
-    found = paired_difference(shares, other)
-    np.testing.assert_allclose((found.ci_low, found.ci_high), np.percentile(naive, [2.5, 97.5]), atol=0.4)
 
 
 def test_bad_input_is_named() -> None:
@@ -114,19 +105,21 @@ def planted(only_a: int, only_b: int, n: int = 200) -> tuple[torch.Tensor, torch
 
 def test_agreement_on_all_images_leaves_three_in_n() -> None:
     ones = torch.ones(1000)
-    assert paired_difference(ones, ones) == pytest.approx((0.0, -0.3, 0.3), abs=1e-9)
-    points, low, high = paired_difference(ones, 1 - ones)  # and so does disagreement on all
+    assert paired_difference(ones, ones)[:3] == pytest.approx((0.0, -0.3, 0.3), abs=1e-9)
+    points, low, high = paired_difference(ones, 1 - ones)[:3]  # and so does disagreement on all
     assert (points, high) == (100.0, 100.0)
     assert 99 < low < 99.8
 
 
 def test_ordinary_intervals_have_no_imaginary_images() -> None:
     """25 discordant images are resampled as they are, 24 with two more."""
-    differences = np.zeros(5000)
+    differences, rng = np.zeros(5000), np.random.default_rng(0)
     differences[:24] = 1
-    assert images.with_imaginary(differences).tolist() == [*differences.tolist(), 1.0, -1.0]
+    two_more = images.imaginary(differences, rng)
+    assert two_more is not None
+    assert (two_more * 5000).std() == pytest.approx(2**0.5, rel=0.03)
     differences[24] = -1
-    assert images.with_imaginary(differences) is differences
+    assert images.imaginary(differences, rng) is None
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(2.5, 0.0), (4.0, 1.0), (1.0, 8.0)])
@@ -137,7 +130,7 @@ def test_interval_covers_where_few_images_are_discordant(only_a: float, only_b: 
     for seed in range(500):
         outcome = torch.from_numpy(rng.choice(3, size=n, p=[only_a / n, only_b / n, 1 - (only_a + only_b) / n]))
         found = paired_difference((outcome != 1).double(), (outcome != 0).double(), seed)
-        covered += found.ci_low <= 100 * (only_a - only_b) / n <= found.ci_high
+        covered += found.low <= 100 * (only_a - only_b) / n <= found.high
     assert covered >= 465
 
 

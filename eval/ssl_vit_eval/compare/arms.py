@@ -1,20 +1,21 @@
-"""What is compared: arms, by the names of their runs, and which weights belong to which."""
+"""What is compared: arms, and which weights belong to which."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ssl_vit_eval.compare.runs import recipe_name
+from ssl_vit_eval.compare.runs import common_name, recipe_name
 from ssl_vit_eval.rows import Row
 
 FIRST = ("cls", "gap", "register")  # then the others as they come
+Weights = tuple[str, str]
 
 
 class Arm(NamedTuple):
     """One line of a table; its seeds are averaged.
 
-    recipe: what its runs are called without readout and seed, of other sources their name. trained_with: None for what was not
-    trained here; the random initialisation of a recipe has its method and name.
+    recipe: what the runs of one recipe are called without readout and seed, of other sources their name. trained_with: None for what was
+    not trained here; the random initialisation of a recipe has its method and name.
     """
 
     method: str
@@ -38,37 +39,51 @@ def ordered(specs: Iterable[str]) -> list[str]:
     return [spec for spec in FIRST if spec in found] + [spec for spec in found if spec not in FIRST]
 
 
-def weights_of(row: Row) -> tuple[str, str]:
+def weights_of(row: Row) -> Weights:
     return row.checkpoint, row.transform  # raw pixels have no weights, and their size is in the transform
 
 
-def arms_of(rows: Sequence[Row]) -> dict[tuple[str, str], Arm]:
-    """The arm of all weights. Checkpoints of one arm and seed, or of two recipes, are not seeds of one thing: hashes keep them apart."""
-    clashing = _clashes(rows)
-    return {key: arm._replace(recipe=f"{arm.recipe} {key[0][:8]}") if arm in clashing else arm for key, arm in _named(rows).items()}
+def arms_of(rows: Sequence[Row]) -> dict[Weights, Arm]:
+    """As `arms_and_notes`, without the notes."""
+    return arms_and_notes(rows)[0]
 
 
-def clash_notes(rows: Sequence[Row]) -> list[str]:
-    """Why `arms_of` keeps checkpoints of one name apart, a sentence for each arm."""
-    return [f"{arm.name}: {why}; each of its checkpoints stands alone" for arm, why in _clashes(rows).items()]
+def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], list[str]]:
+    """The arm of all weights, and notes on those that are kept apart.
 
+    Runs are of one recipe where method and `family` are equal, whatever their folders are called; seeds are those of the rows. Two
+    checkpoints of one arm and seed are not seeds of one thing: their hashes keep them apart. So do those of recipes that share a name.
+    """
+    named = {weights_of(row): row for row in rows}
+    recipes: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # names by method, family and network (teacher or student)
+    for row in named.values():
+        network = _recipe(row)[2]
+        recipes[_recipe(row)].append(recipe_name(row.source, row.trained_with, row.seed).removesuffix(network))
+    names = {recipe: common_name(of, recipe[1]) for recipe, of in recipes.items()}
+    places = [(method, network, names[method, family, network]) for method, family, network in recipes]
+    shared = dict.fromkeys(place for place in places if places.count(place) > 1)
+    names |= {recipe: f"{place[2]} {recipe[1][:8]}" for recipe, place in zip(recipes, places, strict=True) if place in shared}
 
-def _named(rows: Sequence[Row]) -> dict[tuple[str, str], Arm]:
-    return {weights_of(row): Arm(row.method, recipe_name(row.source, row.trained_with, row.seed), row.trained_with) for row in rows}
-
-
-def _clashes(rows: Sequence[Row]) -> dict[Arm, str]:
-    """Arms whose rows cannot be seeds of one thing, and what they are instead."""
-    names = _named(rows)
+    arms = {key: Arm(row.method, names[_recipe(row)] + _recipe(row)[2], row.trained_with) for key, row in named.items()}
     checkpoints: dict[tuple[Arm, int | None], dict[str, None]] = defaultdict(dict)
-    families: dict[Arm, set[str | None]] = defaultdict(set)
-    for row in rows:
-        arm = names[weights_of(row)]
-        checkpoints[arm, row.seed][row.checkpoint] = None
-        families[arm].add(row.family)
-    clashes = {arm: f"{len(of)} recipes share its name" for arm, of in families.items() if len(of) > 1}
-    for (arm, seed), of in checkpoints.items():
-        if len(of) > 1 and arm not in clashes:
-            which = "" if seed is None else f" of seed {seed}"
-            clashes[arm] = f"{len(of)} checkpoints{which} ({', '.join(key[:8] for key in of)})"
-    return clashes
+    for key, row in named.items():
+        checkpoints[arms[key], row.seed][row.checkpoint] = None
+    clashes = {arm: (seed, of) for (arm, seed), of in reversed(checkpoints.items()) if len(of) > 1}
+    notes = [
+        f"{method} ({name}{network}): {places.count((method, network, name))} recipes of this name differ in more than readout and seed"
+        for method, network, name in shared
+    ]
+    notes += [
+        f"{arm.name}: {len(of)} checkpoints{'' if seed is None else f' of seed {seed}'} ({', '.join(key[:8] for key in of)}); "
+        "each of its checkpoints stands alone"
+        for arm, (seed, of) in clashes.items()
+    ]
+    return {key: arm._replace(recipe=f"{arm.recipe} {key[0][:8]}") if arm in clashes else arm for key, arm in arms.items()}, notes
+
+
+def _recipe(row: Row) -> tuple[str, str, str]:
+    """Method, family and network of what was trained here; of other sources their name stands for the family, and no network."""
+    if row.trained_with is None:
+        return row.method, row.source, ""
+    _, colon, network = row.source.partition(":")
+    return row.method, row.family or recipe_name(row.source, row.trained_with, row.seed), colon + network

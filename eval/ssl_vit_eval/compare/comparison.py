@@ -11,23 +11,24 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit_eval.compare.arms import Arm, arms_of, clash_notes, ordered, weights_of
-from ssl_vit_eval.compare.differences import Answers, family_of
+from ssl_vit_eval.compare.arms import Arm, Weights, arms_and_notes, ordered, weights_of
+from ssl_vit_eval.compare.differences import families_of
 from ssl_vit_eval.compare.preregistration import find_declared
 from ssl_vit_eval.compare.questions import ask, cells_of, null_controls
 from ssl_vit_eval.compare.runs import Run, find_runs
+from ssl_vit_eval.compare.scores import MACRO, TOP1, Answers, metric_of
 from ssl_vit_eval.compare.verdict import Family, Rule
 from ssl_vit_eval.compare.warnings import missing, repeated, revisions
 from ssl_vit_eval.rows import Key, Row, Setting, find_rows
 from ssl_vit_eval.sources import PIXELS
-from ssl_vit_eval.stats.images import PairedDifference, paired_difference
+from ssl_vit_eval.stats.seeds import Crossed, crossed_interval
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Points of top-1 over the random-initialised backbone read the same way, paired by image and averaged over seeds.
+    """Points over the random-initialised backbone read the same way, by the data set's metric, paired by image and averaged over seeds.
 
-    low, high: 95 % bootstrap interval over images for one seed, the smallest and the largest seed for several.
+    low, high: 95 % interval over images and replicates for one seed, the smallest and the largest seed for several.
     """
 
     points: float
@@ -43,22 +44,31 @@ class Gain:
 
 @dataclass(frozen=True)
 class Cell:
-    """Top-1 and macro top-1 as fractions, means over seeds; ci: interval over images for one seed; spread: deviation of several."""
+    """Accuracies as fractions, means over seeds. value: by the metric of the data set, which ci, spread and gain are of too; ci: interval
+    for one seed; spread: deviation of several. pixels: value of raw pixels by the same protocol, None where they were not evaluated."""
 
+    value: float
     top1: float
     macro: float | None
     ci: tuple[float, float] | None
     spread: float | None
     seeds: int
     gain: Gain | None
+    pixels: float | None = None
+
+    @property
+    def below_pixels(self) -> bool:
+        return self.pixels is not None and self.value < self.pixels
 
 
 @dataclass(frozen=True)
 class Table:
-    """All numbers of one setting: cells by arm and read-with."""
+    """All numbers of one setting: cells by arm and read-with. classes: that have test images; metric: what the data set is judged by."""
 
     setting: Setting
     n_test: int
+    classes: int
+    metric: str
     cells: dict[tuple[Arm, str], Cell]
 
     def arms(self) -> list[Arm]:
@@ -68,6 +78,7 @@ class Table:
 @dataclass(frozen=True)
 class Comparison:
     """Tables in order of appearance; sections are (method, recipe) of what was trained here; notes say what is missing or kept apart.
+    arms: of all weights.
 
     families: the primary comparison first, then by question and setting.
     """
@@ -77,14 +88,24 @@ class Comparison:
     trained_with: list[str]
     read_with: list[str]
     rows: list[Row]
+    arms: dict[Weights, Arm]
     runs: list[Run]
     notes: list[str]
     families: list[Family]
     rule: Rule
 
+    def arm(self, row: Row) -> Arm:
+        """What the row is of."""
+        return self.arms[weights_of(row)]
+
     def trained(self, table: Table) -> list[Arm]:
-        """The lines of table B: every recipe with every trained-with, missing ones too, then its random initialisation."""
-        arms = [Arm(*section, spec) for section in self.sections for spec in [*self.trained_with, None]]
+        """The lines of table B: every recipe with all that it was trained with, missing ones too, then its random initialisation."""
+        own = [arm for arm in dict.fromkeys(self.arms.values()) if arm.trained_with]
+        arms = [
+            Arm(*section, spec)
+            for section in self.sections
+            for spec in [*(spec for spec in self.trained_with if Arm(*section, spec) in own), None]
+        ]
         return arms if any(arm.trained_with for arm in table.arms()) else [arm for arm in arms if arm in table.arms()]
 
     def others(self, table: Table) -> list[Arm]:
@@ -92,38 +113,42 @@ class Comparison:
         return [arm for arm in table.arms() if arm.trained_with is None and arm[:2] not in self.sections and arm.method != PIXELS]
 
 
-def build(folders: Sequence[str | Path], margin: float | None = None) -> Comparison:
-    """Compare every row below the folders. margin: points, where no study declares one.
+def build(folders: Sequence[str | Path], margin: float | None = None, family: str | None = None) -> Comparison:
+    """Compare every row below the folders. margin and family: of `Rule`, where no study declares one.
 
-    UsageError for folders without rows and for a study file that is wrong, Failure where predictions cannot be read or paired.
+    UsageError for folders without rows and for a study file that is wrong, Failure where predictions cannot be read or paired, and for a
+    row whose value is not that of its predictions.
     """
     measured = find_rows(folders)
     found = list({row.id: (row, store) for row, store in measured}.values())
-    rows = [row for row, _ in found]
-    names, answers = arms_of(rows), Answers(found)
-    tables = _tables(rows, names, answers)
-    trained = [arm for arm in names.values() if arm.trained_with]
+    rows, answers = [row for row, _ in found], Answers(found)
+    for row in rows:
+        answers.check(row)
+    arms, clashes = arms_and_notes(rows)
+    tables = _tables(rows, arms, answers)
+    trained = [arm for arm in arms.values() if arm.trained_with]
 
-    runs, declared, cells = find_runs(folders), find_declared(folders, margin), cells_of(rows, names)
+    runs, declared, cells = find_runs(folders), find_declared(folders, margin, family), cells_of(rows, arms)
     cells = {table.setting: cells[table.setting] for table in tables if table.setting in cells}  # in their order
-    asked = ask(cells, null_controls(runs), declared.primary)
-    rule = Rule(declared.margin)
+    families = null_controls(runs)
+    asked = ask(cells, {arms[weights_of(row)][:2] for row in rows if row.family in families}, declared.primary)
     cut = [line for store in {store.file: store for _, store in measured}.values() if (line := store.cut_line())]
-    notes = [*cut, *repeated(measured), *clash_notes(rows), *_notes(tables), *missing(cells)]
+    notes = [*cut, *repeated(measured), *clashes, *_notes(tables), *missing(cells)]
     return Comparison(
         tables,
         sections=list(dict.fromkeys(arm[:2] for arm in trained)),
         trained_with=ordered(arm.trained_with for arm in trained if arm.trained_with),
         read_with=ordered(row.read_with for row in rows if row.method != PIXELS),
         rows=rows,
+        arms=arms,
         runs=runs,
         notes=[*notes, *asked.notes, *revisions(asked.groups), *declared.notes],
-        families=[family_of(group, answers, rule) for group in asked.groups],
-        rule=rule,
+        families=families_of(asked.groups, answers, declared.rule),
+        rule=declared.rule,
     )
 
 
-def _tables(rows: Sequence[Row], names: Mapping[tuple[str, str], Arm], answers: Answers) -> list[Table]:
+def _tables(rows: Sequence[Row], names: Mapping[Weights, Arm], answers: Answers) -> list[Table]:
     """A table for each setting, those of a data set together."""
     inits: dict[str, dict[Arm, None]] = defaultdict(dict)  # the initialisation of a shared start is shown in every recipe that has it
     for row in rows:
@@ -136,48 +161,52 @@ def _tables(rows: Sequence[Row], names: Mapping[tuple[str, str], Arm], answers: 
         for arm in arms or [names[weights_of(row)]]:
             grouped[Setting.of(row)][arm, row.read_with].append(row)
 
-    gains = _Gains(rows, answers)
+    starts = {row.key: row for row in rows if row.metric == metric_of(row.dataset)}
+    # pixels have a transform of their own, their size
+    floors = {Setting.of(row)._replace(transform=""): row.value for row in starts.values() if row.method == PIXELS}
     tables = []
     for setting, places in grouped.items():
-        cells = {place: _cell(of, gains) for place, of in places.items() if any(row.metric == "top1" for row in of)}
-        n_test = next(row.n_test for of in places.values() for row in of)
-        tables.append(Table(setting, n_test, cells))
+        floor = floors.get(setting._replace(transform=""))
+        cells = {place: _cell(of, starts, answers, None if place[1] == PIXELS else floor) for place, of in places.items()}
+        first = next(of[0] for of in places.values())
+        classes = len(set(answers.together([first])[1].tolist()))
+        tables.append(Table(setting, first.n_test, classes, metric_of(setting.dataset), cells))
     order = list(dict.fromkeys(row.dataset for row in rows))
     return sorted(tables, key=lambda table: order.index(table.setting.dataset))  # stable: in the order of the protocols
 
 
-class _Gains:
-    """Pairs a row with the random-initialised backbone that its checkpoint started from: same images, protocol and readout."""
-
-    def __init__(self, rows: Sequence[Row], answers: Answers) -> None:
-        self._rows: dict[Key, Row] = {row.key: row for row in rows if row.metric == "top1"}
-        self._answers = answers
-
-    def over_random(self, row: Row) -> PairedDifference | None:
-        """None where that backbone was not evaluated so."""
-        baseline = self._rows.get(row.key._replace(checkpoint=row.init)) if row.trained_with and row.init else None
-        return paired_difference(*self._answers.together([row, baseline])) if baseline else None
+def _over_random(row: Row, starts: Mapping[Key, Row], answers: Answers) -> Crossed | None:
+    """Against the random-initialised backbone that the row's checkpoint started from, on the same images, by the same protocol and readout;
+    None where that was not evaluated so."""
+    start = starts.get(row.key._replace(checkpoint=row.init)) if row.trained_with and row.init else None
+    if start is None:
+        return None
+    (right, random), labels = answers.together([row, start])
+    return crossed_interval((right.double() - random.double())[None], labels if row.metric == MACRO else None)
 
 
-def _cell(rows: Sequence[Row], gains: _Gains) -> Cell:
-    top1 = [row for row in rows if row.metric == "top1"]
-    macro = [row.value for row in rows if row.metric == "top1_macro"]
-    values = [row.value for row in top1]
-    differences = [difference for row in top1 if (difference := gains.over_random(row))]
+def _cell(rows: Sequence[Row], starts: Mapping[Key, Row], answers: Answers, pixels: float | None) -> Cell:
+    by_metric = {metric: [row for row in rows if row.metric == metric] for metric in (TOP1, MACRO)}
+    own = by_metric[metric_of(rows[0].dataset)]
+    means = {metric: fmean(row.value for row in of) if of else None for metric, of in by_metric.items()}
+    values = [row.value for row in own]
+    differences = [difference for row in own if (difference := _over_random(row, starts, answers))]
     gain = None
     if len(differences) == 1:
-        gain = Gain(*differences[0], seeds=1)
+        gain = Gain(*differences[0][:3], seeds=1)
     elif differences:
         points = [difference.points for difference in differences]
         gain = Gain(fmean(points), min(points), max(points), len(points))
     one = len(values) == 1
     return Cell(
-        top1=fmean(values),
-        macro=fmean(macro) if macro else None,
-        ci=(top1[0].ci_low, top1[0].ci_high) if one else None,
+        value=fmean(values),
+        top1=means[TOP1] or 0.0,
+        macro=means[MACRO],
+        ci=(own[0].ci_low, own[0].ci_high) if one else None,
         spread=None if one else stdev(values),
         seeds=len(values),
         gain=gain,
+        pixels=pixels,
     )
 
 

@@ -116,19 +116,7 @@ def maps(diagnoses: Sequence[Diagnosis], budget: int) -> list[Picture]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        for key in (
-            "weights",
-            "transform",
-            "dataset",
-            "layout",
-            "spectra",
-            "cka",
-            "tokens",
-            "attention",
-            "picture",
-            "readouts",
-            "redundancy",
-        ):
+        for key in KEYS:
             content[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Failure(f"cannot read {file}: {' '.join(repr(error).split())}; remove it or evaluate again with --diagnostics") from error

@@ -1,101 +1,87 @@
 """From pairs of rows to differences with intervals, tests and verdicts, paired image by image."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
-import torch
-from jaxtyping import Float64, Int64
-from torch import Tensor
-
-from ssl_vit.errors import Failure
 from ssl_vit_eval.compare.questions import Group, Pair
-from ssl_vit_eval.compare.verdict import Difference, Family, Rule, Unit, outcome_of
-from ssl_vit_eval.rows import Key, Row, RowStore
-from ssl_vit_eval.stats.images import holm, paired_difference, paired_p, resolvable_images, sign_flip
-from ssl_vit_eval.stats.seeds import crossed_interval, resolvable_seeds
+from ssl_vit_eval.compare.scores import MACRO, Answers, metric_of
+from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule, Unit, outcome_of
+from ssl_vit_eval.stats.images import holm, paired_p, resolvable_images, sign_flip
+from ssl_vit_eval.stats.seeds import crossed_interval, means_of_seeds, resolvable_seeds, resolvable_t, sign_flip_within, t_test
 
-_KEPT = 512  # evaluations in memory: more than one setting has, whose cells are all paired with each other
-
-
-class Answers:
-    """What every evaluation got right; read when asked for."""
-
-    def __init__(self, found: Sequence[tuple[Row, RowStore]]) -> None:
-        self._found = {row.key: (row, store) for row, store in found if row.metric == "top1"}
-        self._read = lru_cache(_KEPT)(self._read_now)
-
-    def together(self, rows: Sequence[Row]) -> Float64[Tensor, "r n"]:
-        """Shares of right answers, a line for each row; Failure where these are not answers on the same test images."""
-        read = [self._read(row.key) for row in rows]
-        for row, (_, labels) in zip(rows, read, strict=True):
-            if not torch.equal(labels, read[0][1]):
-                what = "other classes" if len(labels) == len(read[0][1]) else f"{len(labels)} test images instead of {len(read[0][1])}"
-                raise Failure(f"{_called(row)} has {what} in its predictions than {_called(rows[0])}: evaluate one of them again")
-        return torch.stack([share for share, _ in read])
-
-    def _read_now(self, key: Key) -> tuple[Float64[Tensor, " n"], Int64[Tensor, " n"]]:
-        row, store = self._found[key]
-        return store.correct(row)
+Corrected = tuple[Question, int | None]  # what is corrected together: a question, of one group or of all
 
 
-def family_of(group: Group, answers: Answers, rule: Rule) -> Family:
-    """Measure, correct and judge the pairs of a group. Failure for predictions that cannot be read or paired."""
+def families_of(groups: Sequence[Group], answers: Answers, rule: Rule) -> list[Family]:
+    """Measure, correct and judge the pairs of all groups. Failure for predictions that cannot be read or paired."""
+    families = [Family(group.question, group.setting, group.scope, _unit(group), [], group.primary) for group in groups]
+    together: dict[tuple[Corrected, bool], list[tuple[int, int]]] = defaultdict(list)  # number of group and of pair
+    asked: dict[Corrected, int] = defaultdict(int)
+    for number, (group, family) in enumerate(zip(groups, families, strict=True)):
+        of = (group.question, None if family.is_corrected and rule.family == "study" else number)
+        asked[of] += len(group.pairs)
+        for place, pair in enumerate(group.pairs):
+            # the p of one seed is of another hypothesis, and must not count among those over seeds
+            together[of, len(pair.rows) > 1].append((number, place))
+
+    found: dict[tuple[int, int], Difference] = {}
+    for (of, several), places in together.items():
+        measured = [
+            _measure(groups[number].pairs[place], answers, families[number].unit, rule, rule.level / len(places))
+            for number, place in places
+        ]
+        corrected = zip(holm([one.p for one in measured]), holm([one.p_beyond for one in measured]), strict=True)
+        for at, one, (p, beyond) in zip(places, measured, corrected, strict=True):
+            # with more seeds, those of one seed would be tested beside the others
+            count = len(places) if several or families[at[0]].unit == "images" else asked[of]
+            found[at] = replace(one, corrected=p, corrected_beyond=beyond, comparisons=count)
+    for (number, _), one in sorted(found.items(), key=lambda item: item[0]):
+        families[number].differences.append(replace(one, outcome=outcome_of(one, families[number].unit, rule)))
+    return families
+
+
+def _unit(group: Group) -> Unit:
     # of two arms, one seed is still about pretrainings, of which it cannot tell anything; of one arm it is about these weights
     several = group.question in ("trained with", "null control") or any(len(pair.rows) > 1 for pair in group.pairs)
-    family = Family(group.question, group.setting, group.scope, "seeds" if several else "images", [], group.primary)
-    for tested in (True, False):
-        pairs = [pair for pair in group.pairs if _tested(pair) == tested]
-        measured = [_measure(pair, answers, family.unit, rule.level / len(pairs)) for pair in pairs]
-        corrected = [replace(found, corrected=p) for found, p in zip(measured, holm([found.p for found in measured]), strict=True)]
-        # with more seeds, those of one seed would be tested beside the others
-        count = len(pairs) if tested else len(group.pairs)
-        for pair, found in zip(pairs, corrected, strict=True):
-            outcome = outcome_of(found, family.unit, rule)
-            family.differences.append(replace(found, outcome=outcome, comparisons=count, remark=pair.remark))
-    order = [(pair.a, pair.b) for pair in group.pairs]
-    family.differences.sort(key=lambda found: order.index((found.a, found.b)))
-    return family
+    return "seeds" if several else "images"
 
 
-def _tested(pair: Pair) -> bool:
-    """Whether over seeds: the p of one seed is of another hypothesis, and must not count among those."""
-    return len(pair.rows) > 1
-
-
-def _measure(pair: Pair, answers: Answers, unit: Unit, level: float) -> Difference:
+def _measure(pair: Pair, answers: Answers, unit: Unit, rule: Rule, level: float) -> Difference:
     """Everything but correction and verdict; level: that the smallest p of its family is held against."""
     count = len(pair.rows)
-    right = answers.together([row for rows in pair.rows for row in rows]).reshape(count, 2, -1)
-    a, b = right[:, 0], right[:, 1]
-    of_seeds = [100 * points for points in (a - b).mean(dim=1).tolist()]
+    right, labels = answers.together([row for rows in pair.rows for row in rows])
+    a, b = right[::2].double(), right[1::2].double()  # [seeds, replicates, images] each
+    classes = labels if metric_of(pair.rows[0][0].dataset) == MACRO else None
+    crossed, of_seeds = crossed_interval(a - b, classes), means_of_seeds(a - b, classes)
     discordance = (a != b).double().mean().item()
-    if count > 1:
-        points, low, high, error = crossed_interval(a - b)
-        p, resolvable = sign_flip(of_seeds), resolvable_seeds(error, count, level)
-    else:
-        points, low, high = paired_difference(a[0], b[0])
-        p = paired_p(a[0], b[0])
-        resolvable = resolvable_images(discordance, a.shape[1], level) if unit == "images" else math.inf
-    seeds = [rows[0].seed for rows in pair.rows]
-    known = tuple(seed for seed in seeds if seed is not None)
+    p, beyond = t_test(crossed), t_test(crossed, rule.margin)
+    resolvable = resolvable_t(crossed.standard_error, crossed.df, level)
+    if count == 1:
+        of_images = paired_p(a[0].mean(dim=0), b[0].mean(dim=0), classes)
+        p = of_images if a.shape[1] == 1 else max(p, of_images)
+        if unit == "seeds":
+            resolvable = math.inf
+        elif a.shape[1] == 1 and classes is None:
+            resolvable = resolvable_images(discordance, a.shape[2], level)
+    elif rule.test == "sign-flip":
+        p, beyond = sign_flip(of_seeds), sign_flip_within(of_seeds, rule.margin)
+        resolvable = resolvable_seeds(crossed.standard_error, count, level)
+    seeds = tuple(rows[0].seed for rows in pair.rows if rows[0].seed is not None)
     return Difference(
         pair.a,
         pair.b,
-        points,
-        low,
-        high,
+        *crossed[:3],
         p=p,
         corrected=p,
+        p_beyond=beyond,
+        corrected_beyond=beyond,
         discordance=discordance,
-        seeds=known,
-        of_seeds=tuple(of_seeds[: len(known)]),
-        images=a.shape[1],
+        seeds=seeds,
+        of_seeds=tuple(of_seeds[: len(seeds)]),
+        images=a.shape[2],
         resolvable=resolvable,
         outcome="undecided",
+        remark=pair.remark,
     )
-
-
-def _called(row: Row) -> str:
-    return f"{row.source} read with {row.read_with} on {row.dataset} by {row.protocol}"

@@ -1,18 +1,30 @@
-"""What a study declared before it trained: the margin below which a difference does not matter, and its one primary comparison."""
+"""What a study declared before it trained: the rule of its verdicts, and its one primary comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from ssl_vit.assets import read_yaml
 from ssl_vit.errors import UsageError
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.arms import Arm
-from ssl_vit_eval.compare.verdict import Rule
+from ssl_vit_eval.compare.verdict import Rule, Scope, Test
 from ssl_vit_eval.rows import Setting
 
 _KEYS = ("recipe", "data", "protocol", "compare")
+
+
+def _up_to(most: float, what: str) -> tuple[Callable[[object], bool], str]:
+    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= most, what
+
+
+RULES: dict[str, tuple[Callable[[object], bool], str]] = {  # what a study file may say of each field of `Rule`
+    "margin": _up_to(100.0, "a number of points between 0 and 100"),
+    "level": _up_to(0.05, "a number above 0, at most 0.05, the level of the intervals"),
+    "test": (lambda value: value in get_args(Test), f"one of: {', '.join(get_args(Test))}"),
+    "family": (lambda value: value in get_args(Scope), f"one of: {', '.join(get_args(Scope))}"),
+}
 
 
 class Primary(NamedTuple):
@@ -41,43 +53,45 @@ class Primary(NamedTuple):
 
 @dataclass(frozen=True)
 class Declared:
-    """margin: points. primary: None where none was declared. notes: what was not taken over, and why."""
+    """primary: None where none was declared. notes: what was not taken over, and why."""
 
-    margin: float
+    rule: Rule
     primary: Primary | None
     notes: list[str]
 
 
-def find_declared(folders: Sequence[str | Path], asked: float | None = None) -> Declared:
-    """What the `study.yaml` in and below the folders say; `asked` is the margin where they say none.
+def find_declared(folders: Sequence[str | Path], margin: float | None = None, family: str | None = None) -> Declared:
+    """What the `study.yaml` in and below the folders say; `margin` and `family` are asked for, where they say nothing.
 
-    UsageError for one whose margin or primary is not of the form above, and for a margin that is asked for beside a declared one."""
+    UsageError for a declaration that is not of the form that `Rule` and `Primary` have, and for one that is asked for beside another."""
     below = [(file, file.relative_to(folder)) for folder in map(Path, folders) for file in folder.rglob("study.yaml")]
     files = dict.fromkeys(sorted(file.resolve() for file, path in below if "cells" not in path.parts))
     contents = {file: read_yaml(file) for file in files}
-    usual = Rule().margin if asked is None else _margin("--margin", asked)
-    for file, content in contents.items():
-        if asked is not None and content.get("margin", asked) != asked:
-            raise UsageError(
-                f"{file} declared a margin of {content['margin']} points before the training, so --margin {asked:g} comes too late"
-            )
-    margins = {file: _margin(file, content.get("margin", usual)) for file, content in contents.items()}
-    primaries = {file: _primary(file, content["primary"]) for file, content in contents.items() if content.get("primary") is not None}
+    asked: dict[str, Any] = {"margin": margin, "family": family}
+    rule: dict[str, Any] = {}
     notes = []
-    if len(set(margins.values())) > 1:
-        said = ", ".join(f"{file.parent.name} {margin:g}" for file, margin in margins.items())
-        notes.append(f"the studies have different margins ({said} points): {usual:g} is taken")
+    for key, (holds, what) in RULES.items():
+        usual = getattr(Rule(), key) if asked.get(key) is None else asked[key]
+        if not holds(usual):
+            raise UsageError(f"--{key}: {key} is {usual!r}; it must be {what}")
+        found = {file: content.get(key, usual) for file, content in contents.items()}
+        for file, value in found.items():
+            if not holds(value):
+                raise UsageError(f"{file}: {key} is {value!r}; it must be {what}")
+            if asked.get(key) is not None and value != usual:
+                raise UsageError(f"{file} declared the {key} {value} before the training, so --{key} {usual} comes too late")
+        different = set(found.values())
+        if len(different) > 1:
+            said = ", ".join(f"{file.parent.name} {value}" for file, value in found.items())
+            notes.append(f"the studies declare different values of {key} ({said}): {usual} is taken")
+        value = different.pop() if len(different) == 1 else usual
+        rule[key] = value if isinstance(value, str) else float(value)
+    primaries = {file: _primary(file, content["primary"]) for file, content in contents.items() if content.get("primary") is not None}
     if len(set(primaries.values())) > 1:
         said = ", ".join(file.parent.name for file in primaries)
         notes.append(f"{len(primaries)} studies declare different primary comparisons ({said}): none counts as declared in advance")
-    margin, primary = set(margins.values()), set(primaries.values())
-    return Declared(margin.pop() if len(margin) == 1 else usual, primary.pop() if len(primary) == 1 else None, notes)
-
-
-def _margin(file: Path | str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 100:
-        raise UsageError(f"{file}: margin is {value!r}; it must be a number of points between 0 and 100")
-    return float(value)
+    primary = set(primaries.values())
+    return Declared(Rule(**rule), primary.pop() if len(primary) == 1 else None, notes)
 
 
 def _primary(file: Path, value: Any) -> Primary:

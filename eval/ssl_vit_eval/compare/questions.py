@@ -14,9 +14,10 @@ from statistics import fmean
 from typing import NamedTuple, get_args
 
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit_eval.compare.arms import Arm, ordered, weights_of
+from ssl_vit_eval.compare.arms import Arm, Weights, ordered, weights_of
 from ssl_vit_eval.compare.preregistration import Primary
 from ssl_vit_eval.compare.runs import Run
+from ssl_vit_eval.compare.scores import metric_of
 from ssl_vit_eval.compare.verdict import Question, Side
 from ssl_vit_eval.rows import Row, Setting
 from ssl_vit_eval.sources import PIXELS
@@ -59,28 +60,29 @@ class Asked:
             self.groups.append(Group(question, setting, scope, list(pairs), primary))
 
 
-def cells_of(rows: Sequence[Row], names: Mapping[tuple[str, str], Arm]) -> Cells:
-    """The top-1 rows of everything but random backbones and pixels."""
+def cells_of(rows: Sequence[Row], arms: Mapping[Weights, Arm]) -> Cells:
+    """The rows, by the metric of their data set, of everything but random backbones and pixels."""
     cells: Cells = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in rows:
-        if row.metric == "top1" and row.method not in ("random", PIXELS):
-            cells[Setting.of(row)][names[weights_of(row)]][row.read_with][row.seed] = row
+        if row.metric == metric_of(row.dataset) and row.method not in ("random", PIXELS):
+            cells[Setting.of(row)][arms[weights_of(row)]][row.read_with][row.seed] = row
     return cells
 
 
-def null_controls(runs: Sequence[Run]) -> set[Section]:
-    """Recipes with one class token and one register, which have no position of their own: by symmetry either could be the other."""
-    tokens: dict[Section, set[tuple[object, ...]]] = defaultdict(set)
-    for run in runs:
-        backbone = run.recipe.get("backbone", {})
-        tokens[str(run.recipe.get("method")), run.name].add(
-            (backbone.get("cls_tokens", 1), backbone.get("registers"), backbone.get("cls_position", False))
-        )
-    return {section for section, found in tokens.items() if found == {(1, 1, False)}}
+def null_controls(runs: Sequence[Run]) -> set[str]:
+    """Families of recipes with one class token and one register, which have no position of their own: by symmetry either could be the
+    other."""
+    backbones = {run.family: run.recipe.get("backbone", {}) for run in runs}
+    return {
+        family
+        for family, backbone in backbones.items()
+        if (backbone.get("cls_tokens", 1), backbone.get("registers"), backbone.get("cls_position", False)) == (1, 1, False)
+    }
 
 
 def ask(cells: Cells, nulls: set[Section], primary: Primary | None) -> Asked:
-    """All groups, the primary one first. The primary comparison leaves the family that it would be in."""
+    """All groups, the primary one first. The primary comparison leaves the family that it would be in. nulls: the sections whose cls and
+    register are exchangeable."""
     asked = Asked()
     if primary:
         primary = _found(primary, cells, asked.notes)
@@ -93,8 +95,7 @@ def ask(cells: Cells, nulls: set[Section], primary: Primary | None) -> Asked:
                 if arm.trained_with == trained_with:
                     sections[arm[:2]].append(arm)
         for section, own in sections.items():
-            null = (section[0], section[1].removesuffix(":student")) in nulls
-            _ask_trained_with(asked, setting, arms, own, null, primary)
+            _ask_trained_with(asked, setting, arms, own, section in nulls, primary)
             consistency = [pair for arm in own if (pair := _self_consistency(arm, arms[arm], asked.notes))]
             asked.add("self-consistency", setting, own[0].section, consistency)
         for arm in [*(arm for own in sections.values() for arm in own), *(arm for arm in arms if not arm.trained_with)]:
@@ -151,9 +152,6 @@ def _same_start(a: Seeds, b: Seeds, what: str, notes: list[str]) -> list[tuple[R
     rows = [(a[seed], b[seed]) for seed in _common(a, b)]
     if a and b and not rows:
         notes.append(f"{what} have no seed in common: there is no difference between them")
-    if any(one.family != other.family for one, other in rows):
-        notes.append(f"{what} were trained by recipes that differ in more than readout and seed: they are not paired")
-        return []
     # a readout with parameters has them in its start too
     plain = not any(ReadoutSpec.parse(str(row.trained_with)).learned for pair in rows for row in pair)
     if plain and any(one.init and other.init and one.init != other.init for one, other in rows):
@@ -201,11 +199,12 @@ def _slice_accuracy(row: Row) -> float | None:
 
 
 def _post_hoc(arm: Arm, cells: Mapping[str, Seeds]) -> tuple[list[Pair], list[Pair]]:
-    """Every readout against cls, or against the first one; other places of the norm against the readout with the norm at its place."""
+    """Every pair of readouts: those with cls, or with the first one, minus it; other places of the norm against the readout with the norm
+    at its place."""
     specs = _whole(cells)
     norms = [spec for spec in specs if _at_post(spec) != spec and _at_post(spec) in specs]
     plain = [spec for spec in specs if spec not in norms]
-    read = [(spec, plain[0]) for spec in plain[1:]]  # cls is the first where it is there
+    read = [*((spec, plain[0]) for spec in plain[1:]), *combinations(plain[1:], 2)]  # cls is the first where it is there
     return _pairs(arm, cells, read), _pairs(arm, cells, [(spec, _at_post(spec)) for spec in norms])
 
 

@@ -1,19 +1,78 @@
-"""Accuracies by pretraining seed, for what is drawn or ranked seed by seed."""
+"""The accuracy that a data set is judged by, and the answers that it is computed from."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from ssl_vit.errors import Failure
 from ssl_vit_eval.compare.arms import arms_of, weights_of
 from ssl_vit_eval.compare.verdict import Side
-from ssl_vit_eval.rows import Row, Setting
+from ssl_vit_eval.results import METRICS, accuracies
+from ssl_vit_eval.rows import Key, Row, RowStore, Setting
 
 Scores = dict[tuple[Setting, Side], dict[int | None, float]]
+TOP1, MACRO = METRICS
+_BY_CLASS = ("pets", "iiit-pet", "flowers", "aircraft", "caltech")  # Kornblith et al. 2019, "Do better ImageNet models transfer better?"
+_KEPT = 512  # evaluations in memory: more than one setting has, whose cells are all paired with each other
+
+
+def metric_of(dataset: str) -> str:
+    """What a data set is judged by: the mean over classes for Pets, Flowers, Aircraft and Caltech, whose classes differ in size, by a part
+    of its name; else top-1. Gains, differences and their tests are of this."""
+    return MACRO if any(part in dataset.lower() for part in _BY_CLASS) else TOP1
 
 
 def scores_by_seed(rows: Sequence[Row]) -> Scores:
-    """Top-1, as a fraction, of each side in each setting by seed, in the order of the rows; None for weights without a seed."""
-    arms = arms_of(rows)
-    found: Scores = {}
+    """Accuracy, as a fraction, of each side in each setting by seed, in the order of the rows; None for weights without a seed."""
+    arms, found = arms_of(rows), Scores()
     for row in rows:
-        if row.metric == "top1":
+        if row.metric == metric_of(row.dataset):
             found.setdefault((Setting.of(row), Side(arms[weights_of(row)], row.read_with)), {})[row.seed] = row.value
     return found
+
+
+class Answers:
+    """What every evaluation got right; read when asked for."""
+
+    def __init__(self, found: Sequence[tuple[Row, RowStore]]) -> None:
+        self._found = {row.key: (row, store) for row, store in found}
+        self._read = lru_cache(_KEPT)(self._read_now)
+
+    def check(self, row: Row) -> None:
+        """Failure for a value that is not the one of its predictions, but for rounding: 2^-52 an answer."""
+        predictions, labels = self._predictions(row)
+        scores = [accuracies(answers.contiguous(), labels) for answers in predictions.T]
+        value = sum(score[METRICS.index(row.metric)] for score in scores) / len(scores)
+        if abs(value - row.value) > predictions.numel() * 2.0**-52:
+            file = self._found[row.key][1].folder / row.predictions
+            raise Failure(f"{_called(row)}: the row says {row.metric} {row.value:.6g}, its predictions {file} {value:.6g}; evaluate again")
+
+    def together(self, rows: Sequence[Row]) -> tuple[Bool[Tensor, "r k n"], Int64[Tensor, " n"]]:
+        """Right answers by row, replicate and image, and the classes; Failure where these are not answers on the same test images."""
+        read = [self._read(row.key) for row in rows]
+        (first, classes), other = read[0], _called(rows[0])
+        for row, (right, labels) in zip(rows, read, strict=True):
+            for what, own, its in zip(("replicates", "test images"), right.shape, first.shape, strict=True):
+                if own != its:
+                    raise Failure(f"{_called(row)} has {own} {what} in its predictions, {other} has {its}: evaluate one of them again")
+            if not torch.equal(labels, classes):
+                raise Failure(f"{_called(row)} has other classes in its predictions than {other}: evaluate one of them again")
+        return torch.stack([right for right, _ in read]), classes
+
+    def _read_now(self, key: Key) -> tuple[Bool[Tensor, "k n"], Int64[Tensor, " n"]]:
+        predictions, labels = self._predictions(self._found[key][0])
+        return (predictions == labels[:, None]).T.contiguous(), labels
+
+    def _predictions(self, row: Row) -> tuple[Int64[Tensor, "n k"], Int64[Tensor, " n"]]:
+        store = self._found[row.key][1]
+        predictions, labels = store.predictions(row)
+        if len(labels) != row.n_test:
+            raise Failure(f"{store.folder / row.predictions} has {len(labels)} predictions, its row {row.n_test} images: evaluate again")
+        return predictions, labels
+
+
+def _called(row: Row) -> str:
+    return f"{row.source} read with {row.read_with} on {row.dataset} by {row.protocol}"

@@ -8,6 +8,7 @@ import torch
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.questions import Cells, Group, Section
+from ssl_vit_eval.compare.scores import metric_of
 from ssl_vit_eval.rows import Key, Row, RowStore, Setting
 
 _NAMED = 4  # then their number
@@ -17,7 +18,7 @@ def repeated(found: Sequence[tuple[Row, RowStore]]) -> list[str]:
     """Evaluations that were measured more than once, with different results."""
     again: dict[Key, list[tuple[Row, RowStore]]] = defaultdict(list)
     for row, store in found:
-        if row.metric == "top1":
+        if row.metric == metric_of(row.dataset):
             again[row.key].append((row, store))
     notes = []
     for of in again.values():
@@ -46,7 +47,15 @@ def missing(cells: Cells) -> list[str]:
         for section, own in arms.items():
             here = {arm: of_setting.get(arm, {}) for arm in own}
             specs = list(dict.fromkeys(spec for found in here.values() for spec in found if ReadoutSpec.parse(spec).of_last_blocks))
-            expected = [(arm, seed, spec) for arm in own for seed in sorted(seeds[section]) for spec in specs if _readable(spec, arm, here)]
+            # where every arm was read as it was trained and no other way, the other ways are not missing
+            crossed = any(spec != arm.trained_with for arm in own for spec in here[arm] if spec in specs)
+            expected = [
+                (arm, seed, spec)
+                for arm in own
+                for seed in sorted(seeds[section])
+                for spec in specs
+                if (_readable(spec, arm, here) if crossed else spec == arm.trained_with)
+            ]
             lacking = [(arm, seed, spec) for arm, seed, spec in expected if seed not in here[arm].get(spec, {})]
             if lacking:
                 where = f"{next(iter(own)).section}, {_place(setting)}"
@@ -84,13 +93,16 @@ def _readable(spec: str, arm: Arm, here: dict[Arm, dict[str, dict[int | None, Ro
 
 
 def _summed_up(lacking: Sequence[tuple[Arm, int, str]], expected: Sequence[tuple[Arm, int, str]]) -> list[str]:
-    """One text for each arm and seed; the readouts only where some are there."""
-    texts = []
+    """One text for each arm and seed, those of which all is missing first; the readouts only where some are there."""
+    whole, partly = [], []
     for arm, seed in dict.fromkeys((arm, seed) for arm, seed, _ in lacking):
         specs = [spec for one, of, spec in lacking if (one, of) == (arm, seed)]
-        some = len(specs) < sum((one, of) == (arm, seed) for one, of, _ in expected)
-        texts.append(f"trained with {arm.trained_with}, seed {seed}" + (f", read with {', '.join(specs)}" if some else ""))
-    return texts
+        text = f"trained with {arm.trained_with}, seed {seed}"
+        if len(specs) < sum((one, of) == (arm, seed) for one, of, _ in expected):
+            partly.append(f"{text}, read with {', '.join(specs)}")
+        else:
+            whole.append(text)
+    return whole + partly
 
 
 def _listed(texts: Iterable[str]) -> str:

@@ -4,13 +4,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from math import isinf
 
-from ssl_vit_eval.compare.arms import arms_of, weights_of
 from ssl_vit_eval.compare.comparison import Comparison
 from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question, Rule
 from ssl_vit_eval.report.page import Block, Bullets, Figures, Heading, Listing, Text, template
 from ssl_vit_eval.report.plot_differences import paired_seeds
 from ssl_vit_eval.report.run_tables import frame_of_rows, selection_warnings
-from ssl_vit_eval.report.score_tables import at_last, below_pixels, pixels_of
+from ssl_vit_eval.report.score_tables import at_last
 from ssl_vit_eval.report.table import Sheet, frame_of, slug
 from ssl_vit_eval.report.text import points_text, side_name, signed, words_of
 from ssl_vit_eval.stats.seeds import seeds_needed
@@ -69,8 +68,8 @@ def floors(comparison: Comparison) -> list[str]:
     found = []
     for table in comparison.tables:
         own = {arm.name: cell for (arm, spec), cell in table.cells.items() if arm.trained_with == spec}
-        if low := [name for name, cell in own.items() if below_pixels(table, cell)]:
-            best = max(cell.top1 for cell in pixels_of(table).values())
+        if low := [name for name, cell in own.items() if cell.below_pixels]:
+            best = max(cell.pixels or 0.0 for cell in own.values())
             named = "; ".join(low[:3]) + (f" and {len(low) - 3} more" if len(low) > 3 else "")
             where = f"{table.setting.dataset}, {table.setting.rule} v{table.setting.version}"
             text = f"{len(low)} of {len(own)} trained backbones, read as trained, are below raw pixels ({100 * best:.1f} %): {named}"
@@ -91,9 +90,9 @@ def _compared(comparison: Comparison) -> str:
     judged = f"judged on {_and(row.dataset for row in rows)} by {_and(row.protocol for row in rows)}"
     if not trained:
         return f"{_count(len({row.source for row in rows}), 'model')} were read with {_readouts(comparison)} and {judged}."
-    arms, seeds = arms_of(trained), defaultdict(set)
+    seeds = defaultdict(set)
     for row in trained:
-        seeds[arms[weights_of(row)]].add(row.seed)
+        seeds[comparison.arm(row)].add(row.seed)
     fewest, most = min(map(len, seeds.values())), max(map(len, seeds.values()))
     each = _count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
     return (

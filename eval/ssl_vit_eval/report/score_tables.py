@@ -11,6 +11,7 @@ from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.across_datasets import Ranking
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Cell, Comparison, Gain, Table
+from ssl_vit_eval.compare.scores import MACRO
 from ssl_vit_eval.compare.verdict import Family, Rule
 from ssl_vit_eval.report.page import Listing, template
 from ssl_vit_eval.report.table import MISSING, NOTES, Form, Forms, Sheet, frame_of, slug
@@ -27,7 +28,7 @@ NORMS = {"post": "norm, then pool (post)", "pre": "no norm (pre)", "pooled": "po
 def score_text(cell: Cell) -> str:
     """Top-1 in %, over several seeds with their standard deviation and number: `71.2`, `71.2 ± 0.4, n = 3`."""
     spread = "" if cell.spread is None else f" ± {100 * cell.spread:.1f}, n = {cell.seeds}"
-    return f"{100 * cell.top1:.1f}{spread}"
+    return f"{100 * cell.value:.1f}{spread}"
 
 
 def under_text(cell: Cell) -> str:
@@ -51,11 +52,6 @@ def bounds_text(gain: Gain) -> str:
 def pixels_of(table: Table) -> dict[Arm, Cell]:
     """The scores of raw pixels."""
     return {arm: cell for (arm, spec), cell in table.cells.items() if spec == PIXELS}
-
-
-def below_pixels(table: Table, cell: Cell) -> bool:
-    """Whether raw pixels do better: then the score says nothing for its backbone."""
-    return any(cell.top1 < floor.top1 for floor in pixels_of(table).values())
 
 
 def trained_tables(comparison: Comparison) -> list[Listing]:
@@ -98,6 +94,7 @@ def _table(comparison: Comparison, table: Table, name: str, trained: bool, scale
     if not lines:
         return None
     about = f"protocol version {setting.version}, {table.n_test:,} test images, {setting.transform}, data {setting.data[:16]}"
+    about += "; gains and large numbers: mean over classes" if table.metric == MACRO else ""
     about += f"; not measured here: {', '.join(absent)}" if absent else ""
     if blocks := len(specs - set(columns)):
         about += f"; {blocks} readouts of other blocks: see the curves by block, and tables/scores.csv"
@@ -114,7 +111,7 @@ def _table(comparison: Comparison, table: Table, name: str, trained: bool, scale
         "scores.html",
         **{"title": where, "about": about, "what": what, "columns": columns, "lines": lines, "labels": labels, "pixels": PIXELS},
         sections={section: [arm for arm in lines if arm[:2] == section] for section in dict.fromkeys(arm[:2] for arm in lines)},
-        **{"score": score_text, "under": under_text, "is_low": lambda cell: below_pixels(table, cell), "floor": FLOOR, "zero": ZERO},
+        **{"score": score_text, "under": under_text, "is_low": lambda cell: cell.below_pixels, "floor": FLOOR, "zero": ZERO},
         **{"legend": trained and scale and is_first, "scale": scale, "colour": lambda points: _colour(points, scale), "missing": MISSING},
     )
     return Listing(Sheet(name, f"{where}: top-1, % ({about})", frame_of(records), "", forms), html=html)

@@ -12,10 +12,11 @@ import pandas as pd
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Comparison, build
+from ssl_vit_eval.compare.scores import MACRO
 from ssl_vit_eval.compare.verdict import Outcome
 from ssl_vit_eval.report import first_page, page
 from ssl_vit_eval.report.first_page import QUESTIONS, about, chip, families_of
-from ssl_vit_eval.report.score_tables import FLOOR, at_last, below_pixels, pixels_of, scores
+from ssl_vit_eval.report.score_tables import FLOOR, at_last, pixels_of, scores
 from ssl_vit_eval.report.text import interval_text, points_text, words_of
 from ssl_vit_eval.report.wandb import write_wandb_report
 from ssl_vit_eval.report.write import chapters_of, write_chapters
@@ -33,10 +34,12 @@ def compare(
     wandb: str | None = None,
     group: str | None = None,
     verbose: bool = False,
+    family: str | None = None,
 ) -> Path:
     """Compare every row below the folders, print one screen, write the report into `out` (default: the first folder); the path of its HTML.
 
-    margin: points, of studies that declare none. wandb: the `[ENTITY/]PROJECT` that gets a W&B Report too, on the runs of `group`, or all.
+    margin (points), family: of `Rule`, for studies that declare none.
+    wandb: the `[ENTITY/]PROJECT` that gets a W&B Report too, on the runs of `group`, or all.
     verbose: print all that the report says. UsageError for folders without rows, for an `out` that is a file, for a file of a report's
     name in it that is not ours, and for a margin beside one that a study declared; of W&B as `write_wandb_report`, when the other report
     is written.
@@ -45,7 +48,7 @@ def compare(
         raise UsageError("no folder was given: name those that `ssl-vit eval` or `ssl-vit study` wrote to")
     folder = Path(folders[0] if out is None else out)
     page.check_out(folder)
-    comparison = build(folders, margin)
+    comparison = build(folders, margin, family)
     chapters = chapters_of(comparison, folders)
     if verbose:
         print(page.text(first_page.lead(comparison), chapters))
@@ -79,6 +82,7 @@ def _tables(comparison: Comparison, dataset: str, width: int) -> str:
     lines, cells = dict[Arm, str](), dict[tuple[str, str], dict[Arm, str]]()
     for table in tables:
         named = [table.setting.rule, f"v{table.setting.version}", *([table.setting.transform, table.setting.data[:4]] if several else [])]
+        named += ["mean over classes"] * (table.metric == MACRO)
         specs = [spec for spec in comparison.read_with if at_last(spec) in (spec, None) and any(spec == of for _, of in table.cells)]
         specs = [spec for spec in specs if "/" not in spec or spec in comparison.trained_with] or specs
         columns = {spec: cells.setdefault((" ".join(named), f"read {spec}"), {}) for spec in specs or [PIXELS]}
@@ -87,7 +91,7 @@ def _tables(comparison: Comparison, dataset: str, width: int) -> str:
             for spec, column in columns.items():
                 if cell := table.cells.get((arm, spec)):
                     spread = "" if cell.spread is None else f" ± {100 * cell.spread:.1f}"
-                    column[arm] = f"{100 * cell.top1:.1f}{spread}{'*' * (arm.trained_with == spec)}{FLOOR * below_pixels(table, cell)}"
+                    column[arm] = f"{100 * cell.value:.1f}{spread}{'*' * (arm.trained_with == spec)}{FLOOR * cell.below_pixels}"
                     lines[arm] = f"{arm.recipe} {arm.trained_with or ('random' if arm[:2] in comparison.sections else '')}"
     frame = pd.DataFrame(cells, index=list(lines)).fillna("–").rename(index=lines)
     frame.columns.names = [f"{dataset}, {tables[0].n_test:,} images", "trained with"]

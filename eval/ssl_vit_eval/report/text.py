@@ -86,6 +86,8 @@ def words_of(family: Family, difference: Difference, rule: Rule) -> str:
                 f". This is a false alarm by construction: chance gives one in {1 / rule.level:.0f} such controls; "
                 "if it comes oftener, the instrument is off"
             )
+    if rule.test == "t" and len(difference.seeds) > 1 and difference.outcome != "undecided":
+        text += f", by Student's t over {len(difference.seeds)} seeds, whose differences are taken as normal"
     return f"{text}; {difference.remark}" if difference.remark else text
 
 
@@ -111,6 +113,9 @@ def _verdict(question: Question, unit: Unit, d: Difference, rule: Rule) -> str:
         why = "one seed of each is two networks, and says nothing about the readouts" if two else "one seed says nothing about another one"
         return f"undecided: {why}; {needs}"
     interval = f"undecided: {of}{a} − {b} lies in {interval_text(d.low, d.high, rule)}"
+    if within_margin(d.low, d.high, rule) and not excludes_zero(d.low, d.high):
+        beyond = p_text(d.corrected_beyond, rule)
+        return f"{interval}, within the margin, but the corrected p of a difference beyond it is {beyond}"
     if math.isinf(d.resolvable):
         reach = p_text(min(1.0, d.comparisons * smallest_p(len(d.seeds))), rule)
         return f"{interval}; no difference is resolvable: the best corrected p of {len(d.seeds)} seeds is {reach}, {needs}"

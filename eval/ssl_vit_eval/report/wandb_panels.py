@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssl_vit.train.tracking import STEP, Tracking
-from ssl_vit_eval.compare.arms import Arm, arms_of, weights_of
+from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Comparison
 from ssl_vit_eval.tracking import RESULTS, TRAINED, summary_key
 
@@ -42,8 +42,7 @@ class Panels:
     def _trained(self, method: str, recipe: str) -> list[Any]:
         wr, comparison = self.wr, self.comparison
         arms = [Arm(method, recipe, spec) for spec in comparison.trained_with]
-        names = arms_of(comparison.rows)
-        rows = [row for row in comparison.rows if names[weights_of(row)] in arms]
+        rows = [row for row in comparison.rows if comparison.arm(row) in arms]
         checkpoints = dict.fromkeys(row.checkpoint for row in rows)
         starts = dict.fromkeys(row.init for row in rows if row.init)
         keys = self._keys(arms)
@@ -74,8 +73,7 @@ class Panels:
         arms = list(dict.fromkeys(arm for table in self.comparison.tables for arm in self.comparison.others(table)))
         if not arms:
             return []
-        names = arms_of(self.comparison.rows)
-        checkpoints = dict.fromkeys(row.checkpoint for row in self.comparison.rows if names[weights_of(row)] in arms)
+        checkpoints = dict.fromkeys(row.checkpoint for row in self.comparison.rows if self.comparison.arm(row) in arms)
         runs = {**self._runs("evaluations", "eval", "Config", checkpoints), "groupby": ["config.source"]}
         return [
             self.wr.H1("Not trained here, read out post hoc"),

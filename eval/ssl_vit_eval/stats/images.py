@@ -10,6 +10,7 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from scipy.stats import binomtest, norm
 from torch import Tensor
@@ -20,7 +21,8 @@ DRAWS = 10_000
 CONFIDENCE = 0.95
 FEW = 25  # discordant images, below which normal and bootstrap distributions are not to be trusted
 EXACT = 16  # paired differences, up to which all 2^n sign flips are tried
-FLIPS = 100_000  # random ones beyond
+FLIPS = 100_000  # random ones beyond,
+MANY = 100  # up to so many; then their sum is normal
 _TAILS = [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)]  # percentiles
 
 
@@ -31,14 +33,6 @@ class Interval(NamedTuple):
     high: float
 
 
-class PairedDifference(NamedTuple):
-    """Accuracy of A minus accuracy of B, and its 95 % interval, in percentage points."""
-
-    points: float
-    ci_low: float
-    ci_high: float
-
-
 def wilson_interval(correct: int, n: int) -> Interval:
     """Wilson's score interval of an accuracy, as fractions: sound at 0 and 1 and for few images (Wilson 1927)."""
     if not 0 <= correct <= n or n == 0:
@@ -47,44 +41,51 @@ def wilson_interval(correct: int, n: int) -> Interval:
     return Interval(float(interval.low), float(interval.high))
 
 
-def mean_interval(share: Float[Tensor, " n"], seed: int = 0) -> Interval:
-    """Percentile bootstrap interval, over images, of the mean of `share`: how often each image was answered rightly, in [0, 1]."""
-    rng = np.random.default_rng(seed)
-    return percentiles(resampled_sums(_images(share), rng) / len(share))
+def strata(n: int, classes: Int64[Tensor, " n"] | None) -> list[np.ndarray]:
+    """Which images are averaged first: all n together for top-1 (no classes given), those of each class for the mean over classes."""
+    if n == 0:
+        raise UsageError("there are no images to resample: an interval needs at least one")
+    if classes is None:
+        return [np.arange(n)]
+    order, counts = torch.sort(classes.cpu(), stable=True).indices.numpy(), torch.unique(classes.cpu(), return_counts=True)[1].tolist()
+    return np.split(order, np.cumsum(counts)[:-1])
 
 
-def macro_interval(share: Float[Tensor, " n"], labels: Int64[Tensor, " n"], seed: int = 0) -> Interval:
-    """Percentile bootstrap interval of the mean of the class accuracies, images resampled within their class, as fractions.
+def mean_over(values: Float64[np.ndarray, "*levels n"], groups: Sequence[np.ndarray]) -> Float64[np.ndarray, "*levels"]:
+    """The mean over the groups of their means over images."""
+    return np.asarray(np.mean([values[..., group].mean(axis=-1) for group in groups], axis=0))
 
-    A class whose few images are all right, or all wrong, adds no spread: with such classes the interval is too narrow.
+
+def variance_over(values: Float64[np.ndarray, "*levels n"], groups: Sequence[np.ndarray]) -> Float64[np.ndarray, "*levels"]:
+    """Variance of `mean_over` for another draw of the images within their groups; unbiased, but a group of one image adds none."""
+    of_groups = [values[..., group].var(axis=-1, ddof=1) / len(group) for group in groups if len(group) > 1]
+    return np.asarray(np.sum([np.zeros(values.shape[:-1]), *of_groups], axis=0) / len(groups) ** 2)
+
+
+def resampled(values: Float64[np.ndarray, " n"], groups: Sequence[np.ndarray], rng: np.random.Generator) -> Float64[np.ndarray, " draws"]:
+    """`DRAWS` deviations of `mean_over` from what it is, for other images of the same groups.
+
+    Of one group by the bootstrap. The sum over classes is drawn from the normal distribution with the unbiased variance: a bootstrap
+    within classes of m images has (m - 1) / m of it, which is too little for small classes. A class whose images are all alike adds no
+    spread either way.
     """
-    values, classes = _images(share), labels.cpu().numpy()
-    rng = np.random.default_rng(seed)
-    groups = [values[classes == label] for label in np.unique(classes)]
-    return percentiles(np.mean([resampled_sums(group, rng) / len(group) for group in groups], axis=0))
+    if len(groups) == 1:
+        return np.asarray((resampled_sums(values, rng) - values.sum()) / len(values))
+    return np.asarray(norm.ppf((rng.permutation(DRAWS) + 0.5) / DRAWS) * variance_over(values, groups) ** 0.5)
 
 
-def paired_difference(share_a: Float[Tensor, " n"], share_b: Float[Tensor, " n"], seed: int = 0) -> PairedDifference:
-    """Accuracy of A minus B on the same images, with the percentile interval of the paired bootstrap over images, in points.
-
-    share: 1 for an image answered rightly, 0 for wrongly, between them for several draws of the training set. Where only few images are
-    discordant see `with_imaginary`: where A and B agree on all of n images the interval is ± 300 / n points.
-    """
-    differences = _images(share_a) - _images(share_b)
-    sums = resampled_sums(with_imaginary(differences), np.random.default_rng(seed))
-    low, high = percentiles(100 * np.clip(sums / len(differences), -1, 1))
-    return PairedDifference(float(100 * differences.mean()), low, high)
-
-
-def with_imaginary(differences: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " m"]:
-    """Two more images, one that only A and one that only B gets right, where fewer than 25 images differ from the others.
+def imaginary(differences: Float64[np.ndarray, " n"], rng: np.random.Generator) -> Float64[np.ndarray, " draws"] | None:
+    """What two more images, one that only A and one that only B gets right, add to the draws of a mean difference of n images; None
+    where 25 images or more differ from the others, and none are needed.
 
     As a rule that is where fewer than 25 are discordant. Resampling never draws what did not come, though none of n images leaves a rate
     of 3 / n (rule of three). The two are Bonett & Price's (2012) correction of the interval of paired proportions; without discordant
     images the bounds become just these ± 3 / n.
     """
-    few = np.count_nonzero(differences != np.median(differences)) < FEW
-    return np.append(differences, [1.0, -1.0]) if few else differences
+    if np.count_nonzero(differences != np.median(differences)) >= FEW:
+        return None
+    n = len(differences)
+    return resampled_sums(np.append(np.zeros(n), [1.0, -1.0]), rng) / n
 
 
 class McNemar(NamedTuple):
@@ -109,27 +110,34 @@ def mcnemar(correct_a: Bool[Tensor, " n"], correct_b: Bool[Tensor, " n"]) -> McN
     return McNemar(only_a, only_b, discordant / len(correct_a), float(p))
 
 
-def paired_p(share_a: Float[Tensor, " n"], share_b: Float[Tensor, " n"]) -> float:
+def paired_p(share_a: Float[Tensor, " n"], share_b: Float[Tensor, " n"], classes: Int64[Tensor, " n"] | None = None) -> float:
     """Two-sided p of equal accuracy on the same images: McNemar's for answers that are right or wrong, 1 or 0.
 
-    For shares between them (several draws of the training set) the sign-flip test over images: where A and B are alike, the difference on
-    an image is as often of one sign as of the other. McNemar's exact test is this test for 0 and 1."""
-    a, b = _images(share_a), _images(share_b)
-    if np.isin([a, b], [0.0, 1.0]).all():
+    For shares between them (several probe seeds or draws of the training set) and for the mean over classes, in which an image of a small
+    class weighs more, the sign-flip test over images: where A and B are alike, the difference on an image is as often of one sign as of
+    the other. McNemar's exact test is this test for 0 and 1, and images of equal weight."""
+    a, b = share_a.double().cpu().numpy(), share_b.double().cpu().numpy()
+    if classes is None and np.isin([a, b], [0.0, 1.0]).all():
         return mcnemar(share_a == 1, share_b == 1).p
-    return sign_flip((a - b).tolist())
+    differences = a - b
+    for group in strata(len(a), classes):
+        differences[group] /= len(group)
+    return sign_flip(differences.tolist())
 
 
 def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
     """Two-sided p of the paired sign-flip (permutation) test of a mean difference of zero (Fisher 1935), of seeds or of images.
 
-    Exact up to 16 differences that are not zero (a zero has no sign, and does not change p), by 100,000 random flips beyond: then p is at
-    least 1e-5. Any unit.
+    Exact up to 16 differences that are not zero (a zero has no sign, and does not change p), by 100,000 random flips up to 100: then p is
+    at least 1e-5. Beyond, from the normal distribution with McNemar's continuity correction, the size of the smallest one. Any unit.
     """
     values = np.asarray([value for value in differences if value], dtype=np.float64)
     if len(values) <= EXACT:
         return float(exact_sign_flip(values[:, None])[0])
-    sizes, counts = np.unique(np.abs(values).round(12), return_counts=True)
+    sizes, counts = np.unique(np.abs(values).round(15), return_counts=True)
+    if len(values) > MANY:
+        z = max(abs(values.sum()) - sizes[0], 0.0) / np.square(values).sum() ** 0.5
+        return float(2 * norm.sf(z))
     flips = 2 * np.random.default_rng(seed).binomial(counts, 0.5, (FLIPS, len(counts))) - counts
     as_far = np.abs(flips @ sizes) >= abs(values.sum()) - 1e-9 * np.abs(values).sum()
     return float((1 + as_far.sum()) / (1 + FLIPS))
@@ -160,13 +168,6 @@ def resolvable_images(discordance: float, n: int, level: float = 0.05, power: fl
     """
     z = norm.ppf(1 - level / 2) + norm.ppf(power)
     return float(100 * max(z * (discordance / n) ** 0.5, z**2 / n))
-
-
-def _images(share: Float[Tensor, " n"]) -> np.ndarray:
-    if len(share) == 0:
-        raise UsageError("there are no images to resample: an interval needs at least one")
-    values: np.ndarray = share.double().cpu().numpy()
-    return values
 
 
 def resampled_sums(values: Float64[np.ndarray, " n"], rng: np.random.Generator) -> Float64[np.ndarray, " draws"]:

@@ -10,25 +10,40 @@ from math import inf
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from scipy.optimize import brentq
 from scipy.stats import nct, t, trim_mean
 from torch import Tensor
 
 from ssl_vit.errors import UsageError
-from ssl_vit_eval.stats.images import CONFIDENCE, DRAWS, exact_sign_flip, percentiles, resampled_sums, with_imaginary
+from ssl_vit_eval.stats.images import (
+    CONFIDENCE,
+    DRAWS,
+    Interval,
+    exact_sign_flip,
+    imaginary,
+    mean_over,
+    percentiles,
+    resampled,
+    sign_flip,
+    strata,
+    variance_over,
+    wilson_interval,
+)
 
 STUDIES = 4000  # simulated, to find what a number of seeds resolves
 SIMULATED = 10  # seeds, up to which they are; beyond, the sign-flip test has the power of the t test
 
 
-class CrossedDifference(NamedTuple):
-    """Accuracy of A minus accuracy of B over seeds and images, its 95 % interval and its standard error, in percentage points."""
+class Crossed(NamedTuple):
+    """A mean over seeds, replicates and images with its 95 % interval and standard error, in percentage points; df: degrees of freedom of
+    the standard error by Welch and Satterthwaite, infinite where it is of images alone."""
 
     points: float
     low: float
     high: float
     standard_error: float
+    df: float
 
 
 class Estimate(NamedTuple):
@@ -39,39 +54,83 @@ class Estimate(NamedTuple):
     high: float | None
 
 
-def crossed_interval(differences: Float[Tensor, "s n"], seed: int = 0) -> CrossedDifference:
-    """95 % interval of the mean difference for another draw of both the seeds and the images.
+def crossed_interval(values: Float[Tensor, "s k n"], classes: Int64[Tensor, " n"] | None = None, seed: int = 0) -> Crossed:
+    """95 % interval of a mean for another draw of the pretraining seeds, of the replicates and of the images.
 
-    differences: right answers of A minus those of B, by seed and image, in [-1, 1]. A crossed bootstrap (Owen & Eckles 2012, section 3)
-    with two changes. Images are resampled, the same ones for all seeds; the seeds' part is drawn from Student's t instead: resampling two
-    to eight seeds makes it too narrow. Seed × image interaction, which that bootstrap counts three times, is counted once: the images'
-    draws are shrunk by what of their variance (two-way layout of mean squares) is interaction, which the seeds' part has already. Two
-    independent parts, one with t: Behrens and Fisher's problem, whose solution by draws covers at least what it states.
+    values: by pretraining seed, replicate and image, in [-1, 1]: right answers of A minus those of B. A replicate is a probe seed or a draw
+    of the training set. classes: of the images, for the mean over classes instead of the mean over images.
 
-    The interval contains the one over images of these seeds' mean, so that seeds that agree by chance promise nothing. Where only few
-    images are discordant see `with_imaginary`. UsageError for fewer than two seeds: then `paired_difference` says what the images say.
+    The model of variance: v[s, k, i] = mean + seed[s] + replicate[k] + probe[s, k] + image[i] + interactions with the image. The means of
+    the seeds vary by seed[s] and by probe[s, k], so none of the two has to be estimated. The means of the replicates vary by what they
+    share over all seeds, replicate[k] (a low-shot draw is the same images for each), and again by probe[s, k]: counted twice, since to
+    subtract it from so few would leave the interval too narrow. Of one pretraining seed nothing can be said about others: then the
+    replicates stand in the place of the seeds, and the mean is that of these weights.
+
+    A crossed bootstrap (Owen & Eckles 2012, section 3) with two changes. Images are resampled, the same ones for all seeds; the parts of
+    the few seeds and replicates are drawn from Student's t instead: resampling two to eight makes them too narrow. Interaction with the
+    image, which that bootstrap counts again with each of its parts, is counted once: the images' draws are shrunk by what of their variance
+    is interaction, by the layout of mean squares (Searle, Casella & McCulloch 1992, chapter 4), since the other parts have it already.
+    Independent parts, some with t: Behrens and Fisher's problem, whose solution by draws covers at least what it states.
+
+    The interval contains the one over images of this mean, so that seeds that agree by chance promise nothing. One seed and one replicate
+    are their images alone: then this is the paired bootstrap over images. Few discordant images: see `imaginary`.
     """
-    values = differences.double().cpu().numpy()
-    seeds, n = values.shape
-    if seeds < 2 or n == 0:
-        raise UsageError(f"{seeds} seeds × {n} images: an interval over seeds and images needs two seeds and one image, or more")
-    of_seeds, of_images, mean = values.mean(axis=1), values.mean(axis=0), values.mean()
-    seed_part = of_seeds.var(ddof=1) / seeds
-    residual = values - of_seeds[:, None] - of_images + mean
-    interaction = np.square(residual).sum() / ((seeds - 1) * n) / (seeds * n)
+    v = values.double().cpu().numpy()
+    groups = strata(v.shape[2], classes)
+    of_images, rng = v.mean(axis=(0, 1)), np.random.default_rng(seed)
+    mean = mean_over(of_images, groups)
+    levels = [of for of in (v.mean(axis=1), v.mean(axis=0)) if len(of) > 1]  # [seeds; images] and [replicates; images]
+    parts = [(mean_over(of, groups).var(ddof=1) / len(of), len(of) - 1) for of in levels]  # variance and degrees of freedom
 
-    images, kept = with_imaginary(of_images), 1.0
-    image_part = images.var() * len(images) / n**2
-    if len(images) == n:  # else too few to split
-        kept = 1 - interaction / image_part if interaction < image_part else 0.0
+    image_part, by_image, kept = variance_over(of_images, groups), resampled(of_images, groups, rng), 1.0
+    two_more = imaginary(of_images, rng)
+    if two_more is not None:
+        image_part, by_image = image_part + 2 / v.shape[2] ** 2, by_image + two_more
+    elif image_part > 0:
+        interaction = sum(variance_over(of - of_images, groups).sum() / (len(of) - 1) / len(of) for of in levels)
+        kept = max(0.0, 1 - interaction / image_part)
+    by_level = sum(t.ppf((rng.permutation(DRAWS) + 0.5) / DRAWS, df) * variance**0.5 for variance, df in parts)
+    crossed, alone = percentiles(kept**0.5 * by_image + by_level), percentiles(by_image)
+    low, high = max(float(mean) + min(crossed.low, alone.low), -1.0), min(float(mean) + max(crossed.high, alone.high), 1.0)
 
-    rng = np.random.default_rng(seed)
-    by_image = (resampled_sums(images, rng) - images.sum()) / n
-    by_seed = t.ppf((rng.permutation(DRAWS) + 0.5) / DRAWS, seeds - 1) * seed_part**0.5
-    crossed, alone = percentiles(kept**0.5 * by_image + by_seed), percentiles(by_image)
-    error = max(seed_part + kept * image_part, image_part) ** 0.5
-    low, high = max(mean + min(crossed.low, alone.low), -1.0), min(mean + max(crossed.high, alone.high), 1.0)
-    return CrossedDifference(*(float(100 * value) for value in (mean, low, high, error)))
+    variance = sum(part for part, _ in parts) + kept * image_part
+    uncertain = sum(part**2 / df for part, df in parts)
+    df = inf if variance <= image_part or not uncertain else variance**2 / uncertain
+    points, error = 100 * float(mean), 100 * float(max(variance, image_part)) ** 0.5
+    return Crossed(points, 100 * low, 100 * high, error, float(df))
+
+
+def means_of_seeds(values: Float[Tensor, "s k n"], classes: Int64[Tensor, " n"] | None = None) -> list[float]:
+    """The mean of each seed over replicates and images, or over classes, in percentage points."""
+    v = values.double().cpu().numpy().mean(axis=1)
+    return [float(mean) for mean in 100 * mean_over(v, strata(v.shape[1], classes))]
+
+
+def accuracy_interval(correct: Bool[Tensor, "n k"], classes: Int64[Tensor, " n"] | None = None) -> Interval:
+    """95 % interval of an accuracy, as fractions: over images, or with `classes` over images within their class, and over the replicates
+    k where there are several. Wilson's for right and wrong answers of one replicate, else that of `crossed_interval`."""
+    if classes is None and correct.shape[1] == 1:
+        return wilson_interval(int(correct.sum()), len(correct))
+    _, low, high, *_ = crossed_interval(correct.T[None].double(), classes)
+    return Interval(max(low / 100, 0.0), high / 100)
+
+
+def t_test(difference: Crossed, margin: float | None = None) -> float:
+    """p of Student's t on the crossed standard error and its degrees of freedom; it takes the differences of the seeds as normal.
+
+    Without a margin two-sided, of no difference. With one: that the difference is not within ± margin points, the larger of two one-sided
+    p (Schuirmann 1987)."""
+    error = max(difference.standard_error, 1e-12)
+    if margin is None:
+        return float(2 * t.sf(abs(difference.points) / error, difference.df))
+    return float(t.sf((margin - abs(difference.points)) / error, difference.df))
+
+
+def sign_flip_within(differences: Sequence[float], margin: float) -> float:
+    """p that the mean of the seeds is not within ± margin, by two one-sided sign-flip tests: the larger p, 1 where it lies outside.
+    At least 2^-s."""
+    sides = [[margin + sign * value for value in differences] for sign in (1, -1)]
+    return max(sign_flip(side) / 2 if sum(side) > 0 else 1.0 for side in sides)
 
 
 def smallest_p(seeds: int) -> float:
@@ -93,13 +152,19 @@ def resolvable_seeds(standard_error: float, seeds: int, level: float = 0.05, pow
     return inf if smallest_p(seeds) > level else standard_error * _errors_resolved(seeds, level, power)
 
 
+def resolvable_t(standard_error: float, df: float, level: float = 0.05, power: float = 0.8) -> float:
+    """The same by `t_test`: p at most `level`, and a 95 % t interval without zero."""
+    df = min(df, 1e4)  # of the noncentral t; beyond it is normal
+    needed = max(t.ppf(0.5 + CONFIDENCE / 2, df), t.ppf(1 - level / 2, df))
+    return standard_error * float(brentq(lambda difference: nct.sf(needed, df, difference) - power, 0, 10 * needed + 10))
+
+
 @cache
 def _errors_resolved(seeds: int, level: float, power: float) -> float:
     """In standard errors. By simulation: the sign-flip test of few seeds has no power function in closed form."""
-    df, needed = seeds - 1, t.ppf(0.5 + CONFIDENCE / 2, seeds - 1)
     if seeds > SIMULATED:
-        needed = max(needed, t.ppf(1 - level / 2, df))
-        return float(brentq(lambda difference: nct.sf(needed, df, difference) - power, 0, 100))
+        return resolvable_t(1.0, float(seeds - 1), level, power)
+    needed = t.ppf(0.5 + CONFIDENCE / 2, seeds - 1)
     noise = np.random.default_rng(0).standard_normal((seeds, STUDIES))
     errors = noise.std(axis=0, ddof=1) / seeds**0.5
 

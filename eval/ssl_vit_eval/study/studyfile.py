@@ -1,10 +1,11 @@
 """The study file: its keys, and what each may hold."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
+from ssl_vit_eval.compare.verdict import Scope, Test
 from ssl_vit_eval.schema import STRICT, unique
 
 TOKENS = {"registers": "r", "cls_tokens": "c", "patch": "p"}  # fields of `backbone` that make a token set, and their letters in names
@@ -23,8 +24,8 @@ class Study:
     recipes: names or files, `./FILE` beside the study; trained_with: readout specs; seeds; protocols, read_with: how every arm is
     evaluated; data: on what, entries as in a suite; suites: names of more.
     tokens: token sets, each applied to every recipe, e.g. `{registers: 1}`; none for the recipe's own.
-    controls, diagnostics: as `ssl-vit eval` takes them, the latter for the first seed of every arm. margin: points; a smaller
-        difference does not matter to this study.
+    controls, diagnostics: as `ssl-vit eval` takes them, the latter for the first seed of every arm.
+    margin, level, test, family: how verdicts are made, as `Rule` says.
     primary: the one comparison declared in advance: `{recipe: NAME, data: DATASET, protocol: NAME, compare: [SPEC, SPEC]}`.
     slurm: parameters of submitit.
     """
@@ -41,6 +42,9 @@ class Study:
     controls: _Names = field(default_factory=list)
     diagnostics: Annotated[bool, Field(description="true or false")] = False
     margin: Annotated[float, Field(gt=0, lt=100, description="a number of points between 0 and 100")] = 1.0
+    level: Annotated[float, Field(gt=0, le=0.05, description="a number above 0, at most 0.05")] = 0.05
+    test: Annotated[Test, Field(description=f"one of: {', '.join(get_args(Test))}")] = "sign-flip"
+    family: Annotated[Scope, Field(description=f"one of: {', '.join(get_args(Scope))}")] = "study"
     primary: Annotated[dict[str, Any] | None, Field(description="KEY: VALUE pairs in braces")] = None
     slurm: Annotated[dict[str, Any], Field(description="KEY: VALUE pairs in braces")] = field(default_factory=dict)
 
