@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.rows import FORMAT, Row, RowStore, find_rows
@@ -74,6 +75,23 @@ def test_what_is_there_is_known(tmp_path: Path) -> None:
     assert row(protocol_version=2).key != row().key
     (tmp_path / written.predictions).unlink()
     assert store.known() == set()
+
+
+def test_rows_are_checked_by_one_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building it takes milliseconds, which each of many thousand rows would take again."""
+    built: list[object] = []
+    original = TypeAdapter.__init__
+
+    def counted(self: TypeAdapter[object], kind: type, **options: int) -> None:
+        built.append(kind)
+        original(self, kind, **options)
+
+    monkeypatch.setattr(TypeAdapter, "__init__", counted)
+    store = RowStore(tmp_path)
+    for number in range(5):
+        store.append([row(checkpoint=f"c{number}")], PREDICTIONS, LABELS)
+    assert len(store.rows()) == 5
+    assert built.count(Row) <= 1
 
 
 def test_the_last_of_equal_ids_wins(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -10,13 +11,14 @@ from ssl_vit.errors import UsageError, one_of
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", strict=True)
+_adapter = lru_cache(TypeAdapter)  # building one takes a hundred times as long as checking a row
 
 
 def checked(kind: type[T], content: object, where: str) -> T:
     """`content`, as YAML gives it, as `kind`: a pydantic model, or a dataclass with `__pydantic_config__ = STRICT`.
 
     A field's `description` says what to give for it. UsageError for the first thing that is wrong; `where` stands before it."""
-    adapter = TypeAdapter(kind)
+    adapter: TypeAdapter[T] = _adapter(kind)  # type: ignore[arg-type]  # mypy does not know that types can be hashed
     try:
         # as JSON, where a list may become a tuple and a whole number a float, and nothing else is converted
         return adapter.validate_json(json.dumps(content, default=str))

@@ -1,6 +1,7 @@
 """Features on disk: what is written comes back, and what is cut short or of something else is never taken for it."""
 
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,24 @@ def test_a_full_disk_is_an_error_and_no_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space left"), file.writing():
         file.write(0, VALUES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_files_are_written_at_once_than_can_be_open(tmp_path: Path) -> None:
+    files = [FeatureFile(tmp_path, replace(KEY, spec=str(number))) for number in range(40)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.open(os.devnull, os.O_RDONLY)  # the lowest number that is free
+    os.close(spare)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 10, hard))
+    try:
+        for file in files:
+            file.begin()
+        for file in files:
+            file.write(0, VALUES)
+        for file in files:
+            file.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(file.is_whole() for file in files)
 
 
 def test_half_precision_takes_half_the_room_and_is_another_file(tmp_path: Path) -> None:

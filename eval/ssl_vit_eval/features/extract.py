@@ -73,9 +73,10 @@ def read_all(readings: Sequence[Reading], images: ImageStore) -> dict[int, Excep
     except Failure as error:
         return dict.fromkeys(todo, error)
     failed: dict[int, Exception] = {}
-    for file in (files := [file for of in todo.values() for file in of.values()]):
-        file.begin()
+    files = [file for of in todo.values() for file in of.values()]
     try:
+        for file in files:
+            file.begin()
         _pass(readings, todo, images, failed)
     except BaseException:
         for file in files:

@@ -65,8 +65,7 @@ class FeatureFile:
         self.path = folder / f"{key.digest}.features"
         self._row = np.dtype(key.dtype).itemsize * key.width  # bytes
         self._end = _HEADER + self._row * key.rows  # of the numbers; their checksum follows
-        self._partial = self.path
-        self._descriptor = -1
+        self._partial = self.path.with_suffix(".partial")  # until `begin` names it
 
     @property
     def size(self) -> int:
@@ -116,16 +115,13 @@ class FeatureFile:
                 file.write(self._header())
                 file.truncate(self._end)
         barrier()
-        self._descriptor = os.open(self._partial, os.O_WRONLY)
 
     def abandon(self) -> None:
         """What was written is removed."""
-        os.close(self._descriptor)
         self._partial.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """All processes have written their rows."""
-        os.close(self._descriptor)
         barrier()
         if rank() == 0:
             with self._partial.open("r+b") as file:
@@ -140,9 +136,13 @@ class FeatureFile:
         """Rows from `start` on, within `writing`. Not by mapped memory, where a full disk would be a crash and not an error."""
         data = memoryview(features.contiguous().numpy().astype(self.key.dtype, copy=False).data).cast("B")
         offset = _HEADER + self._row * start
-        while data:
-            written = os.pwrite(self._descriptor, data, offset)
-            data, offset = data[written:], offset + written
+        descriptor = os.open(self._partial, os.O_WRONLY)  # for this write only: a pass may write more files than can be open at once
+        try:
+            while data:
+                written = os.pwrite(descriptor, data, offset)
+                data, offset = data[written:], offset + written
+        finally:
+            os.close(descriptor)
 
     def _header(self) -> bytes:
         return self.key.text.encode().ljust(_HEADER)
