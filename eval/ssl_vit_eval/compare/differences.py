@@ -57,7 +57,7 @@ def _measure(pair: Pair, answers: Answers, unit: Unit, rule: Rule, level: float)
     crossed, of_seeds = crossed_interval(a - b, classes), means_of_seeds(a - b, classes)
     discordance = (a != b).double().mean().item()
     p, beyond = t_test(crossed), t_test(crossed, rule.margin)
-    resolvable = resolvable_t(crossed.standard_error, crossed.df, level)
+    resolvable: float | None = None  # by Student's t
     if count == 1:
         of_images = paired_p(a[0].mean(dim=0), b[0].mean(dim=0), classes)
         p = of_images if a.shape[1] == 1 else max(p, of_images)
@@ -81,7 +81,7 @@ def _measure(pair: Pair, answers: Answers, unit: Unit, rule: Rule, level: float)
         seeds=seeds,
         of_seeds=tuple(of_seeds[: len(seeds)]),
         images=a.shape[2],
-        resolvable=resolvable,
+        resolvable=max(resolvable_t(error, df, level) for error, df in crossed.errors) if resolvable is None else resolvable,
         outcome="undecided",
         remark=pair.remark,
     )
