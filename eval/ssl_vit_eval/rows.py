@@ -21,6 +21,7 @@ from ssl_vit.files import locked, write_atomically
 from ssl_vit_eval.schema import STRICT, checked
 
 FORMAT = 1  # of a line; one with a higher number was written by a later version
+REMOVE = "remove this line and the other one of its evaluation, which belong together"
 
 
 class Key(NamedTuple):
@@ -230,10 +231,10 @@ def _parse(line: str, where: str) -> Row:
         version = values.pop("format")
         values.pop("id")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Failure(f"{where} is not a row: remove this line") from error
+        raise Failure(f"{where} is not a row: {REMOVE}") from error
     if version != FORMAT:
         raise Failure(f"{where} has row format {version}, this version of ssl_vit reads {FORMAT}: update ssl_vit or evaluate again")
     try:
         return checked(Row, values, where)
     except UsageError as error:
-        raise Failure(f"{where} is not a row ({str(error).removeprefix(where).strip(' :')}): remove this line") from error
+        raise Failure(f"{where} is not a row ({str(error).removeprefix(where).strip(' :')}): {REMOVE}") from error

@@ -167,6 +167,17 @@ def test_arms_are_joined_by_what_the_rows_hold_and_not_by_the_folder(store: RowS
     assert not any("are they" in note or "stands alone" in note for note in comparison.notes)
 
 
+@pytest.mark.parametrize(("dataset", "lost"), [("builtin:photos", "top1"), ("oxford-iiit-pet", "top1"), ("oxford-iiit-pet", "top1_macro")])
+def test_an_evaluation_with_one_of_its_lines_is_refused(store: RowStore, dataset: str, lost: str) -> None:
+    plant(store, answers(0.8), dataset=dataset)
+    lines = store.file.read_text().splitlines(keepends=True)
+    store.file.write_text("".join(line for line in lines if json.loads(line)["metric"] != lost))
+    with pytest.raises(
+        Failure, match=rf"toy-cls-s0 read with cls on {dataset} by knn has no line with {lost}: evaluate it again; both lines"
+    ):
+        build([store.folder])
+
+
 def test_a_value_that_is_not_that_of_its_predictions_is_refused(store: RowStore) -> None:
     plant(store, answers(0.8))
     plant(store, torch.stack([answers(0.7, seed=seed) for seed in range(3)], dim=1), read_with="gap", protocol="lowshot-5")
@@ -185,6 +196,7 @@ def test_a_value_that_is_not_that_of_its_predictions_is_refused(store: RowStore)
 def test_cells_below_raw_pixels_are_marked_by_their_own_protocol(store: RowStore) -> None:
     pixels = {"method": "pixels", "trained_with": None, "read_with": "pixels", "source": "pixels:32", "checkpoint": "pixels", "init": None}
     plant(store, torch.arange(400) < 306, transform="resize32-own", **pixels)
+    plant(store, torch.arange(400) < 200, transform="resize8", **pixels)  # of two sizes the better one is the floor
     plant(store, torch.arange(400) < 307)
     plant(store, torch.arange(400) < 305, read_with="gap")
     plant(store, torch.arange(400) < 200, read_with="gap", protocol="logreg")  # pixels were not judged by it
@@ -193,6 +205,15 @@ def test_cells_below_raw_pixels_are_marked_by_their_own_protocol(store: RowStore
     comparison = build([store.folder])
     below = {(arm, spec) for table in comparison.tables for (arm, spec), cell in table.cells.items() if cell.below_pixels}
     assert below == {(DINO_CLS, "gap"), (DINO_CLS._replace(trained_with=None), "cls")}
+
+    # all of them but the random start are warned of, and no training is asked for
+    plant(store, torch.arange(400) < 150, method="timm", trained_with=None, source="timm:vit", init=None, recipe=None, seed=None)
+    text = " ".join(screen(build([store.folder])).split())
+    assert text.startswith(
+        "warning: builtin:photos, knn v1: 2 of 2 scores of other readouts and models are below raw pixels (76.5 %): "
+        "dino (toy), trained with cls read with gap; timm (timm:vit) read with cls; these features tell less"
+    )
+    assert "Train longer" not in text
 
 
 def test_a_data_set_is_judged_by_its_own_metric(store: RowStore) -> None:

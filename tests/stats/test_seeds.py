@@ -155,8 +155,8 @@ def test_equal_probes_are_called_different_once_in_twenty(deviation: float, n: i
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_students_t_holds_a_corrected_level(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At .005, 500 studies of equal probes with three replicates, and of arms with three seeds: 2.5 ± 1.6; by the crossed error alone, whose
-    degrees of freedom grow where the few agree by chance, about 15."""
+    """At .005, 500 studies of equal probes with three replicates, and of arms with three seeds: 2.5 ± 1.6; by the crossed error alone,
+    whose degrees of freedom grow where the few agree by chance, about 15."""
     for module in (images, seeds):
         monkeypatch.setattr(module, "DRAWS", 10)  # no interval here
     rng, called, by_crossed = np.random.default_rng(3), 0, 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from ssl_vit.errors import Failure
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.arms import Arm, Weights, arms_and_notes, ordered, weights_of
 from ssl_vit_eval.compare.differences import families_of
@@ -45,7 +46,7 @@ class Gain:
 @dataclass(frozen=True)
 class Cell:
     """Accuracies as fractions, means over seeds. value: by the metric of the data set, which ci, spread and gain are of too; ci: interval
-    for one seed; spread: deviation of several. pixels: value of raw pixels by the same protocol, None where they were not evaluated."""
+    for one seed; spread: deviation of several. pixels: best of raw pixels by the same protocol, None where they were not evaluated."""
 
     value: float
     top1: float
@@ -116,14 +117,15 @@ class Comparison:
 def build(folders: Sequence[str | Path], margin: float | None = None, family: str | None = None) -> Comparison:
     """Compare every row below the folders. margin and family: of `Rule`, where no study declares one.
 
-    UsageError for folders without rows and for a study file that is wrong, Failure where predictions cannot be read or paired, and for a
-    row whose value is not that of its predictions.
+    UsageError for folders without rows and for a study file that is wrong, Failure where predictions cannot be read or paired, for a row
+    whose value is not that of its predictions, and for an evaluation that lacks one of its lines.
     """
     measured = find_rows(folders)
     found = list({row.id: (row, store) for row, store in measured}.values())
     rows, answers = [row for row, _ in found], Answers(found)
     for row in rows:
         answers.check(row)
+    _complete(rows)
     arms, clashes = arms_and_notes(rows)
     tables = _tables(rows, arms, answers)
     trained = [arm for arm in arms.values() if arm.trained_with]
@@ -148,6 +150,17 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
     )
 
 
+def _complete(rows: Sequence[Row]) -> None:
+    """Failure for an evaluation without the metric that its data set is judged by, or without top-1."""
+    metrics: dict[Key, set[str]] = defaultdict(set)
+    for row in rows:
+        metrics[row.key].add(row.metric)
+    for row in rows:
+        if lacking := {TOP1, metric_of(row.dataset)} - metrics[row.key]:
+            what = f"{row.source} read with {row.read_with} on {row.dataset} by {row.protocol} has no line with {lacking.pop()}"
+            raise Failure(f"{what}: evaluate it again; both lines of an evaluation ({TOP1}, {MACRO}) belong together")
+
+
 def _tables(rows: Sequence[Row], names: Mapping[Weights, Arm], answers: Answers) -> list[Table]:
     """A table for each setting, those of a data set together."""
     inits: dict[str, dict[Arm, None]] = defaultdict(dict)  # the initialisation of a shared start is shown in every recipe that has it
@@ -162,8 +175,11 @@ def _tables(rows: Sequence[Row], names: Mapping[Weights, Arm], answers: Answers)
             grouped[Setting.of(row)][arm, row.read_with].append(row)
 
     starts = {row.key: row for row in rows if row.metric == metric_of(row.dataset)}
-    # pixels have a transform of their own, their size
-    floors = {Setting.of(row)._replace(transform=""): row.value for row in starts.values() if row.method == PIXELS}
+    floors: dict[Setting, float] = defaultdict(float)
+    for row in starts.values():
+        if row.method == PIXELS:  # which have a transform of their own, their size; of several sizes the best is the floor
+            of = Setting.of(row)._replace(transform="")
+            floors[of] = max(floors[of], row.value)
     tables = []
     for setting, places in grouped.items():
         floor = floors.get(setting._replace(transform=""))

@@ -60,20 +60,32 @@ def blocks(comparison: Comparison) -> list[Block]:
 
 
 def warnings_of(comparison: Comparison) -> list[str]:
-    """What keeps the numbers from meaning what they seem to; first where raw pixels beat a trained backbone."""
+    """What keeps the numbers from meaning what they seem to; first what raw pixels beat."""
     return [*floors(comparison), *comparison.notes, *selection_warnings(frame_of_rows(comparison.rows))]
 
 
 def floors(comparison: Comparison) -> list[str]:
+    """Of each setting: the trained backbones that raw pixels beat as they were trained, then all other scores that they beat. A random
+    initialisation is before training, and not warned of."""
+    return [*_below_pixels(comparison, True), *_below_pixels(comparison, False)]
+
+
+def _below_pixels(comparison: Comparison, as_trained: bool) -> list[str]:
     found = []
     for table in comparison.tables:
-        own = {arm.name: cell for (arm, spec), cell in table.cells.items() if arm.trained_with == spec}
+        seen = [*(arm for arm in table.arms() if arm.trained_with), *(arm for arm in comparison.others(table) if arm.method != "random")]
+        own = {
+            arm.name if as_trained else f"{arm.name} read with {spec}": cell
+            for (arm, spec), cell in table.cells.items()
+            if arm in seen and (arm.trained_with == spec) == as_trained
+        }
         if low := [name for name, cell in own.items() if cell.below_pixels]:
             best = max(cell.pixels or 0.0 for cell in own.values())
             named = "; ".join(low[:3]) + (f" and {len(low) - 3} more" if len(low) > 3 else "")
             where = f"{table.setting.dataset}, {table.setting.rule} v{table.setting.version}"
-            text = f"{len(low)} of {len(own)} trained backbones, read as trained, are below raw pixels ({100 * best:.1f} %): {named}"
-            found.append(f"{where}: {text}; what is compared there has not learnt to see")
+            what = "trained backbones, read as trained," if as_trained else "scores of other readouts and models"
+            end = "what is compared there has not learnt to see" if as_trained else "these features tell less than the images themselves"
+            found.append(f"{where}: {len(low)} of {len(own)} {what} are below raw pixels ({100 * best:.1f} %): {named}; {end}")
     return found
 
 
@@ -152,7 +164,7 @@ def next_step(comparison: Comparison) -> str:
     """What the outcome asks for, the most urgent first."""
     undecided = [of for _, of in _trainings(comparison) if of.outcome == "undecided"]
     steps = []
-    if floors(comparison):
+    if _below_pixels(comparison, as_trained=True):
         steps.append("train longer, or on more images, until the backbones pass raw pixels")
     if any(isinf(of.resolvable) for of in undecided):
         needed = seeds_needed(max(of.comparisons for of in undecided), comparison.rule.level)
