@@ -115,11 +115,11 @@ def test_ordinary_intervals_have_no_imaginary_images() -> None:
     """25 discordant images are resampled as they are, 24 with two more."""
     differences, rng = np.zeros(5000), np.random.default_rng(0)
     differences[:24] = 1
-    two_more = images.imaginary(differences, rng)
+    two_more = images.imaginary(differences, images.strata(len(differences), None), rng)
     assert two_more is not None
     assert (two_more * 5000).std() == pytest.approx(2**0.5, rel=0.03)
     differences[24] = -1
-    assert images.imaginary(differences, rng) is None
+    assert images.imaginary(differences, images.strata(len(differences), None), rng) is None
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(2.5, 0.0), (4.0, 1.0), (1.0, 8.0)])

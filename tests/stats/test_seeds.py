@@ -120,6 +120,8 @@ def test_crossed_interval_without_discordance_leaves_three_in_n() -> None:
     low, high = over_seeds(torch.ones(2, 1000))[1:3]
     assert low < 99.8
     assert high == 100.0
+    classes = torch.tensor([0] * 500 + [1] * 490 + [2] * 10)  # an image of the smallest class weighs 1 / 30
+    assert crossed_interval(torch.zeros(3, 1, 1000), classes)[:4] == pytest.approx((0.0, -10.0, 10.0, 100 * 2**0.5 / 30), abs=1e-9)
     with pytest.raises(UsageError, match="no images"):
         over_seeds(torch.zeros(1, 0))
 

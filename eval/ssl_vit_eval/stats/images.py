@@ -74,18 +74,25 @@ def resampled(values: Float64[np.ndarray, " n"], groups: Sequence[np.ndarray], r
     return np.asarray(norm.ppf((rng.permutation(DRAWS) + 0.5) / DRAWS) * variance_over(values, groups) ** 0.5)
 
 
-def imaginary(differences: Float64[np.ndarray, " n"], rng: np.random.Generator) -> Float64[np.ndarray, " draws"] | None:
+def largest_weight(groups: Sequence[np.ndarray]) -> float:
+    """That an image has in `mean_over`: 1 / n, or over C classes 1 / (C · images of the smallest class)."""
+    return 1 / len(groups) / min(map(len, groups))
+
+
+def imaginary(
+    differences: Float64[np.ndarray, " n"], groups: Sequence[np.ndarray], rng: np.random.Generator
+) -> Float64[np.ndarray, " draws"] | None:
     """What two more images, one that only A and one that only B gets right, add to the draws of a mean difference of n images; None
-    where 25 images or more differ from the others, and none are needed.
+    where 25 images or more differ from the others, and none are needed. In the mean over classes they may be of the smallest class.
 
     As a rule that is where fewer than 25 are discordant. Resampling never draws what did not come, though none of n images leaves a rate
     of 3 / n (rule of three). The two are Bonett & Price's (2012) correction of the interval of paired proportions; without discordant
-    images the bounds become just these ± 3 / n.
+    images the bounds become just these ± 3 / n, and with classes ± 3 / (C · images of the smallest class).
     """
     if np.count_nonzero(differences != np.median(differences)) >= FEW:
         return None
     n = len(differences)
-    return resampled_sums(np.append(np.zeros(n), [1.0, -1.0]), rng) / n
+    return resampled_sums(np.append(np.zeros(n), [1.0, -1.0]), rng) * largest_weight(groups)
 
 
 class McNemar(NamedTuple):

@@ -22,6 +22,7 @@ from ssl_vit_eval.stats.images import (
     Interval,
     exact_sign_flip,
     imaginary,
+    largest_weight,
     mean_over,
     percentiles,
     resampled,
@@ -91,9 +92,9 @@ def crossed_interval(values: Float[Tensor, "s k n"], classes: Int64[Tensor, " n"
     parts = [(mean_over(of, groups).var(ddof=1) / len(of), len(of) - 1) for of in levels]  # variance and degrees of freedom
 
     image_part, by_image, kept = variance_over(of_images, groups), resampled(of_images, groups, rng), 1.0
-    two_more = imaginary(of_images, rng)
+    two_more = imaginary(of_images, groups, rng)
     if two_more is not None:
-        image_part, by_image = image_part + 2 / v.shape[2] ** 2, by_image + two_more
+        image_part, by_image = image_part + 2 * largest_weight(groups) ** 2, by_image + two_more
     elif image_part > 0:
         interaction = sum(variance_over(of - of_images, groups).sum() / (len(of) - 1) / len(of) for of in levels)
         kept = max(0.0, 1 - interaction / image_part)
