@@ -10,12 +10,16 @@ import torch
 from PIL import Image
 from torch.multiprocessing import start_processes
 
+from ssl_vit.data.images import ImageStore
+from ssl_vit.errors import Failure
 from ssl_vit.model.backbone import build_backbone
 from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.readout import readout
 from ssl_vit_eval import distributed
 from ssl_vit_eval.distributed import barrier, gather_objects, merge_parts, parts, process_group, rank, world
+from ssl_vit_eval.features.tokens import StreamedTokens, open_tokens
 from ssl_vit_eval.probes import online_knn
+from ssl_vit_eval.sources import Source
 from tests.processes import THREADS, free_port
 
 TOTALS, SIZES = (0, 1, 5, 7, 64, 65), (1, 3, 64)
@@ -61,6 +65,35 @@ def member(number: int, pictures: Path, out: Path, ports: list[int]) -> None:
             with process_group():
                 answer = work(pictures)
             (out / f"{number}-of-{processes}.json").write_text(json.dumps(answer))
+
+
+def one_without_memory(number: int, out: Path, port: int) -> None:
+    """One of two processes: the second has no memory for the first tokens of a split."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(number), "LOCAL_RANK": str(number), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with process_group():
+        backbone = build_backbone(BackboneConfig("vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=2, heads=2)).eval()
+        source = Source("tiny", "random", None, 0, 16, "hash", None, None, None, backbone)
+        if number == 1:
+            StreamedTokens.sequences = full  # type: ignore[method-assign, assignment]
+        message = ""
+        try:
+            open_tokens(source, ImageStore.stacked(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)), (-1,), out, "key")
+        except Failure as error:
+            message = str(error)
+        (out / f"{number}.json").write_text(json.dumps(gather_objects(message)))
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_on_one_process_ends_the_tokens_on_both(tmp_path: Path) -> None:
+    start_processes(one_without_memory, (tmp_path, int(free_port())), nprocs=2, start_method="forkserver")
+    for number in range(2):
+        messages = json.loads((tmp_path / f"{number}.json").read_text())
+        assert all(message.startswith("memory ran out (out of memory)") for message in messages)
 
 
 @pytest.fixture

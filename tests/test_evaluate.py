@@ -1,6 +1,6 @@
 """`ssl-vit eval` as a command: rows, controls, skipping, refusals."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,12 @@ from sklearn.metrics import balanced_accuracy_score
 
 from ssl_vit.cli import run
 from ssl_vit.data.images import ImageStore
+from ssl_vit.errors import Failure
+from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import available, readout
-from ssl_vit_eval import lazy_images, memory
+from ssl_vit_eval import evaluation, lazy_images, memory
 from ssl_vit_eval.features.extract import Reading, read_all
+from ssl_vit_eval.features.tokens import StreamedTokens
 from ssl_vit_eval.probes.knn import KNNProbe
 from ssl_vit_eval.protocols import KINDS
 from ssl_vit_eval.rows import RowStore
@@ -202,6 +205,75 @@ def test_a_source_that_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyP
     assert "could not be evaluated: random:mae on ./pictures" in errors(capsys)[0]
     assert {row.source for row in RowStore("out").rows()} == {"random:dino"}
     assert not list(Path("out/features").glob("*.partial"))
+
+
+@pytest.fixture
+def gap_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Source.features
+
+    def broken(self: Source, images: torch.Tensor, specs: list[str]) -> dict[str, torch.Tensor]:
+        return {spec: values * (float("nan") if spec == "gap" else 1) for spec, values in original(self, images, specs).items()}
+
+    monkeypatch.setattr(Source, "features", broken)
+
+
+def written() -> set[tuple[str, str, str]]:
+    return {(row.source, row.protocol, row.read_with) for row in RowStore("out").rows()}
+
+
+@pytest.mark.usefixtures("gap_is_not_finite")
+def test_a_readout_that_is_not_finite_leaves_the_others_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*EVAL, "--protocols", "knn", "linear-dino"]) == 1
+    message = errors(capsys)[0]
+    assert "2 of 4 runs failed, the others are kept: random:mae: pictures train: image 0 read with gap gives features" in message
+    assert written() == {("random:mae", "knn", "cls"), ("random:mae", "linear-dino", "cls")}
+    assert not list(Path("out/features").glob("*.partial"))
+    assert len(list(Path("out/features").glob("*.features"))) == 2  # cls of train and of test
+
+
+def test_tokens_that_memory_is_too_small_for_cost_what_reads_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(StreamedTokens, "sequences", full)
+    assert run([*EVAL, "--protocols", "knn", "attentive"]) == 1
+    assert "2 of 4 runs failed, the others are kept: memory ran out (CUDA out of memory); " in errors(capsys)[0]
+    assert {protocol for _, protocol, _ in written()} == {"knn"}
+
+
+def test_a_backbone_without_room_on_the_device_costs_its_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, asked = Backbone.to, []
+
+    def full(self: Backbone, device: torch.device) -> Backbone:
+        asked.append(self)
+        if self is asked[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return original(self, device)
+
+    monkeypatch.setattr(Backbone, "to", full)
+    assert run(["eval", "random:dino.yaml", *EVAL[1:], "--protocols", "knn"]) == 1
+    said = capsys.readouterr()
+    assert "random:dino on ./pictures is left out: memory ran out" in said.out
+    assert {source for source, _, _ in written()} == {"random:mae"}
+
+
+def test_diagnostics_that_fail_hide_no_other_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(message: str) -> Callable[..., None]:
+        def fail(*_: object) -> None:
+            raise Failure(message)
+
+        return fail
+
+    monkeypatch.setattr(evaluation, "examine", fails("no room for maps"))
+    monkeypatch.setitem(KINDS, "logreg", KINDS["logreg"]._replace(run=fails("no minimum")))
+    assert run([*EVAL[:-1], "--protocols", "logreg", "knn", "--diagnostics"]) == 1
+    message = errors(capsys)[0]
+    assert "no minimum; no room for maps" in message
+    assert {protocol for _, protocol, _ in written()} == {"knn"}
 
 
 def test_a_joint_run_shares_out_its_time_by_what_was_trained() -> None:

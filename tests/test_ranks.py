@@ -73,7 +73,7 @@ def _pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_and_three_processes_give_what_one_gives() -> None:
     one = evaluated(1)
-    assert len(one) == 2 * (3 + 3 + 2 + 1)  # metrics x (knn + logreg + their projections + attentive)
+    assert len(one) == 2 * (3 + 3 + 2 + 4)  # metrics x (knn + logreg + its controls + attentive)
     knn = [row for row, _ in one.values() if row["protocol"] == "knn"]
     assert {row["bank"] for row in knn} == {N_TRAIN}
     assert all(len(answers) == N_TEST for _, answers in one.values())

@@ -105,17 +105,13 @@ def evaluate_dataset(
             failed += [(source, error) for source, _ in group]
             continue
         evaluations = [Evaluation(source, specs, images, referee) for source, specs in group]
-        errors: dict[int, Exception] = {}
         for number, split in enumerate((images.train, images.test)):
-            going = [place for place, evaluation in enumerate(evaluations) if place not in errors and evaluation.pooled]
-            found = read_all([evaluations[place].readings[number] for place in going], split.images)
-            errors |= {going[place]: error for place, error in found.items()}
-        total = sum(evaluation.steps for place, evaluation in enumerate(evaluations) if place not in errors)
+            for (place, spec), lost in read_all([evaluation.readings[number] for evaluation in evaluations], split.images).items():
+                evaluations[place].lose(lost, ["features"], [spec])
+        total = sum(evaluation.steps for evaluation in evaluations)
         with tqdm(total=total, leave=False, unit="run", disable=True if rank() else None) as bar:
-            for place, evaluation in enumerate(evaluations):
+            for evaluation in evaluations:
                 try:
-                    if place in errors:
-                        raise errors[place]
                     evaluation.run(bar)
                 except (UsageError, Failure) as error:
                     failed.append((evaluation.source, error))

@@ -1,8 +1,8 @@
 """One source on one dataset: what is missing of its rows, the features that it needs for them, and the protocols on these."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -122,18 +122,51 @@ class Evaluation:
             referee.say(f"{self.name}: done before")
         keys = (self.key(task.rule, spec, task.control) for task in tasks for spec in task.specs)
         images.planned.update((key, metric) for key in keys for metric in METRICS)
-        self.asked = len(tasks)
+        self.asked = sum(len(task.specs) for task in tasks) + bool(self.plain)  # runs
         refused, self.tasks = self.refused(tasks)
         self.failed = refused if rank() == 0 else []  # those that this process answers for
-        self.pooled = list(dict.fromkeys(spec for task in self.tasks if task.rule.reads == "features" for spec in task.specs))
+        pooled = self.specs("features")
         self.readings = [
-            Reading.of(source, self.pooled, split.images, referee.cache, data, split.split, images.transform, half, split.dataset)
+            Reading.of(source, pooled, split.images, referee.cache, data, split.split, images.transform, half, split.dataset)
             for split, data in self.splits
         ]
-        # tasks that all processes share, one after the other, then each process's own of the others
+
+    @property
+    def mine(self) -> list[Task]:
+        """Tasks that all processes share, one after the other, then this process's own of the others."""
         shared = [task for task in self.tasks if KINDS[task.rule.kind].shared]
-        self.mine = [*shared, *[task for task in self.tasks if task not in shared][rank() :: world()]]
-        self.steps = len(self.mine) + bool(self.plain)
+        return [*shared, *[task for task in self.tasks if task not in shared][rank() :: world()]]
+
+    @property
+    def steps(self) -> int:
+        return len(self.mine) + bool(self.plain)
+
+    def specs(self, *reads: str) -> list[str]:
+        """The readouts of the tasks that read this."""
+        return list(dict.fromkeys(spec for task in self.tasks if task.rule.reads in reads for spec in task.specs))
+
+    def lose(self, error: Exception, reads: Collection[str], specs: Collection[str]) -> None:
+        """What reads this of these readouts fails, the rest goes on. Called by every process."""
+        tasks, self.tasks = self.tasks, []
+        for task in tasks:
+            left = tuple(spec for spec in task.specs if task.rule.reads not in reads or spec not in specs)
+            self.failed += [error] * (len(task.specs) - len(left)) if rank() == 0 else []
+            self.tasks += [task._replace(specs=left)] if left else []
+        for reading in self.readings if "features" in reads else ():
+            for spec in specs:
+                reading.files.pop(spec, None)
+        if "features" in reads and self.plain:
+            self.plain = [spec for spec in self.plain if spec not in specs]
+            self.failed += [] if self.plain or rank() else [error]
+
+    @contextmanager
+    def preparing(self, *reads: str) -> Iterator[None]:
+        """Around what every process does for the tasks that read this: they fail with it on all processes, and they alone."""
+        try:
+            with agreed():
+                yield
+        except (UsageError, Failure) as error:
+            self.lose(error, reads, self.specs(*reads))
 
     @property
     def splits(self) -> list[tuple[Split, str]]:
@@ -169,13 +202,17 @@ class Evaluation:
 
     def run(self, bar: Any) -> None:
         """Carry out the tasks; each process keeps its own results at once. Failure at the end for those that failed."""
-        self.features = [reading.features() for reading in self.readings]
-        needed = self.plain or any(task.rule.reads != "features" for task in self.tasks)
-        with on_device([self.source] if needed else []):
-            if asked := [spec for task in self.tasks if task.rule.reads == "tokens" for spec in task.specs]:
-                blocks = tuple(sorted({block for spec in asked for block in ReadoutSpec.parse(spec).blocks}))
-                with in_memory():
+        steps = self.steps
+        with ExitStack() as stack:
+            with self.preparing("features"):
+                self.features = [reading.features() for reading in self.readings]
+            with self.preparing("tokens", "images"):
+                stack.enter_context(on_device([self.source] if self.specs("tokens", "images") else []))
+            with self.preparing("tokens"):
+                if asked := self.specs("tokens"):
+                    blocks = tuple(sorted({block for spec in asked for block in ReadoutSpec.parse(spec).blocks}))
                     self.tokens = [self.read_tokens(split, data, blocks) for split, data in self.splits]
+            bar.update(steps - self.steps)
             for task in self.mine:
                 bar.set_description(f"{self.source.name}: {task}")
                 shared = KINDS[task.rule.kind].shared
@@ -183,16 +220,19 @@ class Evaluation:
                     with nullcontext() if shared and world() > 1 else in_memory():  # the others wait for this part: they end with it
                         self.carry_out(task)
                 except (UsageError, Failure) as error:
-                    self.failed += [] if shared and rank() else [error]
+                    self.failed += [] if shared and rank() else [error] * len(task.specs)
                 bar.update()
             failed = [error for errors in gather_objects(self.failed) for error in errors]
             if self.plain:
                 bar.set_description(f"{self.source.name}: diagnostics")
-                with agreed():
-                    if rank() == 0:
-                        images, store = self.images, self.referee.store
-                        path = examine(self.source, images.test, images.data, images.transform, self.plain, store)
-                        self.referee.say(f"diagnostics: {path}")
+                try:
+                    with agreed(), on_device([self.source] if rank() == 0 else []):
+                        if rank() == 0:
+                            images, store = self.images, self.referee.store
+                            path = examine(self.source, images.test, images.data, images.transform, self.plain, store)
+                            self.referee.say(f"diagnostics: {path}")
+                except (UsageError, Failure) as error:
+                    failed.append(error)
                 bar.update()
         if failed:
             what = "" if len(failed) == self.asked else f"{len(failed)} of {self.asked} runs failed, the others are kept: "

@@ -17,7 +17,7 @@ from ssl_vit.model.readout import Readout, ReadoutSpec, available
 from ssl_vit.provenance import recipe_hash
 from ssl_vit.weights.checkpoint import backbone_of, is_ours, load_backbone, network_of, read_weights, split_network
 from ssl_vit.weights.official import check_size, official_backbone
-from ssl_vit_eval.distributed import device
+from ssl_vit_eval.distributed import device, in_memory
 
 PIXELS = "pixels"
 
@@ -100,11 +100,12 @@ class Source:
 
 @contextmanager
 def on_device(sources: Iterable[Source]) -> Iterator[None]:
-    """Their backbones on this process's accelerator inside; afterwards it has room for others."""
+    """Their backbones on this process's accelerator inside; afterwards it has room for others. Failure where it has none for them."""
     backbones = [source.backbone for source in sources if source.backbone is not None]
     try:
-        for backbone in backbones:
-            backbone.to(device())
+        with in_memory():
+            for backbone in backbones:
+                backbone.to(device())
         yield
     finally:
         for backbone in backbones:

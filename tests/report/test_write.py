@@ -88,7 +88,11 @@ def make_study(folder: Path) -> None:
     for seed in SEEDS:
         plant_random(store, answers(0.6, 50 + seed), start=f"start{seed}", seed=seed)
     plant_arm(store, "cls", SEEDS, lambda seed: answers(0.77, 20 + seed), read_with="gap")
-    edge = {"protocol": "logreg", "selected": {"C": 0.1, "n_iter": 12}, "grid": {"C": [0.01, 0.1], "test_accuracy": [0.7, 0.6]}}
+    edge = {
+        "protocol": "logreg",
+        "selected": {"C": 0.1, "n_iter": 12, "converged": False},
+        "grid": {"C": [0.01, 0.1], "test_accuracy": [0.7, 0.6]},
+    }
     right = answers(0.7, 11)
     plant(store, right, **edge, edge_of_grid=True, oracle=right.double().mean().item() + 0.012, init="start0")
     plant(store, answers(0.3, 12), method="pixels", read_with="pixels", source="pixels:32", checkpoint="p", trained_with=None, init=None)
@@ -212,6 +216,7 @@ def test_warnings_come_before_the_numbers(study: tuple[Path, Comparison]) -> Non
     for note in study[1].notes:
         assert note in findings
     assert "builtin:photos, logreg v1: 1 of 1 choices lie at the edge of the grid" in findings
+    assert "builtin:photos, logreg v1: 1 of 1 probes did not converge: toy-cls-s0 read with cls" in findings
     assert "choosing on test would have added up to 1.2 points" in findings
     assert findings.index("Warnings") < findings.index("All verdicts")
     (line,) = [line for line in lines_of(study[0] / "tables" / "selection.csv") if line["protocol"] == "logreg"]

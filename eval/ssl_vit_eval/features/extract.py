@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Reading:
     """The features that one source gives of one split, by readout spec, and the files that they lie in. name: for messages."""
 
     source: Source
-    files: Mapping[str, FeatureFile]
+    files: dict[str, FeatureFile]
     name: str
 
     @classmethod
@@ -54,11 +55,14 @@ class Reading:
         return {spec: file.mapped() for spec, file in self.files.items()}
 
 
-def read_all(readings: Sequence[Reading], images: ImageStore) -> dict[int, Exception]:
+Lost = dict[tuple[int, str], Exception]  # what went wrong, by the place of the reading and the readout
+
+
+def read_all(readings: Sequence[Reading], images: ImageStore) -> Lost:
     """See that the files of all readings are there: what is missing comes from one pass over the images, each decoded once for all.
 
-    Several processes share the folder and the pass; all call it. What went wrong for a reading is given back by its place: features
-    that are not finite, no room on the disk or in memory, an image that cannot be decoded. Files of the others are whole."""
+    Several processes share the folder and the pass; all call it. What went wrong is given back: features that are not finite, no room
+    on the disk or in memory, an image that cannot be decoded. Files of the other readouts are whole."""
     # the first process decides what is missing: another evaluation may just be finishing a file
     missing = [{spec: file for spec, file in reading.files.items() if rank() == 0 and not file.is_whole()} for reading in readings]
     names = gather_objects([list(files) for files in missing])[0]
@@ -71,8 +75,8 @@ def read_all(readings: Sequence[Reading], images: ImageStore) -> dict[int, Excep
         with agreed():
             check_room([file for files in todo.values() for file in files.values()], ", ".join(readings[place].name for place in todo))
     except Failure as error:
-        return dict.fromkeys(todo, error)
-    failed: dict[int, Exception] = {}
+        return {(place, spec): error for place, of in todo.items() for spec in of}
+    failed: Lost = {}
     files = [file for of in todo.values() for file in of.values()]
     try:
         for file in files:
@@ -83,42 +87,54 @@ def read_all(readings: Sequence[Reading], images: ImageStore) -> dict[int, Excep
             file.abandon()
         raise
     for other in gather_objects(failed):
-        failed |= {place: error for place, error in other.items() if place not in failed}
+        failed = other | failed
     for place, of in todo.items():
-        for file in of.values():
-            file.abandon() if place in failed else file.finish()
+        for spec, file in of.items():
+            file.abandon() if (place, spec) in failed else file.finish()
     return failed
 
 
 @torch.no_grad()
-def _pass(
-    readings: Sequence[Reading], todo: Mapping[int, Mapping[str, FeatureFile]], images: ImageStore, failed: dict[int, Exception]
-) -> None:
+def _pass(readings: Sequence[Reading], todo: Mapping[int, Mapping[str, FeatureFile]], images: ImageStore, failed: Lost) -> None:
     """This process's share of the pass; what went wrong here goes into `failed`."""
+
+    def left(place: int) -> list[str]:
+        return [spec for spec in todo[place] if (place, spec) not in failed]
+
     names = [readings[place].name for place in todo]
     title, total = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else ""), len(list(parts(len(images), BATCH)))
-    with on_device(readings[place].source for place in todo):
+    with ExitStack() as stack:
+        for place in todo:
+            try:
+                stack.enter_context(on_device([readings[place].source]))
+            except Failure as error:
+                failed |= {(place, spec): error for spec in left(place)}
         try:
             for start, batch in tqdm(batches(images), title, total, leave=False, unit="batch", disable=True if rank() else None):
-                for place in todo.keys() - failed.keys():
+                for place in filter(left, todo):
                     try:
                         with in_memory():
-                            _write(readings[place], todo[place], start, batch)
+                            bad = _write(readings[place], {spec: todo[place][spec] for spec in left(place)}, start, batch)
+                        failed |= {(place, spec): error for spec, error in bad.items()}
                     except (UsageError, Failure) as error:
-                        failed[place] = error
+                        failed |= {(place, spec): error for spec in left(place)}
         except Failure as error:  # of an image
-            failed |= dict.fromkeys(todo.keys() - failed.keys(), error)
+            failed |= {(place, spec): error for place in todo for spec in left(place)}
 
 
-def _write(reading: Reading, files: Mapping[str, FeatureFile], start: int, batch: UInt8[Tensor, "b 3 s s"]) -> None:
+def _write(reading: Reading, files: Mapping[str, FeatureFile], start: int, batch: UInt8[Tensor, "b 3 s s"]) -> dict[str, Failure]:
+    """What is wrong, by readout; the others are written."""
+    failed = {}
     for spec, values in reading.source.features(batch.to(device()), list(files)).items():
         bad = (~torch.isfinite(values)).any(dim=1).nonzero()
         if len(bad):
-            raise Failure(
+            failed[spec] = Failure(
                 f"{reading.name}: image {start + int(bad[0])} read with {spec} gives features that are not finite; "
                 "look at the image and the weights, or leave this readout out"
             )
-        files[spec].write(start, values.cpu())
+        else:
+            files[spec].write(start, values.cpu())
+    return failed
 
 
 def batches(images: ImageStore) -> Iterator[tuple[int, UInt8[Tensor, "b 3 s s"]]]:

@@ -92,8 +92,9 @@ def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folde
     the folder and divide the pass. Failure for tokens that are not finite.
     """
     assert source.backbone is not None
-    stream = StreamedTokens(source.backbone, images, blocks)
-    first = stream.sequences(torch.zeros(1, dtype=torch.int64))
+    with agreed():  # memory may run out on one process alone
+        stream = StreamedTokens(source.backbone, images, blocks)
+        first = stream.sequences(torch.zeros(1, dtype=torch.int64))
     spec = "tokens@" + ",".join(map(str, stream.blocks))
     normalisation = f"{source.backbone.mean} {source.backbone.std}"
     fields = (source.weights, key, "", "", normalisation, spec, len(images), pack(first).shape[1])
@@ -109,7 +110,8 @@ def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folde
         with file.writing(), agreed():
             for start, end in tqdm(ranges, f"{source.name}: tokens", leave=False, unit="batch", disable=True if rank() else None):
                 file.write(start, pack(stream.sequences(torch.arange(start, end))).cpu())
-    return TokenCache(stream, file.mapped(), (first.shape[1], first.shape[2], first.shape[3]))
+    with agreed():
+        return TokenCache(stream, file.mapped(), (first.shape[1], first.shape[2], first.shape[3]))
 
 
 def pack(sequences: Float[Tensor, "b blocks l d"]) -> Float16[Tensor, "b numbers"]:

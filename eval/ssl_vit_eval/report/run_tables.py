@@ -127,6 +127,10 @@ def selection_warnings(rows: pd.DataFrame) -> list[str]:
             found.append(f"{where}: {edges} of {len(of)} choices lie at the edge of the grid; a better value may lie beyond it")
         if (bias := max(of.bias.dropna(), default=0.0)) > 1:
             found.append(f"{where}: choosing on test would have added up to {bias:.1f} points to a number")
+        cut = of[[selected.get("converged") is False for selected in of.selected]]
+        if names := [f"{source} read with {spec}" for source, spec in zip(cut.source, cut.read_with, strict=True)]:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            found.append(f"{where}: {len(names)} of {len(of)} probes did not converge: {', '.join(names[:4])}{more}")
     return found
 
 
