@@ -13,6 +13,7 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Cell, Gain, build
 from ssl_vit_eval.compare.runs import find_runs, recipe_name
+from ssl_vit_eval.compare.scores import metric_of
 from ssl_vit_eval.report.score_tables import gain_text, score_text, under_text
 from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.text import signed
@@ -214,6 +215,22 @@ def test_cells_below_raw_pixels_are_marked_by_their_own_protocol(store: RowStore
         "dino (toy), trained with cls read with gap; timm (timm:vit) read with cls; these features tell less"
     )
     assert "Train longer" not in text
+
+
+def test_the_metric_is_known_by_whole_words_of_the_name() -> None:
+    by_class = [
+        "OxfordIIITPet",
+        "timm/oxford-iiit-pet",
+        "pets",
+        "oxfordiiitpet",
+        "nelorth/oxford-flowers",
+        "Flowers102",
+        "oxford_flowers102",
+    ]
+    by_class += ["FLOWERS", "FGVCAircraft", "torchvision:FGVC-Aircraft", "fgvc_aircraft", "Caltech101", "caltech_101"]
+    assert {metric_of(name) for name in by_class} == {"top1_macro"}
+    others = ["my_carpets", "sunflowers", "trumpets", "Sunflowers2", "builtin:photos", "IIIT5K", "my_pet", "aircrafts", "cifar100"]
+    assert {metric_of(name) for name in others} == {"top1"}
 
 
 def test_a_data_set_is_judged_by_its_own_metric(store: RowStore) -> None:

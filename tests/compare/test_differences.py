@@ -9,6 +9,7 @@ import torch
 
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.compare.comparison import build
+from ssl_vit_eval.report.first_page import next_step
 from ssl_vit_eval.report.terminal import screen
 from ssl_vit_eval.report.text import words_of
 from ssl_vit_eval.rows import RowStore
@@ -193,6 +194,17 @@ def test_three_seeds_can_be_judged_by_students_t_if_that_was_declared(store: Row
         plant_arm(store, readout, range(3), noisy(0.7, 2000), dataset="other", data="other")
     same = families(compared(store), "trained with")[1].differences[0]
     assert (same.outcome, same.p_beyond < 0.001) == ("no difference", True)
+
+
+def test_the_next_step_is_that_of_the_test(store: RowStore) -> None:
+    for readout in ("cls", "gap"):
+        plant_arm(store, readout, range(1), noisy(0.7))
+    assert next_step(compared(store)).startswith("Train 6 seeds of each arm")
+    declare(store, test="t")
+    assert next_step(compared(store)).startswith("Train 3 or more seeds of each arm")
+    for readout in ("cls", "gap"):
+        plant_arm(store, readout, range(1, 3), noisy(0.7, salt=1 + (readout == "gap")))
+    assert next_step(compared(store)).startswith("Add seeds where a difference that matters is undecided")
 
 
 def test_equivalence_within_the_margin(store: RowStore) -> None:

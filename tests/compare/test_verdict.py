@@ -115,6 +115,20 @@ def test_the_assumption_of_students_t_stands_beside_its_verdicts() -> None:
     assert "exact sign-flip tests" in RULE.text
 
 
+def test_what_students_t_needs_is_not_what_the_sign_flip_test_needs() -> None:
+    one, two = difference(9.0, 8.0, 10.0, 0.1, seeds=1, resolvable=inf), difference(9.0, 8.0, 10.0, 0.1, seeds=2, resolvable=inf)
+    said = [
+        words_of(
+            Family("trained with", SETTING, "dino (toy)", "seeds", [of]), replace(of, outcome="undecided", comparisons=1000), Rule(test="t")
+        )
+        for of in (one, two)
+    ]
+    assert said[0].endswith("says nothing about the readouts; Student's t needs 3 seeds or more")
+    assert said[1].endswith("; no difference is resolvable by Student's t: 2 seeds are too few for 1000 comparisons")
+    weights = words(replace(one, outcome="undecided"), comparisons=1, question="read with", unit="images")
+    assert weights.endswith("no difference is resolvable by Student's t: the replicates are too few for 1 comparison")
+
+
 def test_words_of_weights() -> None:
     better = difference(1.2, 0.3, 2.1, 0.03)
     assert words(better, question="read with", unit="images") == "of these weights, cls is better than gap by 1.2 points [0.3, 2.1]"

@@ -1,5 +1,6 @@
 """The accuracy that a data set is judged by, and the answers that it is computed from."""
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -15,14 +16,17 @@ from ssl_vit_eval.rows import Key, Row, RowStore, Setting
 
 Scores = dict[tuple[Setting, Side], dict[int | None, float]]
 TOP1, MACRO = METRICS
-_BY_CLASS = ("pets", "iiit-pet", "flowers", "aircraft", "caltech")  # Kornblith et al. 2019, "Do better ImageNet models transfer better?"
+# Kornblith et al. 2019, "Do better ImageNet models transfer better?"; by the words that they are called by
+_BY_CLASS = [{"pets"}, {"iiit", "pet"}, {"oxfordiiitpet"}, {"flowers"}, {"aircraft"}, {"fgvcaircraft"}, {"caltech"}]
+_WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # `OxfordIIITPet`, `oxford_flowers102`, `FGVC-Aircraft`
 _KEPT = 512  # evaluations in memory: more than one setting has, whose cells are all paired with each other
 
 
 def metric_of(dataset: str) -> str:
-    """What a data set is judged by: the mean over classes for Pets, Flowers, Aircraft and Caltech, whose classes differ in size, by a part
-    of its name; else top-1. Gains, differences and their tests are of this."""
-    return MACRO if any(part in dataset.lower() for part in _BY_CLASS) else TOP1
+    """What a data set is judged by: the mean over classes for Pets, Flowers, Aircraft and Caltech, whose classes differ in size, by whole
+    words of its name; else top-1. Gains, differences and their tests are of this."""
+    words = {word.lower() for word in _WORD.findall(dataset)}
+    return MACRO if any(known <= words for known in _BY_CLASS) else TOP1
 
 
 def scores_by_seed(rows: Sequence[Row]) -> Scores:

@@ -11,7 +11,7 @@ from ssl_vit_eval.report.plot_differences import paired_seeds
 from ssl_vit_eval.report.run_tables import frame_of_rows, selection_warnings
 from ssl_vit_eval.report.score_tables import at_last
 from ssl_vit_eval.report.table import Sheet, frame_of, slug
-from ssl_vit_eval.report.text import points_text, side_name, signed, words_of
+from ssl_vit_eval.report.text import T_SEEDS, points_text, side_name, signed, words_of
 from ssl_vit_eval.stats.seeds import seeds_needed
 
 SIGNS: dict[Outcome, str] = {"better": ">", "worse": "<", "no difference": "≈", "undecided": "?"}
@@ -166,7 +166,9 @@ def next_step(comparison: Comparison) -> str:
     steps = []
     if _below_pixels(comparison, as_trained=True):
         steps.append("train longer, or on more images, until the backbones pass raw pixels")
-    if any(isinf(of.resolvable) for of in undecided):
+    if comparison.rule.test == "t" and any(len(of.seeds) < 2 for of in undecided):
+        steps.append(f"train {T_SEEDS} or more seeds of each arm; Student's t can decide with {T_SEEDS} where the difference is large")
+    elif comparison.rule.test == "sign-flip" and any(isinf(of.resolvable) for of in undecided):
         needed = seeds_needed(max(of.comparisons for of in undecided), comparison.rule.level)
         declared = seeds_needed(1, comparison.rule.level)
         steps.append(f"train {needed} seeds of each arm, or {declared} and declare one primary comparison before the training")

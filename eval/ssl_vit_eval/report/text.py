@@ -12,6 +12,7 @@ TITLES = {
     "norm": "Norm: the same readout with the final norm at another place",
     "null control": "Null control: cls and the only register are exchangeable",
 }
+T_SEEDS = 3  # the fewest to advise for Student's t: with two, 95 % are 13 standard errors
 _MOST_DIGITS = 6
 
 
@@ -117,12 +118,18 @@ def _verdict(question: Question, unit: Unit, d: Difference, rule: Rule) -> str:
         beyond = p_text(d.corrected_beyond, rule)
         return f"{interval}, within the margin, but the corrected p of a difference beyond it is {beyond}"
     if math.isinf(d.resolvable):
+        if rule.test == "t" or unit == "images":
+            few = "the replicates" if unit == "images" else f"{len(d.seeds)} seeds"
+            count = f"{d.comparisons} comparison{'' if d.comparisons == 1 else 's'}"
+            return f"{interval}; no difference is resolvable by Student's t: {few} are too few for {count}"
         reach = p_text(min(1.0, d.comparisons * smallest_p(len(d.seeds))), rule)
         return f"{interval}; no difference is resolvable: the best corrected p of {len(d.seeds)} seeds is {reach}, {needs}"
     return f"{interval}; a true difference of {d.resolvable:.1f} points would have been found four times in five"
 
 
 def _needs(comparisons: int, rule: Rule) -> str:
+    if rule.test == "t":
+        return f"Student's t needs {T_SEEDS} seeds or more"
     family = "one comparison" if comparisons == 1 else f"a family of {comparisons} comparisons"
     return f"{family} needs {seeds_needed(comparisons, rule.level)} seeds"
 
