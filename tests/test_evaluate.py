@@ -276,6 +276,19 @@ def test_diagnostics_that_fail_hide_no_other_failure(monkeypatch: pytest.MonkeyP
     assert {protocol for _, protocol, _ in written()} == {"knn"}
 
 
+def test_a_joint_run_copies_the_features_of_one_readout_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = []
+
+    def spied(parameters: Mapping[str, object], train: Mapping[str, torch.Tensor], *_: object) -> None:
+        together.append(list(train))
+        raise Failure("seen")
+
+    monkeypatch.setitem(KINDS, "linear", KINDS["linear"]._replace(run=spied))
+    assert run([*EVAL[:-2], "cls+gap", "cls+register", "--protocols", "linear-dino", "--controls", "width"]) == 1
+    assert together[0] == ["cls+gap", "cls+register"]
+    assert sorted(together[1:]) == [["cls+gap"]] * 2 + [["cls+register"]] * 2  # two terms each
+
+
 def test_a_joint_run_shares_out_its_time_by_what_was_trained() -> None:
     assert run([*EVAL, "cls+gap", "--protocols", "linear-dino"]) == 0
     rows = {row.read_with: row for row in RowStore("out").rows() if row.metric == "top1"}

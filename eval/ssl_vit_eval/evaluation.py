@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit_eval.controls import SHUFFLED, controlled, controls_of, shuffled
+from ssl_vit_eval.controls import BESIDE, SHUFFLED, controlled, controls_of, shuffled
 from ssl_vit_eval.diagnostics.run import examine, half_precision, with_blocks
 from ssl_vit_eval.distributed import agreed, gather_objects, in_memory, rank, world
 from ssl_vit_eval.features.extract import Reading
@@ -178,9 +178,12 @@ class Evaluation:
             for control in controls_of(self.referee.controls, spec, rule.kind != "knn") if rule.reads == "features" else [""]:
                 if not all((self.key(rule, spec, control), metric) in known for metric in METRICS):
                     places.setdefault(control, []).append(spec)
-        # a joint run is divided among the processes
-        count = world() if KINDS[rule.kind].joint else max(map(len, places.values()), default=1)
-        return [Task(rule, control, tuple(of[part::count])) for control, of in places.items() for part in range(min(count, len(of)))]
+        tasks = []
+        for control, of in places.items():
+            # a joint run is divided among the processes; features with columns of other images are a copy in memory: one at a time
+            count = min(len(of), world() if KINDS[rule.kind].joint and not control.endswith(BESIDE) else len(of))
+            tasks += [Task(rule, control, tuple(of[part::count])) for part in range(count)]
+        return tasks
 
     def refused(self, tasks: Sequence[Task]) -> tuple[list[Exception], list[Task]]:
         """What cannot be done within the memory, said before anything is read, and the other tasks."""
