@@ -71,14 +71,14 @@ def _pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokens.yaml").write_text(yaml.safe_dump(ATTENTIVE))
 
 
-def test_two_and_three_processes_give_what_one_gives() -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_several_processes_give_what_one_gives(count: int) -> None:
     one = evaluated(1)
     assert len(one) == 2 * (3 + 3 + 2 + 4)  # metrics x (knn + logreg + its controls + attentive)
     knn = [row for row, _ in one.values() if row["protocol"] == "knn"]
     assert {row["bank"] for row in knn} == {N_TRAIN}
     assert all(len(answers) == N_TEST for _, answers in one.values())
-    for count in (2, 3):
-        assert evaluated(count) == one
+    assert evaluated(count) == one
 
 
 def test_a_picture_that_one_process_cannot_read_ends_them_all() -> None:
