@@ -9,7 +9,8 @@ from sklearn.preprocessing import StandardScaler
 
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval import LinearProbe
-from ssl_vit_eval.probes.logreg import cross_entropy, curvature, fit_path, run, select_and_fit
+from ssl_vit_eval.probes import logreg
+from ssl_vit_eval.probes.logreg import cross_entropy, curvature, fit_path, hessian, run, select_and_fit
 from ssl_vit_eval.probes.selection import stratified_slice
 
 
@@ -88,12 +89,28 @@ def test_converged_means_the_answers_of_scikit_learn_at_a_much_tighter_tolerance
     assert not cut.converged_
 
 
-def test_the_curvature_is_the_diagonal_of_the_hessian() -> None:
+def test_the_hessian_and_its_diagonal_equal_autograd() -> None:
     generator = torch.Generator().manual_seed(0)
     Z, W = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((50, 4), (4, 3)))
     y = torch.randint(3, (50,), generator=generator)
-    hessian = torch.autograd.functional.hessian(lambda flat: torch.nn.functional.cross_entropy(Z @ flat.view(4, 3), y), W.flatten())
-    torch.testing.assert_close(curvature(Z, W).flatten(), hessian.diagonal())
+    expected = torch.autograd.functional.hessian(lambda flat: torch.nn.functional.cross_entropy(Z @ flat.view(4, 3), y), W.flatten())
+    torch.testing.assert_close(curvature(Z, W).flatten(), expected.diagonal())
+    expected[:3, :3] += 1 / 3  # the first column's weights are the intercepts, free to move together
+    torch.testing.assert_close(hessian(Z, W), expected)
+
+
+def test_strongly_correlated_features_converge_at_a_large_C_by_the_whole_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features as a small network's: many, but smooth functions of a few causes that also decide the class."""
+    generator = torch.Generator().manual_seed(0)
+    causes = torch.randn(2000, 24, generator=generator) * torch.arange(1, 25) ** -1.5
+    X = torch.tanh(causes @ torch.randn(24, 48, generator=generator))
+    y = (causes @ torch.randn(24, 8, generator=generator) + 0.1 * torch.randn(2000, 8, generator=generator)).argmax(dim=1)
+    probe = LinearProbe(1000.0).fit(X, y)
+    assert probe.converged_
+    exact = make_pipeline(StandardScaler(), LogisticRegression(C=1000.0, solver="newton-cholesky", tol=1e-10))
+    assert (probe.predict(X).numpy() != exact.fit(X.double().numpy(), y.numpy()).predict(X.double().numpy())).mean() <= 0.001
+    monkeypatch.setattr(logreg, "_WHOLE", 0)
+    assert LinearProbe(1000.0).fit(X, y).n_iter_ > 3 * probe.n_iter_
 
 
 def test_too_few_iterations_are_told() -> None:

@@ -16,9 +16,11 @@ from ssl_vit_eval.probes.base import Probe, check_readouts, check_training, mome
 from ssl_vit_eval.probes.selection import Answers, Found, select
 
 _ROWS = 4096  # rows a block, so that the logits stay in the cache and memory does not grow with the classes
-_RESTART = 200  # iterations, after which the coordinates are chosen anew
+_RESTART = 200  # iterations, after which the scaling is chosen anew
+_WHOLE = 4000  # weights, up to which the scaling may use the whole Hessian, here of 128 MB
+_SAMPLE = 8192  # rows of train that this Hessian is computed on
 _FLAT = 1e-13  # a share of the largest variance: below it, rounding
-_ROUNDING = 1e-9  # a gradient that float64 cannot reduce
+_ROUNDING = 1e-7  # a scaled gradient whose square, what the loss still falls by, is float64's rounding of the loss
 
 
 class LinearProbe(Probe):
@@ -32,7 +34,7 @@ class LinearProbe(Probe):
     Args:
         C: inverse strength of the L2 penalty.
         max_iter: the most L-BFGS iterations; `converged_` is False when they did not suffice.
-        tol: the fit ends when the gradient's norm is at most this share of the penalty's part in it (both preconditioned). At the minimum
+        tol: the fit ends when the gradient's norm is at most this share of the penalty's part in it (both scaled). At the minimum
             that part balances the data's, so that the share means the same for every C: at 1e-3, about 1 of 1000 answers differs from
             those of the exact minimum.
 
@@ -76,10 +78,11 @@ def fit_path(
 
     near: fits of similar rows for the same grid, to start from instead; the problem is convex, so they change the time, not the result.
 
-    What makes it fast is the coordinates: on the principal axes of the standardised features the Hessian is close to diagonal. Dividing
-    each weight by the root of that diagonal where the fit starts makes the problem nearly round, so that L-BFGS takes tens of iterations
-    where the raw features take hundreds. Where many iterations pass, the diagonal is taken anew. The minimum stays where it was: a rotation
-    keeps `||W||`, and the penalty is taken on W itself. All in float64, because a float32 loss stalls the line search near the minimum.
+    What makes it fast is the scaling. On the principal axes of the standardised features the Hessian is close to diagonal. Dividing each
+    weight by the root of that diagonal makes the problem nearly round, so that L-BFGS takes tens of iterations where the raw features take
+    hundreds. Where that does not suffice (strongly correlated classes, large C) and the Hessian is small, its Cholesky factor takes the
+    diagonal's place. The minimum stays where it was: a rotation keeps `||W||`, and the penalty is taken on W itself. All in float64,
+    because a float32 loss stalls the line search near the minimum.
     UsageError as `LinearProbe.fit`.
     """
     if len(grid) == 0 or min(grid) <= 0:
@@ -112,32 +115,81 @@ def _minimum(
     penalty = torch.full_like(W[:, :1], 1 / (C * len(Z)))
     penalty[0] = 0
     n_iter, converged, stalled = 0, False, 0
+    # the whole Hessian takes the time of about so many iterations, measured on one core: by then it is worth it
+    patience = max(20, W.numel() * min(len(Z), _SAMPLE) // (20 * len(Z)))
 
     while not converged and n_iter < max_iter and stalled < 2:
-        root = (curvature(Z, W) + penalty).clamp(min=1e-12).rsqrt()
+        small = W.numel() <= _WHOLE
+        scaling = Scaling(Z, W, penalty, whole=small and n_iter >= patience)
 
-        def objective(flat: np.ndarray, root: Tensor = root) -> tuple[float, np.ndarray]:
+        def objective(flat: np.ndarray, scaling: Scaling = scaling) -> tuple[float, np.ndarray]:
             nonlocal converged
-            W = root * torch.from_numpy(flat).to(Z.device).view_as(root)
+            W = scaling.weights(torch.from_numpy(flat).to(Z.device))
             loss, gradient = cross_entropy(Z, targets, W)
             pull = penalty * W
-            gradient = root * (gradient + pull)
-            converged = bool(gradient.norm() <= max(tol * (root * pull).norm().item(), _ROUNDING))
-            return (loss + (pull * W).sum() / 2).item(), gradient.flatten().cpu().numpy()
+            gradient = scaling.gradient(gradient + pull)
+            converged = bool(gradient.norm() <= max(tol * scaling.gradient(pull).norm().item(), _ROUNDING))
+            return (loss + (pull * W).sum() / 2).item(), gradient.cpu().numpy()
 
         def stop(intermediate_result: OptimizeResult) -> None:
             if converged:  # at the point that the iteration ended with, which was evaluated last
                 raise StopIteration
 
-        limit = min(_RESTART, max_iter - n_iter)
+        limit = min(patience if small and n_iter < patience else _RESTART, max_iter - n_iter)
         options = {"maxiter": limit, "maxfun": 10 * max_iter, "gtol": 0.0, "ftol": 0.0, "maxls": 50, "maxcor": 30}
         with threadpool_limits(1, "blas"):  # scipy's own BLAS threads and torch's, in turn, wait for each other: 10 times the time
-            start = (W / root).flatten().cpu().numpy()
+            start = scaling.coordinates(W).cpu().numpy()
             found = minimize(objective, start, jac=True, method="L-BFGS-B", callback=stop, options=options)
         objective(found.x)
-        W, n_iter = root * torch.from_numpy(found.x).to(Z.device).view_as(root), n_iter + int(found.nit)
-        stalled += found.nit < limit  # in other coordinates it may go on, once
+        W, n_iter = scaling.weights(torch.from_numpy(found.x).to(Z.device)), n_iter + int(found.nit)
+        stalled += found.nit < limit  # with another scaling it may go on, once
     return W, n_iter, converged
+
+
+class Scaling:
+    """Coordinates u [w = d c] of the weights W [d c] in which the Hessian at W is close to the identity: W = F u, with F' H F = 1.
+
+    F is the inverse of H's Cholesky factor if `whole`, of the root of H's diagonal otherwise.
+    """
+
+    def __init__(self, Z: Float64[Tensor, "n d"], W: Float64[Tensor, "d c"], penalty: Float64[Tensor, "d 1"], whole: bool) -> None:
+        self.shape, self.whole = W.shape, whole
+        self.factor: Tensor
+        if self.whole:
+            H = hessian(Z[:: max(1, len(Z) // _SAMPLE)], W)
+            H.diagonal().add_(penalty.expand_as(W).flatten() + 1e-12)
+            self.factor = torch.linalg.cholesky(H)
+        else:
+            self.factor = (curvature(Z, W) + penalty).clamp(min=1e-12).sqrt().flatten()
+
+    def coordinates(self, W: Float64[Tensor, "d c"]) -> Float64[Tensor, " w"]:
+        return self.factor.T @ W.flatten() if self.whole else self.factor * W.flatten()
+
+    def weights(self, u: Float64[Tensor, " w"]) -> Float64[Tensor, "d c"]:
+        W = torch.linalg.solve_triangular(self.factor.T, u[:, None], upper=True) if self.whole else u / self.factor
+        return W.view(self.shape)
+
+    def gradient(self, G: Float64[Tensor, "d c"]) -> Float64[Tensor, " w"]:
+        """The gradient in u of what has the gradient G in W."""
+        g = G.flatten()
+        return (torch.linalg.solve_triangular(self.factor, g[:, None], upper=False) if self.whole else g / self.factor).flatten()
+
+
+def hessian(Z: Float64[Tensor, "n d"], W: Float64[Tensor, "d c"]) -> Float64[Tensor, "w w"]:
+    """The Hessian of the mean cross-entropy in the flattened W [d c]. Where all intercepts move together it would be 0, and is 1."""
+    d, c = W.shape
+    total = Z.new_zeros(c, c, d, d)
+    for z in torch.split(Z, _ROWS):
+        p = (z @ W).softmax(dim=1)
+        for i in range(c):  # the blocks of class i and of those from i on
+            weights = -p[:, i : i + 1] * p[:, i:]
+            weights[:, 0] += p[:, i]
+            total[i, i:] += (z.T @ (weights[:, :, None] * z[:, None]).flatten(1)).view(d, c - i, d).transpose(0, 1)
+    for i in range(c):
+        total[i + 1 :, i] = total[i, i + 1 :]
+    total /= len(Z)
+    total[:, :, 0, 0] += 1 / c
+    return total.permute(2, 0, 3, 1).reshape(d * c, d * c)
 
 
 def curvature(Z: Float64[Tensor, "n d"], W: Float64[Tensor, "d c"]) -> Float64[Tensor, "d c"]:
