@@ -17,7 +17,7 @@ from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.readout import readout
 from ssl_vit_eval import distributed
 from ssl_vit_eval.distributed import barrier, gather_objects, merge_parts, parts, process_group, rank, world
-from ssl_vit_eval.features.tokens import StreamedTokens, open_tokens
+from ssl_vit_eval.features.tokens import TokenReader, open_tokens
 from ssl_vit_eval.probes import online_knn
 from ssl_vit_eval.sources import Source
 from tests.processes import THREADS, free_port
@@ -79,7 +79,7 @@ def one_without_memory(number: int, out: Path, port: int) -> None:
         backbone = build_backbone(BackboneConfig("vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=2, heads=2)).eval()
         source = Source("tiny", "random", None, 0, 16, "hash", None, None, None, backbone)
         if number == 1:
-            StreamedTokens.sequences = full  # type: ignore[method-assign, assignment]
+            TokenReader.sequences = full  # type: ignore[method-assign, assignment]
         message = ""
         try:
             open_tokens(source, ImageStore.stacked(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)), (-1,), out, "key")

@@ -16,11 +16,13 @@ from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import available, readout
 from ssl_vit_eval import evaluation, lazy_images, memory
 from ssl_vit_eval.features.extract import Reading, read_all
-from ssl_vit_eval.features.tokens import StreamedTokens
+from ssl_vit_eval.features.tokens import TokenReader
 from ssl_vit_eval.probes.knn import KNNProbe
+from ssl_vit_eval.probes.selection import Diverged
 from ssl_vit_eval.protocols import KINDS
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.sources import Source, open_source
+from ssl_vit_eval.splits import Split
 from tests.conftest import errors
 
 pytestmark = pytest.mark.usefixtures("three_classes")
@@ -89,7 +91,8 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
     images = ImageStore.stacked(torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8))
 
     def features(specs: list[str], folder: str) -> Mapping[str, torch.Tensor]:
-        reading = Reading.of(source, specs, images, Path(folder), "data", "test", "none")
+        split = Split(images, None, None, None, "pictures", "test", (), lambda: "data")
+        reading = Reading.of(source, specs, split, "data", "none", Path(folder), half=())
         assert read_all([reading], images) == {}
         return reading.features()
 
@@ -237,7 +240,7 @@ def test_tokens_that_memory_is_too_small_for_cost_what_reads_them(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(StreamedTokens, "sequences", full)
+    monkeypatch.setattr(TokenReader, "sequences", full)
     assert run([*EVAL, "--protocols", "knn", "attentive"]) == 1
     assert "2 of 4 runs failed, the others are kept: memory ran out (CUDA out of memory); " in errors(capsys)[0]
     assert {protocol for _, protocol, _ in written()} == {"knn"}
@@ -287,6 +290,34 @@ def test_a_joint_run_copies_the_features_of_one_readout_at_a_time(monkeypatch: p
     assert run([*EVAL[:-2], "cls+gap", "cls+register", "--protocols", "linear-dino", "--controls", "width"]) == 1
     assert together[0] == ["cls+gap", "cls+register"]
     assert sorted(together[1:]) == [["cls+gap"]] * 2 + [["cls+register"]] * 2  # two terms each
+
+
+def test_a_readout_that_diverges_in_a_joint_run_costs_no_other(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    original = KINDS["linear"].run
+
+    def diverges(parameters: Mapping[str, object], train: Mapping[str, torch.Tensor], *rest: object) -> None:
+        found = original(parameters, train, *rest)
+        raise Diverged(["readout 'gap': it diverged"], {"cls": found["cls"]})
+
+    monkeypatch.setitem(KINDS, "linear", KINDS["linear"]._replace(run=diverges))
+    assert run([*EVAL, "--protocols", "linear-dino"]) == 2
+    assert "1 of 2 runs failed, the others are kept: readout 'gap': it diverged" in errors(capsys)[0]
+    assert written() == {("random:mae", "linear-dino", "cls")}
+
+
+def test_the_copy_of_the_width_control_is_counted_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    width, n, m = 2 * 24, 30, 12
+    copied, fitted = 4 * (n + m) * width, 28 * n * width
+    for protocol, most in (("logreg", copied + fitted), ("linear-dino", copied)):
+        for free in (most, most - 1):
+            monkeypatch.setattr("ssl_vit_eval.memory.available_memory", lambda free=free: free)
+            out = f"{protocol}-{free - most}"
+            code = run([*EVAL[:4], "--readouts", "cls+gap", "--protocols", protocol, "--controls", "width", "--out", out])
+            assert code == (free < most)
+            message = " ".join(errors(capsys))
+            assert ("2 of 3 runs failed" in message) == (free < most)
 
 
 def test_a_joint_run_shares_out_its_time_by_what_was_trained() -> None:

@@ -59,3 +59,6 @@ def test_what_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place_for(5 * 2**30, "it", "") == torch.device("cuda", 0)
     with pytest.raises(Failure, match=r"6.0 GiB, 3.0 GiB of memory, 5.0 GiB of the GPU are available"):
         place_for(6 * 2**30, "it", "")
+    assert place_for(5 * 2**30, "it", "", held=3 * 2**30) == torch.device("cuda", 0)  # beside it, in memory
+    with pytest.raises(Failure, match=r"9.0 GiB, 3.0 GiB of memory, 5.0 GiB of the GPU are available"):
+        place_for(5 * 2**30, "it", "", held=4 * 2**30)

@@ -1,18 +1,23 @@
 """`ssl-vit eval` on several processes, started as torchrun starts them: the same rows and answers as one process, to the last bit."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from ssl_vit_eval.features.extract import BATCH
-from tests.conftest import RECIPES
+from ssl_vit_eval.probes import knn
+from ssl_vit_eval.probes.neighbours import Vectors
+from tests.conftest import BACKBONE, RECIPES
 from tests.processes import ranks
 
 N_TRAIN, N_TEST = 2 * BATCH + 188, BATCH + 44  # three and two batches, the last ones smaller: no number of processes divides them
@@ -33,9 +38,9 @@ ATTENTIVE = {
 }
 
 
-def started(count: int, arguments: list[str]) -> tuple[list[int], list[str]]:
+def started(count: int, arguments: list[str], before: Callable[[], object] | None = None) -> tuple[list[int], list[str]]:
     """Exit codes and outputs of all processes."""
-    processes = ranks(count, "eval", "random:mae.yaml", *arguments)
+    processes = ranks(count, "eval", "random:mae.yaml", *arguments, before=before)
     return [process.wait() for process in processes], [process.said for process in processes]
 
 
@@ -81,15 +86,31 @@ def test_several_processes_give_what_one_gives(count: int) -> None:
     assert evaluated(count) == one
 
 
-def test_a_picture_that_one_process_cannot_read_ends_them_all() -> None:
+def no_memory_for_cls_and_gap() -> None:
+    """On the second process, where k-NN meets features of that width."""
+    original = knn.neighbours
+
+    def full(bank: Vectors, *rest: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if os.environ["RANK"] == "1" and bank.X.shape[1] == 2 * BACKBONE["width"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return original(bank, *rest)
+
+    knn.neighbours = full
+
+
+def test_what_one_process_cannot_do_fails_on_all_and_alone() -> None:
+    """An image that it cannot read costs the dataset, a k-NN that its memory is too small for this k-NN."""
     shutil.copytree("pictures", "damaged")
     file = sorted(Path("damaged/train").rglob("*.png"))[BATCH + 10]  # in the second batch, which the second process has
     file.write_bytes(file.read_bytes()[:60])
-    arguments = ["--data", "./damaged", "./pictures", "--out", "out", "--protocols", "knn", "--readouts", "gap"]
-    codes, outputs = started(2, arguments)
+    arguments = ["--data", "./damaged", "./pictures", "--out", "out", "--protocols", "knn", "--readouts", "cls+gap", "gap"]
+    codes, outputs = started(2, arguments, no_memory_for_cls_and_gap)
     assert codes == [1, 1]
     assert "random:mae on ./damaged is left out" in outputs[0]
     assert file.name in outputs[0]
     rows = [json.loads(line) for line in Path("out/rows.jsonl").read_text().splitlines()]
-    assert {row["dataset"] for row in rows} == {"pictures"}
+    assert {(row["dataset"], row["read_with"]) for row in rows} == {("pictures", "gap")}
+    assert (
+        "random:mae on ./pictures is left out: 1 of 2 runs failed, the others are kept: memory ran out (CUDA out of memory)" in outputs[0]
+    )
     assert not list(Path("out/features").glob("*.partial"))

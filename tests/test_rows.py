@@ -70,6 +70,7 @@ def test_what_is_there_is_known(tmp_path: Path) -> None:
     assert store.known() == set()
     (written,) = store.append([row()], PREDICTIONS, LABELS)
     assert store.known() == {(row(value=0.1, seconds=9.0).key, "top1")}
+    assert store.known("top1_macro") == set()  # declared since then
     for name in ("checkpoint", "data", "transform", "protocol", "protocol_hash", "read_with", "control"):
         assert row(**{name: "other"}).key != row().key
     assert row(protocol_version=2).key != row().key

@@ -55,13 +55,13 @@ def test_names_and_mappings_and_what_they_share(tmp_path: Path) -> None:
     entries = [
         "owner/name",
         {"source": "other", "crop": "squash", "label_column": "kind"},
-        {"source": "third", "image_size": 96, "crop": 1},
+        {"source": "third", "image_size": 96, "crop": 1, "metric": "top1_macro"},
     ]
     suite = load_suite(write_suite(tmp_path, data=entries, image_size=64, crop=0.9))
     assert suite == [
         Dataset("owner/name", image_size=64, crop=0.9),
         Dataset("other", image_size=64, crop="squash", label_column="kind"),
-        Dataset("third", image_size=96, crop=1.0),
+        Dataset("third", image_size=96, crop=1.0, metric="top1_macro"),
     ]
     assert [dataset.transform(64) for dataset in suite] == ["resize64-crop90", "squash64", "resize64-crop100"]
     assert load_suite(write_suite(tmp_path, data=["owner/name"])) == [Dataset("owner/name")]
@@ -98,6 +98,7 @@ def test_a_folder_starts_at_the_suites_file(tmp_path: Path, monkeypatch: pytest.
         ({"data": [{"source": "a", "image_size": 0}]}, "dataset 1: image_size is 0"),
         ({"data": [{"source": "a", "crop": 1.5}]}, "dataset 1: crop is 1.5"),
         ({"data": ["a"], "crop": "squeeze"}, "crop is 'squeeze'; give a share above 0 and up to 1, or squash"),
+        ({"data": [{"source": "a", "metric": "f1"}]}, "dataset 1: metric is 'f1'; give top1 or top1_macro"),
         ({"data": ["a"], "train_split": "val"}, "unknown key 'train_split'"),
     ],
 )

@@ -48,5 +48,9 @@ def controlled(X: Float[Tensor, "n d"], spec: str, control: str) -> Float[Tensor
         return X
     parts, kept = ReadoutSpec.parse(spec).parts, ReadoutSpec.parse(control.removesuffix(BESIDE)).parts
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
-    columns = zip(parts, X.chunk(len(parts), dim=1), strict=True)
-    return torch.cat([x if part in kept else x[order] for part, x in columns], dim=1)
+    others = X[order]  # the one copy
+    for place, part in enumerate(parts):
+        if part in kept:
+            columns = slice(place * X.shape[1] // len(parts), (place + 1) * X.shape[1] // len(parts))
+            others[:, columns] = X[:, columns]
+    return others

@@ -88,15 +88,9 @@ def merge_parts(mine: Shaped[Tensor, "own *rest"], total: int, size: int) -> Sha
     """What all processes computed over their `parts(total, size)`, concatenated, in the order of the indices; on every process."""
     if world() == 1:
         return mine
-    gathered: list[Any] = [None] * world()
-    dist.all_gather_object(gathered, mine.cpu())
-    whole = torch.empty((total, *mine.shape[1:]), dtype=mine.dtype)
-    taken = [0] * world()
-    for number, start in enumerate(range(0, total, size)):
-        owner, count = number % world(), min(size, total - start)
-        whole[start : start + count] = gathered[owner][taken[owner] : taken[owner] + count]
-        taken[owner] += count
-    return whole.to(mine.device)
+    pieces = torch.split(torch.arange(total), size)
+    order = torch.cat([piece for owner in range(world()) for piece in pieces[owner :: world()]])
+    return torch.cat(gather_objects(mine.cpu()))[order.argsort()].to(mine.device)
 
 
 def gather_objects(mine: Any) -> list[Any]:

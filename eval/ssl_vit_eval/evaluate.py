@@ -1,6 +1,6 @@
 """`ssl-vit eval`: sources x datasets x readouts x protocols x controls, into rows. What is there already is skipped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,15 +10,13 @@ from ssl_vit.model.readout import ReadoutSpec, available
 from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.controls import check_controls
 from ssl_vit_eval.distributed import rank
-from ssl_vit_eval.evaluation import Evaluation, Images, Referee, Specs
+from ssl_vit_eval.evaluation import Evaluation, Images, Referee, Say, Specs
 from ssl_vit_eval.features.extract import read_all
 from ssl_vit_eval.protocols import Protocol, load_protocols
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.sources import Source
 from ssl_vit_eval.suites import Dataset
 from ssl_vit_eval.tracking import track_rows
-
-Say = Callable[[str], None]
 
 
 def evaluate(
@@ -87,9 +85,7 @@ def evaluate(
     return store
 
 
-def evaluate_dataset(
-    dataset: Dataset, sources: Sequence[tuple[Source, dict[str, list[str]]]], referee: Referee
-) -> list[tuple[Source, Exception]]:
+def evaluate_dataset(dataset: Dataset, sources: Sequence[tuple[Source, Specs]], referee: Referee) -> list[tuple[Source, Exception]]:
     """All sources, each with its specs by protocol, on one dataset; those that failed, and why. Sources of one size share one pass."""
     failed: list[tuple[Source, Exception]] = []
     by_size: dict[int, list[tuple[Source, Specs]]] = {}
@@ -131,7 +127,7 @@ def size_on(dataset: Dataset, source: Source, referee: Referee) -> int:
     return size
 
 
-def wanted_specs(source: Source, rules: Sequence[Protocol], asked: Sequence[str] | None, trained: Sequence[str]) -> dict[str, list[str]]:
+def wanted_specs(source: Source, rules: Sequence[Protocol], asked: Sequence[str] | None, trained: Sequence[str]) -> Specs:
     """The canonical specs that each protocol, by name, reads this source with.
 
     Protocols that train a readout take all, the learned ones too where nothing is asked: so each meets those without parameters in one

@@ -17,12 +17,12 @@ from ssl_vit_eval.controls import BESIDE, SHUFFLED, controlled, controls_of, shu
 from ssl_vit_eval.diagnostics.run import examine, half_precision, with_blocks
 from ssl_vit_eval.distributed import agreed, gather_objects, in_memory, rank, world
 from ssl_vit_eval.features.extract import Reading
-from ssl_vit_eval.features.tokens import TokenReader, open_tokens
+from ssl_vit_eval.features.tokens import open_tokens
 from ssl_vit_eval.memory import place_for
-from ssl_vit_eval.probes.selection import Found
+from ssl_vit_eval.probes.selection import Diverged, Found
 from ssl_vit_eval.protocols import KINDS, Protocol
-from ssl_vit_eval.results import METRICS, make_rows, sentence
-from ssl_vit_eval.rows import Key, RowStore
+from ssl_vit_eval.results import make_rows, sentence
+from ssl_vit_eval.rows import METRICS, Key, RowStore
 from ssl_vit_eval.sources import Source, on_device
 from ssl_vit_eval.splits import Split
 from ssl_vit_eval.suites import Dataset
@@ -116,7 +116,7 @@ class Evaluation:
             specs = {rule.name: blocks if rule.kind == "knn" and self.plain else specs[rule.name] for rule in referee.rules}
             if not self.plain:
                 referee.say(f"{self.name}: diagnostics need a readout without parameters; none was asked for")
-        known = gather_objects(referee.store.known() if rank() == 0 else set())[0] | images.planned
+        known = gather_objects(referee.store.known(images.test.metric) if rank() == 0 else set())[0] | images.planned
         tasks = [task for rule in referee.rules for task in self.missing(rule, specs[rule.name], known)]
         if not tasks:
             referee.say(f"{self.name}: done before")
@@ -126,10 +126,7 @@ class Evaluation:
         refused, self.tasks = self.refused(tasks)
         self.failed = refused if rank() == 0 else []  # those that this process answers for
         pooled = self.specs("features")
-        self.readings = [
-            Reading.of(source, pooled, split.images, referee.cache, data, split.split, images.transform, half, split.dataset)
-            for split, data in self.splits
-        ]
+        self.readings = [Reading.of(source, pooled, split, data, images.transform, referee.cache, half) for split, data in self.splits]
 
     @property
     def mine(self) -> list[Task]:
@@ -188,13 +185,17 @@ class Evaluation:
     def refused(self, tasks: Sequence[Task]) -> tuple[list[Exception], list[Task]]:
         """What cannot be done within the memory, said before anything is read, and the other tasks."""
         refusals: dict[int, Exception] = {}
+        n, m = len(self.images.y_train), len(self.images.y_test)
         for number, task in enumerate(tasks):
-            if needed := KINDS[task.rule.kind].memory:
-                most = max(needed(len(self.images.y_train), self.source.width(spec)) for spec in task.specs)
-                try:
-                    place_for(most, str(task), "use the protocol linear, which reads features batch by batch")
-                except Failure as error:
-                    refusals[number] = error
+            width, fit = max(map(self.source.width, task.specs)), KINDS[task.rule.kind].memory
+            needed = fit(n, width) if fit else 0
+            copied = 4 * (n + m) * width if task.control.endswith(BESIDE) else 0
+            advice = "use the protocol linear, which reads features batch by batch" if fit else "leave the control of width out"
+            try:
+                if needed or copied:
+                    place_for(needed, str(task), advice, held=copied)
+            except Failure as error:
+                refusals[number] = error
         for others in gather_objects(refusals):
             refusals |= others
         return list(refusals.values()), [task for number, task in enumerate(tasks) if number not in refusals]
@@ -214,14 +215,15 @@ class Evaluation:
             with self.preparing("tokens"):
                 if asked := self.specs("tokens"):
                     blocks = tuple(sorted({block for spec in asked for block in ReadoutSpec.parse(spec).blocks}))
-                    self.tokens = [self.read_tokens(split, data, blocks) for split, data in self.splits]
+                    cache, transform = self.referee.cache, self.images.transform
+                    self.tokens = [open_tokens(self.source, of.images, blocks, cache, f"{data}-{transform}") for of, data in self.splits]
             bar.update(steps - self.steps)
             for task in self.mine:
                 bar.set_description(f"{self.source.name}: {task}")
                 shared = KINDS[task.rule.kind].shared
                 try:
-                    with nullcontext() if shared and world() > 1 else in_memory():  # the others wait for this part: they end with it
-                        self.carry_out(task)
+                    with nullcontext() if shared and world() > 1 else in_memory():  # what they share, they agree about themselves
+                        self.failed += self.carry_out(task)
                 except (UsageError, Failure) as error:
                     self.failed += [] if shared and rank() else [error] * len(task.specs)
                 bar.update()
@@ -241,27 +243,31 @@ class Evaluation:
             what = "" if len(failed) == self.asked else f"{len(failed)} of {self.asked} runs failed, the others are kept: "
             raise type(failed[0])(what + "; ".join(dict.fromkeys(map(str, failed))))
 
-    def read_tokens(self, split: Split, fingerprint: str, blocks: tuple[int, ...]) -> TokenReader:
-        return open_tokens(self.source, split.images, blocks, self.referee.cache, f"{fingerprint}-{self.images.transform}")
-
-    def carry_out(self, task: Task) -> None:
-        """Run the protocol, and keep the rows of what it finds: the time of several readouts by the parameters that each trained."""
+    def carry_out(self, task: Task) -> list[Exception]:
+        """Run the protocol, and keep the rows of what it finds: the time of several readouts by the parameters that each trained. What
+        went wrong with some of its readouts alone."""
         begun, images = time.perf_counter(), self.images
         rule, (y, held_out) = task.rule, images.held_out(task.rule, task.control)
         run = partial(KINDS[rule.kind].run, rule.parameters)
-        if rule.reads == "features":
-            train, test = ({spec: controlled(features[spec], spec, task.control) for spec in task.specs} for features in self.features)
-            found: dict[str, Found] = run(train, y, test, images.y_test, held_out)
-        elif rule.reads == "tokens":
-            found = run(task.specs, self.tokens[0], y, self.tokens[1], images.y_test, held_out)
-        else:
-            found = run(self.source.backbone, task.specs, images.train.images, y, images.test.images, images.y_test, held_out)
-        seconds, work = time.perf_counter() - begun, {spec: found[spec].parameters or 1 for spec in task.specs}
+        found: dict[str, Found]
+        lost: list[Exception] = []
+        try:
+            if rule.reads == "features":
+                train, test = ({spec: controlled(features[spec], spec, task.control) for spec in task.specs} for features in self.features)
+                found = run(train, y, test, images.y_test, held_out)
+            elif rule.reads == "tokens":
+                found = run(task.specs, self.tokens[0], y, self.tokens[1], images.y_test, held_out)
+            else:
+                found = run(self.source.backbone, task.specs, images.train.images, y, images.test.images, images.y_test, held_out)
+        except Diverged as error:
+            found, lost = error.found, [UsageError(reason) for reason in error.reasons]
+        seconds, work = time.perf_counter() - begun, {spec: of.parameters or 1 for spec, of in found.items()}
         if KINDS[rule.kind].shared and rank():
-            return
-        for spec in task.specs:
+            return lost
+        for spec in found:
             key, width, remarks = self.key(rule, spec, task.control), self.source.width(spec), found[spec].remarks
             share = seconds * work[spec] / sum(work.values())
             rows = make_rows(self.source, key, found[spec], images.train, images.test, width, share, [*rule.deviations, *remarks])
             self.referee.store.append(rows, found[spec].predictions, images.y_test)
             self.referee.tell("  warning: ".join([sentence(rows[0]), *remarks]))
+        return lost

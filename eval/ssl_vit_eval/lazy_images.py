@@ -1,4 +1,4 @@
-"""Images that are decoded when they are asked for, so that evaluation needs no more memory for a larger set."""
+"""Images that are decoded when they are asked for, so that evaluation needs no more memory for a larger dataset."""
 
 import math
 import os
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import InterpolationMode, resize
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
 from ssl_vit.data.images import ImageStore, decode, to_tensor
 from ssl_vit.errors import require
@@ -41,7 +41,7 @@ class EvalTransform:
     Args:
         size: side in px.
         crop: share of the shorter side that the centre crop keeps, above 0 and up to 1; "squash" resizes both sides to `size` and cuts
-            nothing off, for sets whose objects touch the border. UsageError for anything else.
+            nothing off, for datasets whose objects touch the border. UsageError for anything else.
     """
 
     size: int
@@ -63,9 +63,8 @@ class EvalTransform:
             return image
         if self.crop == "squash":
             return image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        image = resize(image, round(self.size / self.crop), InterpolationMode.BICUBIC)
-        left, top = round((image.width - self.size) / 2), round((image.height - self.size) / 2)
-        return image.crop((left, top, left + self.size, top + self.size))
+        image = center_crop(resize(image, round(self.size / self.crop), InterpolationMode.BICUBIC), [self.size, self.size])
+        return image
 
 
 class EncodedImages(ImageStore):

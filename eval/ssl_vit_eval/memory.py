@@ -27,17 +27,19 @@ def available_memory(root: Path = Path("/")) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
-def place_for(needed: int, what: str, advice: str) -> torch.device:
-    """This process's GPU if `needed` bytes are free there, else the CPU if they are available here; a Failure with `advice` else."""
-    free = 0
+def place_for(needed: int, what: str, advice: str, held: int = 0) -> torch.device:
+    """This process's GPU if `needed` bytes are free there, else the CPU if they are available here; a Failure with `advice` else.
+
+    held: bytes that the work takes here in any case."""
+    free, available = 0, available_memory() - held
     if device().type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for itself is free, too
         free = torch.cuda.mem_get_info(device())[0]
-        if needed <= free:
+        if needed <= free and available >= 0:
             return device()
-    if needed > (available := available_memory()):
-        gpu = f", {free / 2**30:.1f} GiB of the GPU" if free else ""
-        raise Failure(f"{what} works on {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB of memory{gpu} are available; {advice}")
+    if needed > available:
+        total, here, gpu = needed + held, available + held, f", {free / 2**30:.1f} GiB of the GPU" if free else ""
+        raise Failure(f"{what} works on {total / 2**30:.1f} GiB, {here / 2**30:.1f} GiB of memory{gpu} are available; {advice}")
     return torch.device("cpu")
 
 

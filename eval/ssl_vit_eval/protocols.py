@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     parameters: every one of them is in the protocol's file, so that the file is the whole rule. reads: pooled `features`, the `tokens`
     of a frozen backbone, or the `images` themselves. joint: all readouts in one run, because that is faster than one after another.
     shared: several processes divide one run; the runs of other kinds are divided among the processes. memory: bytes that a run on so
-    many rows of so many features takes beyond a batch, where that grows with the set.
+    many rows of so many features takes beyond a batch, where that grows with the dataset.
     """
 
     parameters: Mapping[str, type]
@@ -89,8 +89,8 @@ class Protocol:
     def held_out(
         self, y: Int64[Tensor, " n"], given: Bool[Tensor, " n"] | None, groups: Int64[Tensor, " n"] | None = None
     ) -> Bool[Tensor, " n"] | Int64[Tensor, " n"]:
-        """The selection slice of train: the one given (of a set whose images overlap: whole groups of them), else stratified. For a kind
-        that selects by folds instead, the group of each image, which no fold may cut; without groups each image is one."""
+        """The selection slice of train: the one given (of a dataset whose images overlap: whole groups of them), else stratified. For a
+        kind that selects by folds instead, the group of each image, which no fold may cut; without groups each image is one."""
         if "slice_fraction" not in self.parameters:
             return torch.arange(len(y)) if groups is None else groups
         return stratified_slice(y, self.parameters["slice_fraction"], self.parameters["slice_seed"]) if given is None else given

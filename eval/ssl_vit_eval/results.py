@@ -1,6 +1,7 @@
 """From what a protocol found to rows: accuracies over images and over classes, their intervals, and all that they are of."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -8,12 +9,10 @@ from torch import Tensor
 
 from ssl_vit.provenance import git_revision
 from ssl_vit_eval.probes.selection import Found
-from ssl_vit_eval.rows import Key, Row
+from ssl_vit_eval.rows import METRICS, Key, Row
 from ssl_vit_eval.sources import PIXELS, Source
 from ssl_vit_eval.splits import Split
 from ssl_vit_eval.stats.seeds import accuracy_interval
-
-METRICS = ("top1", "top1_macro")
 
 
 def make_rows(
@@ -29,8 +28,8 @@ def make_rows(
     of_source = {name: getattr(source, name) for name in ("method", "trained_with", "seed", "recipe", "family", "init")}
     of_probe = {name: getattr(found, name) for name in ("selected", "grid", "edge_of_grid", "parameters", "bank")}
     numbers = {"n_train": len(train.images), "n_test": len(test.images), "width": width, "seconds": round(seconds, 3)}
-    names = {"source": source.name, "dataset": train.dataset, "deviations": list(deviations), "git": git_revision()}
-    common = {**key._asdict(), **of_source, **of_probe, **numbers, **names}
+    names: dict[str, Any] = {"source": source.name, "dataset": train.dataset, "dataset_metric": test.metric, "git": git_revision()}
+    common = {**key._asdict(), **of_source, **of_probe, **numbers, **names, "deviations": list(deviations)}
     return [
         Row(metric=metric, value=value, ci_low=interval.low, ci_high=interval.high, oracle=oracle, **common)
         for metric, value, interval, oracle in zip(METRICS, scores, intervals, (found.oracle, None), strict=True)

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure, UsageError, reason
 from ssl_vit.files import locked, write_atomically
 from ssl_vit_eval.schema import STRICT, checked
 
+METRICS = ("top1", "top1_macro")  # accuracy over images, and the mean over classes
 FORMAT = 1  # of a line; one with a higher number was written by a later version
 REMOVE = "remove this line and the other one of its evaluation, which belong together"
 
@@ -79,6 +80,7 @@ class Row:
     width: int | None = None  # of what the probe read
     parameters: int | None = None  # that the probe fitted and uses, a learned readout's among them
     bank: int | None = None  # images that could vote in k-NN
+    dataset_metric: str | None = None  # that its suite declares for the dataset; None where the name decides
     predictions: str = ""  # file below the store's folder; filled in by `RowStore.append`
 
     @property
@@ -102,6 +104,7 @@ class Setting(NamedTuple):
     version: int
     parameters: str  # hash
     control: str
+    metric: str | None = None  # declared for the dataset
 
     @property
     def rule(self) -> str:
@@ -110,7 +113,9 @@ class Setting(NamedTuple):
 
     @classmethod
     def of(cls, row: Row) -> "Setting":
-        return cls(row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.protocol_hash, row.control)
+        return cls(
+            row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.protocol_hash, row.control, row.dataset_metric
+        )
 
 
 class RowStore:
@@ -164,9 +169,10 @@ class RowStore:
         """A sentence about a last line that a kill has cut; empty where there is none."""
         return f"{self.file}: the last line was cut short and is ignored; evaluate again to have it back" if self._read()[1] else ""
 
-    def known(self) -> set[tuple[Key, str]]:
-        """The evaluations and metrics that are there, with their predictions."""
-        return {(row.key, row.metric) for row in self.rows() if (self.folder / row.predictions).is_file()}
+    def known(self, dataset_metric: str | None = None) -> set[tuple[Key, str]]:
+        """The evaluations and metrics that are there with their predictions, of datasets for which this metric is declared."""
+        rows = (row for row in self.rows() if row.dataset_metric == dataset_metric)
+        return {(row.key, row.metric) for row in rows if (self.folder / row.predictions).is_file()}
 
     def predictions(self, row: Row) -> tuple[Int64[Tensor, "n draws"], Int64[Tensor, " n"]]:
         """Predicted (a column a draw) and true classes of the test images, in their order; Failure where the file is gone or corrupt."""
@@ -179,15 +185,6 @@ class RowStore:
             why = reason(error) if path.exists() else "there is no such file"
             raise Failure(f"cannot read the predictions {path}: {why}; remove the row or evaluate again") from error
         return torch.stack(draws, dim=1), label
-
-    def correct(self, row: Row) -> tuple[Float64[Tensor, " n"], Int64[Tensor, " n"]]:
-        """How often each test image was answered rightly, 1 or 0, a share where there are several draws, and its class.
-
-        Failure as `predictions`, and where the row speaks of another number of images."""
-        predictions, labels = self.predictions(row)
-        if len(labels) != row.n_test:
-            raise Failure(f"{self.folder / row.predictions} has {len(labels)} predictions, its row {row.n_test} images: evaluate again")
-        return (predictions == labels[:, None]).double().mean(dim=1), labels
 
     def _read(self) -> tuple[bytes, bytes]:
         """The file's bytes, and the end of them that follows the last complete line."""

@@ -24,7 +24,7 @@ from ssl_vit.errors import Failure, UsageError, one_of
 from ssl_vit.files import write_atomically
 from ssl_vit_eval.lazy_images import CROP, Crop, EncodedImages, EvalTransform
 
-# of train, when a set has no other split to test on
+# of train, when a dataset has no other split to test on
 TEST_SHARE = 0.2
 
 
@@ -32,8 +32,9 @@ TEST_SHARE = 0.2
 class Split:
     """The images of one split and what is known about them.
 
-    `selection` marks the rows of a train split that are its fixed selection slice, None where the set has none. `notices` are sentences
-    to show to the user. `content` computes the fingerprint. `groups`: images of one number may overlap; None where none do.
+    `selection` marks the rows of a train split that are its fixed selection slice, None where the dataset has none. `notices` are sentences
+    to show to the user. `content` computes the fingerprint. `groups`: images of one number may overlap; None where none do. `metric`: that
+    its suite declares for the dataset.
     """
 
     images: ImageStore
@@ -45,6 +46,7 @@ class Split:
     notices: tuple[str, ...]
     content: Callable[[], str]
     groups: Int64[Tensor, "n"] | None = None
+    metric: str | None = None
 
     @cached_property
     def fingerprint(self) -> str:

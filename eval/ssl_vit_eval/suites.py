@@ -11,11 +11,13 @@ from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.sources import check_source
 from ssl_vit_eval.distributed import rank
 from ssl_vit_eval.lazy_images import CROP, EvalTransform
+from ssl_vit_eval.rows import METRICS
 from ssl_vit_eval.schema import STRICT, checked
 from ssl_vit_eval.splits import Split, load_train_test
 
 _Size = Annotated[int | None, Field(gt=0, description="a side in pixels, above 0")]
 _Share = Annotated[float, Field(gt=0, le=1)]
+_Metric = Annotated[Literal["top1", "top1_macro"] | None, Field(description=" or ".join(METRICS))]
 _CROP = Field(description="a share above 0 and up to 1, or squash")
 
 
@@ -30,6 +32,7 @@ class Dataset:
         image_size: side in px, None for each model's own.
         crop: as in `EvalTransform`.
         name: what rows call it; by its source if not given.
+        metric: of `rows.METRICS`, what the comparison judges it by; decided by its name if not given.
     """
 
     __pydantic_config__ = STRICT
@@ -41,6 +44,7 @@ class Dataset:
     image_size: _Size = None
     crop: Annotated[_Share | Literal["squash"], _CROP] = CROP
     name: str | None = None
+    metric: _Metric = None
 
     def check(self) -> None:
         """UsageError or Failure for a source that cannot be one; a hub id is asked for when it is loaded."""
@@ -52,9 +56,9 @@ class Dataset:
 
     def load(self, size: int) -> tuple[Split, Split]:
         """Train and test at `size` px, decoded when asked for; raises as `load_train_test`."""
-        names = {key: value for key, value in asdict(self).items() if key not in ("source", "image_size", "name")}
+        names = {key: value for key, value in asdict(self).items() if key not in ("source", "image_size", "name", "metric")}
         train, test = load_train_test(self.source, size=size, progress=rank() == 0, **names)
-        return (replace(train, dataset=self.name), replace(test, dataset=self.name)) if self.name else (train, test)
+        return replace(train, dataset=self.name or train.dataset), replace(test, dataset=self.name or test.dataset, metric=self.metric)
 
 
 @dataclass(frozen=True)
@@ -83,5 +87,5 @@ def parse_dataset(where: str, entry: object, common: Mapping[str, Any], folder: 
     """A name, or a mapping with the fields of `Dataset`, as that; `common` for what it does not say, `folder` where `./` starts."""
     entry = {"source": entry} if isinstance(entry, str) else entry
     dataset = checked(Dataset, {**common, **entry} if isinstance(entry, dict) else entry, where)
-    # absolute, since `pictures` alone would pass for a hub id where there is no such folder
+    # absolute, since `insects` alone would pass for a hub id where there is no such folder
     return replace(dataset, source=str(folder.absolute() / dataset.source)) if dataset.source.startswith(".") else dataset

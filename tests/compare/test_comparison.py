@@ -217,7 +217,10 @@ def test_cells_below_raw_pixels_are_marked_by_their_own_protocol(store: RowStore
     assert "Train longer" not in text
 
 
-def test_the_metric_is_known_by_whole_words_of_the_name() -> None:
+def test_the_metric_is_known_by_whole_words_of_the_name_unless_it_is_declared(store: RowStore) -> None:
+    def judged_by(*names: str, **declared: str) -> set[str]:
+        return {metric_of(row) for name in names for row in plant(store, [1, 0, 1], dataset=name, **declared)}
+
     by_class = [
         "OxfordIIITPet",
         "timm/oxford-iiit-pet",
@@ -228,22 +231,24 @@ def test_the_metric_is_known_by_whole_words_of_the_name() -> None:
         "oxford_flowers102",
     ]
     by_class += ["FLOWERS", "FGVCAircraft", "torchvision:FGVC-Aircraft", "fgvc_aircraft", "Caltech101", "caltech_101"]
-    assert {metric_of(name) for name in by_class} == {"top1_macro"}
+    assert judged_by(*by_class) == {"top1_macro"}
     others = ["my_carpets", "sunflowers", "trumpets", "Sunflowers2", "builtin:photos", "IIIT5K", "my_pet", "aircrafts", "cifar100"]
-    assert {metric_of(name) for name in others} == {"top1"}
+    assert judged_by(*others) == {"top1"}
+    assert judged_by(*others, dataset_metric="top1_macro") == {"top1_macro"}
+    assert judged_by(*by_class, dataset_metric="top1") == {"top1"}
 
 
 def test_a_data_set_is_judged_by_its_own_metric(store: RowStore) -> None:
     labels = torch.cat([torch.zeros(300), torch.ones(60), torch.full((40,), 2)]).long()
     start, gap = torch.arange(400) % 2 == 0, torch.arange(400) < 330  # gap answers the large class
-    for dataset in ("oxford-iiit-pet", "pictures"):
-        own = {"dataset": dataset, "data": dataset}
+    for dataset, declared in (("oxford-iiit-pet", None), ("pictures", None), ("counts", "top1_macro")):
+        own = {"dataset": dataset, "data": dataset, "dataset_metric": declared}
         plant(store, answers(0.75), labels, **own)
         plant(store, gap, labels, read_with="gap", **own)
         plant_random(store, start, labels=labels, **own)
-    pets, pictures = build([store.folder]).tables
-    assert (pets.metric, pictures.metric, pets.classes) == ("top1_macro", "top1", 3)
-    for table in (pets, pictures):
+    pets, pictures, counts = build([store.folder]).tables
+    assert (pets.metric, pictures.metric, counts.metric, pets.classes) == ("top1_macro", "top1", "top1_macro", 3)
+    for table in (pets, pictures, counts):
         weights = torch.full((400,), 1 / 400) if table is pictures else 1 / 3 / torch.bincount(labels)[labels]
         cell = table.cells[DINO_CLS, "cls"]
         assert cell.value == pytest.approx((answers(0.75) * weights).sum().item(), rel=1e-5)

@@ -15,7 +15,7 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit.model.tokens import Tokens
-from ssl_vit_eval.features.tokens import StreamedTokens, TokenCache, open_tokens, pack, unpack
+from ssl_vit_eval.features.tokens import TokenReader, open_tokens, pack, unpack
 from ssl_vit_eval.probes import attentive
 from ssl_vit_eval.probes.attentive import TokenProbe, run
 from ssl_vit_eval.probes.selection import stratified_slice
@@ -42,7 +42,7 @@ def source(backbone: Backbone) -> Source:
     return Source("tiny", "random", None, 0, 16, backbone.weights_hash(), None, None, None, backbone)
 
 
-def one_informative_patch(backbone: Backbone, n: int, seed: int) -> tuple[TokenCache, torch.Tensor]:
+def one_informative_patch(backbone: Backbone, n: int, seed: int) -> tuple[TokenReader, torch.Tensor]:
     """Every patch claims a class in channel 1, by chance; only the one that stands out in channel 0 is right."""
     generator = torch.Generator().manual_seed(seed)
     y, place = torch.randint(2, (n,), generator=generator), torch.randint(16, (n,), generator=generator)
@@ -50,12 +50,10 @@ def one_informative_patch(backbone: Backbone, n: int, seed: int) -> tuple[TokenC
     x[..., 1] = 4 * torch.randint(2, (n, 1, 19), generator=generator) - 2.0
     x[torch.arange(n), 0, 3 + place, 0] += 6
     x[torch.arange(n), 0, 3 + place, 1] = 4 * y - 2.0
-    return TokenCache(StreamedTokens(backbone, images(n), (-1,)), pack(x), (1, 19, 24)), y + 5  # labels need not start at 0
+    return TokenReader(backbone, images(n), (-1,), pack(x)), y + 5  # labels need not start at 0
 
 
-def reference(
-    spec: str, lr: float, decay: float, store: TokenCache | StreamedTokens, rows: torch.Tensor, targets: torch.Tensor
-) -> TokenProbe:
+def reference(spec: str, lr: float, decay: float, store: TokenReader, rows: torch.Tensor, targets: torch.Tensor) -> TokenProbe:
     """One probe trained alone, step by step."""
     p = PARAMETERS
     with torch.random.fork_rng():
@@ -200,8 +198,8 @@ def test_cached_and_streamed_tokens_are_the_backbones(backbone: Backbone, tmp_pa
     store, weights = images(300), backbone.weights_hash()
     cached = open_tokens(source(backbone), store, (-1, 0), tmp_path / "new", "key")
     streamed = open_tokens(source(backbone), store, (-1, 0), tmp_path / "none", "key", limit=300 * 2 * 2 * 19 * 24)
-    assert isinstance(cached, TokenCache)
-    assert isinstance(streamed, StreamedTokens)
+    assert cached.packed is not None
+    assert streamed.packed is None
     assert len(cached) == len(streamed) == 300
     indices = torch.tensor([299, 0, 256, 255, 0])
     direct = backbone(normalise(store.batch(indices)[0].float() / 255, backbone.mean, backbone.std), blocks=(0, -1))
@@ -218,28 +216,28 @@ def test_cached_and_streamed_tokens_are_the_backbones(backbone: Backbone, tmp_pa
     assert not (tmp_path / "none").exists() or not list((tmp_path / "none").iterdir())
     assert backbone.weights_hash() == weights
 
-    monkeypatch.setattr(StreamedTokens, "batch", None)  # a second evaluation reads the file
     again = open_tokens(source(backbone), store, (-1, 0), tmp_path / "new", "key", limit=0)
+    monkeypatch.setattr(TokenReader, "sequences", None)  # a second evaluation reads the file
     assert_same(again.batch(indices), direct, 1e-3)
 
 
 def test_an_interrupted_pass_leaves_nothing_that_is_taken_for_complete(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, sequences = images(600), StreamedTokens.sequences
+    store, sequences = images(600), TokenReader.sequences
 
-    def fails_late(self: StreamedTokens, indices: torch.Tensor) -> torch.Tensor:
+    def fails_late(self: TokenReader, indices: torch.Tensor) -> torch.Tensor:
         if int(indices[-1]) == 599:
             raise KeyboardInterrupt
         return sequences(self, indices)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StreamedTokens, "sequences", fails_late)
+        patch.setattr(TokenReader, "sequences", fails_late)
         with pytest.raises(KeyboardInterrupt):
             open_tokens(source(backbone), store, (-1,), tmp_path, "key")
     cached = open_tokens(source(backbone), store, (-1,), tmp_path, "key")
     indices = torch.tensor([0, 300, 599])
-    assert_same(cached.batch(indices), StreamedTokens(backbone, store, (-1,)).batch(indices), 1e-3)
+    assert_same(cached.batch(indices), TokenReader(backbone, store, (-1,)).batch(indices), 1e-3)
 
 
 def test_another_key_or_other_weights_are_another_cache(backbone: Backbone, tmp_path: Path) -> None:
@@ -249,7 +247,7 @@ def test_another_key_or_other_weights_are_another_cache(backbone: Backbone, tmp_
     open_tokens(source(backbone), images(3), (-1,), tmp_path, "key")
     for model, seed, key in ((backbone, 1, "other images"), (other, 0, "key")):
         ours = open_tokens(source(model), images(3, seed), (-1,), tmp_path, key)
-        assert_same(ours.batch(first), StreamedTokens(model, images(3, seed), (-1,)).batch(first), 1e-3)
+        assert_same(ours.batch(first), TokenReader(model, images(3, seed), (-1,)).batch(first), 1e-3)
 
 
 @pytest.mark.parametrize("width", [4, 5])
@@ -257,7 +255,7 @@ def test_massive_activations_survive_float16(width: int) -> None:
     x = torch.randn(3, 1, 5, width)
     x[1, 0, 2, 3] = -400_000.0
     x[2] = 0.0
-    back = unpack(pack(x), (1, 5, width))
+    back = unpack(pack(x), 1, width)
     torch.testing.assert_close(back[0], x[0], rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(back[1], x[1], rtol=1e-3, atol=1e-4)
     assert torch.equal(back[2], x[2])
@@ -267,4 +265,4 @@ def test_an_image_that_gives_no_numbers_is_named(backbone: Backbone, tmp_path: P
     with torch.no_grad():
         backbone.vit.pos_embed[0, 3, 5] = float("nan")
     with pytest.raises(Failure, match="image 7 gives tokens that are not finite"):
-        StreamedTokens(backbone, images(9), (0,)).batch(torch.tensor([7, 8]))
+        TokenReader(backbone, images(9), (0,)).batch(torch.tensor([7, 8]))

@@ -9,9 +9,9 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from ssl_vit.errors import UsageError
-from ssl_vit_eval.probes import batches, gradient_descent, linear, mlp
-from ssl_vit_eval.probes.batches import Course
-from ssl_vit_eval.probes.selection import points, stratified_slice
+from ssl_vit_eval.probes import gradient_descent, linear, mlp
+from ssl_vit_eval.probes.gradient_descent import Course
+from ssl_vit_eval.probes.selection import Diverged, points, stratified_slice
 from tests.one_by_one import GRID, LINEAR, MLP, C, M, N, data, features, one_head, orders, standardised
 
 
@@ -145,23 +145,22 @@ def test_features_on_disk_and_several_chunks_give_the_same(tmp_path: Path, monke
     held_out = stratified_slice(y, 0.3)
     X, Q = X.float(), Q.float()
     expected = linear.run(p, {"cls": X}, y, {"cls": Q}, answers, held_out)["cls"]
-    monkeypatch.setattr(batches, "available_memory", lambda: 0)  # nothing is held
-    monkeypatch.setattr(batches, "ROWS", 9)
+    monkeypatch.setattr(gradient_descent, "available_memory", lambda: 0)  # nothing is held
     monkeypatch.setattr(gradient_descent, "ROWS", 9)
     X.numpy().tofile(tmp_path / "train")
     on_disk = torch.from_numpy(np.memmap(tmp_path / "train", np.float32, "c", shape=(N, 6)))
     found = linear.run(p, {"cls": on_disk}, y, {"cls": Q}, answers, held_out)["cls"]
     assert found.grid == expected.grid
     assert found.predictions.tolist() == expected.predictions.tolist()
-    monkeypatch.setattr(batches, "available_memory", lambda: 2**30)  # held, filled in chunks
+    monkeypatch.setattr(gradient_descent, "available_memory", lambda: 2**30)  # held, filled in chunks
     assert linear.run(p, {"cls": on_disk}, y, {"cls": Q}, answers, held_out)["cls"].grid == expected.grid
 
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_features_are_held_in_a_quarter_of_the_free_memory(missing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     X = torch.zeros(50, 6)
-    monkeypatch.setattr(batches, "available_memory", lambda: 4 * (2 * 40 * 6 * 4) - missing)
-    rows = batches.Rows([X, X], torch.arange(10, 50), None)
+    monkeypatch.setattr(gradient_descent, "available_memory", lambda: 4 * (2 * 40 * 6 * 4) - missing)
+    rows = gradient_descent.Rows([X, X], torch.arange(10, 50), None)
     X += 1
     assert (rows.batch(torch.tensor([0, 39])) == missing).all()
 
@@ -174,7 +173,7 @@ def test_standardisation_equals_scikit_learn_and_keeps_a_constant_feature() -> N
     X[::2, 2] = X[0, 2].nextafter(torch.tensor(4.0))  # as a sum in another order leaves it
     rows = torch.arange(10, 4990)
     varying = [0, 1, 3, 4, 5]
-    standard = batches.standard_of([X, X + 1], rows)
+    standard = gradient_descent.standard_of([X, X + 1], rows)
     scaler = StandardScaler().fit(X.double()[rows].numpy())
     np.testing.assert_allclose(standard.mean[0, 0].numpy(), scaler.mean_, rtol=1e-6)
     np.testing.assert_allclose(standard.scale[0, 0, varying].numpy(), scaler.scale_[varying], rtol=1e-6)
@@ -196,6 +195,16 @@ def test_a_head_that_diverges_harms_no_other_and_is_not_chosen() -> None:
         assert found[name].predictions.tolist() == of.predictions.tolist()
     with pytest.raises(UsageError, match=r"readout 'cls': training diverged at the learning rates 1e\+308, 1.5e\+308"):
         linear.run(LINEAR | {"lr": [1e308, 1.5e308]}, train, y, test, y_test, held_out)
+
+
+def test_a_readout_that_diverges_harms_no_other() -> None:
+    train, y, test, y_test, held_out = data()
+    expected = linear.run(LINEAR, train, y, test, y_test, held_out)
+    large = {name: {**of, "gap": 1e200 * of["gap"]} for name, of in (("train", train), ("test", test))}
+    with pytest.raises(Diverged, match="readout 'gap': training diverged at the learning rates") as caught:
+        linear.run(LINEAR, large["train"], y, large["test"], y_test, held_out)
+    assert list(caught.value.found) == [name for name in train if name != "gap"]
+    assert all(of.grid == expected[name].grid for name, of in caught.value.found.items())
 
 
 def test_a_head_that_diverges_when_refitted_is_not_chosen() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssl_vit_eval.probes import batches, linear, mlp
+from ssl_vit_eval.probes import gradient_descent, linear, mlp
 from ssl_vit_eval.protocols import load_protocol
 from tests.one_by_one import GRID, LINEAR, MLP, C, N, data, features, one_head, orders, standardised
 
@@ -24,7 +24,7 @@ def test_every_head_equals_one_trained_by_torch(normalise: str, schedule: str, m
     (A, y), (B, _) = features(N, 6), features(N, 6, seed=1)
     rows = torch.arange(3, N - 2)
     trained = linear.training(p, torch.float64).fit([A, B], rows, y, C)
-    logits = trained.heads.logits(batches.read([A, B], torch.arange(N), trained.standard))
+    logits = trained.heads.logits(gradient_descent.read([A, B], torch.arange(N), trained.standard))
     assert trained.heads.finite().all()
     assert trained.heads.parameters == 6 * C + C
     for r, X in enumerate((A, B)):
@@ -89,7 +89,7 @@ def perceptron(X: Tensor, y: Tensor, lr: float, weight_decay: float) -> nn.Seque
 def test_every_perceptron_equals_one_trained_by_torch() -> None:
     (A, y), (B, _) = features(N, 6), features(N, 6, seed=1)
     trained = mlp.training(MLP, torch.float64).fit([A, B], torch.arange(N), y, C)
-    logits = trained.heads.logits(batches.read([A, B], torch.arange(N), trained.standard))
+    logits = trained.heads.logits(gradient_descent.read([A, B], torch.arange(N), trained.standard))
     for r, X in enumerate((A, B)):
         (X,) = standardised(X)
         for g, (lr, weight_decay) in enumerate([(1e-3, 0.0), (1e-3, 5.0), (3e-2, 0.0), (3e-2, 5.0)]):

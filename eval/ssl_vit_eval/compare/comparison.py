@@ -156,7 +156,7 @@ def _complete(rows: Sequence[Row]) -> None:
     for row in rows:
         metrics[row.key].add(row.metric)
     for row in rows:
-        if lacking := {TOP1, metric_of(row.dataset)} - metrics[row.key]:
+        if lacking := {TOP1, metric_of(row)} - metrics[row.key]:
             what = f"{row.source} read with {row.read_with} on {row.dataset} by {row.protocol} has no line with {lacking.pop()}"
             raise Failure(f"{what}: evaluate it again; both lines of an evaluation ({TOP1}, {MACRO}) belong together")
 
@@ -174,7 +174,7 @@ def _tables(rows: Sequence[Row], names: Mapping[Weights, Arm], answers: Answers)
         for arm in arms or [names[weights_of(row)]]:
             grouped[Setting.of(row)][arm, row.read_with].append(row)
 
-    starts = {row.key: row for row in rows if row.metric == metric_of(row.dataset)}
+    starts = {row.key: row for row in rows if row.metric == metric_of(row)}
     floors: dict[Setting, float] = defaultdict(float)
     for row in starts.values():
         if row.method == PIXELS:  # which have a transform of their own, their size; of several sizes the best is the floor
@@ -186,7 +186,7 @@ def _tables(rows: Sequence[Row], names: Mapping[Weights, Arm], answers: Answers)
         cells = {place: _cell(of, starts, answers, None if place[1] == PIXELS else floor) for place, of in places.items()}
         first = next(of[0] for of in places.values())
         classes = len(set(answers.together([first])[1].tolist()))
-        tables.append(Table(setting, first.n_test, classes, metric_of(setting.dataset), cells))
+        tables.append(Table(setting, first.n_test, classes, metric_of(first), cells))
     order = list(dict.fromkeys(row.dataset for row in rows))
     return sorted(tables, key=lambda table: order.index(table.setting.dataset))  # stable: in the order of the protocols
 
@@ -203,7 +203,7 @@ def _over_random(row: Row, starts: Mapping[Key, Row], answers: Answers) -> Cross
 
 def _cell(rows: Sequence[Row], starts: Mapping[Key, Row], answers: Answers, pixels: float | None) -> Cell:
     by_metric = {metric: [row for row in rows if row.metric == metric] for metric in (TOP1, MACRO)}
-    own = by_metric[metric_of(rows[0].dataset)]
+    own = by_metric[metric_of(rows[0])]
     means = {metric: fmean(row.value for row in of) if of else None for metric, of in by_metric.items()}
     values = [row.value for row in own]
     differences = [difference for row in own if (difference := _over_random(row, starts, answers))]

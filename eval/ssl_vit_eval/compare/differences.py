@@ -53,7 +53,7 @@ def _measure(pair: Pair, answers: Answers, unit: Unit, rule: Rule, level: float)
     count = len(pair.rows)
     right, labels = answers.together([row for rows in pair.rows for row in rows])
     a, b = right[::2].double(), right[1::2].double()  # [seeds, replicates, images] each
-    classes = labels if metric_of(pair.rows[0][0].dataset) == MACRO else None
+    classes = labels if metric_of(pair.rows[0][0]) == MACRO else None
     crossed, of_seeds = crossed_interval(a - b, classes), means_of_seeds(a - b, classes)
     discordance = (a != b).double().mean().item()
     p, beyond = t_test(crossed), t_test(crossed, rule.margin)

@@ -64,7 +64,7 @@ def cells_of(rows: Sequence[Row], arms: Mapping[Weights, Arm]) -> Cells:
     """The rows, by the metric of their data set, of everything but random backbones and pixels."""
     cells: Cells = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in rows:
-        if row.metric == metric_of(row.dataset) and row.method not in ("random", PIXELS):
+        if row.metric == metric_of(row) and row.method not in ("random", PIXELS):
             cells[Setting.of(row)][arms[weights_of(row)]][row.read_with][row.seed] = row
     return cells
 

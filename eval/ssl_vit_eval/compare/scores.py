@@ -11,8 +11,8 @@ from torch import Tensor
 from ssl_vit.errors import Failure
 from ssl_vit_eval.compare.arms import arms_of, weights_of
 from ssl_vit_eval.compare.verdict import Side
-from ssl_vit_eval.results import METRICS, accuracies
-from ssl_vit_eval.rows import Key, Row, RowStore, Setting
+from ssl_vit_eval.results import accuracies
+from ssl_vit_eval.rows import METRICS, Key, Row, RowStore, Setting
 
 Scores = dict[tuple[Setting, Side], dict[int | None, float]]
 TOP1, MACRO = METRICS
@@ -22,18 +22,18 @@ _WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # `OxfordIIITPet`, `oxford_f
 _KEPT = 512  # evaluations in memory: more than one setting has, whose cells are all paired with each other
 
 
-def metric_of(dataset: str) -> str:
-    """What a data set is judged by: the mean over classes for Pets, Flowers, Aircraft and Caltech, whose classes differ in size, by whole
-    words of its name; else top-1. Gains, differences and their tests are of this."""
-    words = {word.lower() for word in _WORD.findall(dataset)}
-    return MACRO if any(known <= words for known in _BY_CLASS) else TOP1
+def metric_of(row: Row) -> str:
+    """What a row's dataset is judged by: what its suite declares, else the mean over classes for Pets, Flowers, Aircraft and Caltech, whose
+    classes differ in size, by whole words of its name; else top-1. Gains, differences and their tests are of this."""
+    words = {word.lower() for word in _WORD.findall(row.dataset)}
+    return row.dataset_metric or (MACRO if any(known <= words for known in _BY_CLASS) else TOP1)
 
 
 def scores_by_seed(rows: Sequence[Row]) -> Scores:
     """Accuracy, as a fraction, of each side in each setting by seed, in the order of the rows; None for weights without a seed."""
     arms, found = arms_of(rows), Scores()
     for row in rows:
-        if row.metric == metric_of(row.dataset):
+        if row.metric == metric_of(row):
             found.setdefault((Setting.of(row), Side(arms[weights_of(row)], row.read_with)), {})[row.seed] = row.value
     return found
 

@@ -18,7 +18,7 @@ def repeated(found: Sequence[tuple[Row, RowStore]]) -> list[str]:
     """Evaluations that were measured more than once, with different results."""
     again: dict[Key, list[tuple[Row, RowStore]]] = defaultdict(list)
     for row, store in found:
-        if row.metric == metric_of(row.dataset):
+        if row.metric == metric_of(row):
             again[row.key].append((row, store))
     notes = []
     for of in again.values():

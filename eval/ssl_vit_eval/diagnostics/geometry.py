@@ -131,5 +131,6 @@ def bimodality(values: Float[np.ndarray, " n"]) -> float | None:
 def redundancy(lp_ab: float, lp_a: float, lp_b: float) -> float:
     """LP(A + B concatenated) - max(LP(A), LP(B)), in the unit of the accuracies; near 0: one holds what the other does.
 
-    The three probes must be of one width (a fixed random projection), or the concatenation's is also a larger probe."""
+    lp_a is that of A beside B of other images (`--controls width`), lp_b of B beside A: three probes of one width. Of A and B alone, the
+    concatenation could also be better because it is wider."""
     return lp_ab - max(lp_a, lp_b)

@@ -1,4 +1,4 @@
-"""Pictures of attention and input-gradient maps: a row for each image, a column for each map."""
+"""Figures of attention and input-gradient maps: a row for each image, a column for each map."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +20,15 @@ def save_maps(images: UInt8[Tensor, "b 3 s s"], maps: Mapping[str, Float[Tensor,
     Each map runs from 0 (dark) to its own maximum (bright): maps show where, not how much.
     """
     side = round(next(iter(maps.values())).shape[1] ** 0.5)
-    pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
     drawn = {title: values.reshape(len(images), side, side).float().cpu().numpy() for title, values in maps.items()}
     style: Any = {"text.parse_math": False, "font.size": 8}
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(CELL * (1 + len(maps)), CELL * len(images) + 0.5), dpi=DPI, layout=layout)
         grid = figure.subplots(len(images), 1 + len(maps), squeeze=False)
-        for row, picture in enumerate(pictures):
-            grid[row, 0].imshow(picture)
+        for row, array in enumerate(arrays):
+            grid[row, 0].imshow(array)
             for axes, values in zip(grid[row, 1:], drawn.values(), strict=True):
                 axes.imshow(values[row], cmap="viridis", vmin=0, vmax=max(float(values[row].max()), 1e-12), interpolation="nearest")
         for axes, title in zip(grid[0], ("image", *drawn), strict=True):

@@ -1,4 +1,4 @@
-"""`ssl-vit eval --diagnostics`: what is in the tokens of a frozen backbone, without labels. Numbers for a JSON file, and one picture."""
+"""`ssl-vit eval --diagnostics`: what is in the tokens of a frozen backbone, without labels. Numbers for a JSON file, and one figure."""
 
 import hashlib
 import math
@@ -52,7 +52,7 @@ def diagnose(
     """All diagnostics of one source on `n_images` (or all) of the images, drawn by `seed`; a dictionary that JSON can hold.
 
     Images must have the source's size. Spectra and CKA are of all those drawn, attention and norms of the first 256, input gradients
-    of the first 32, and the first 8 are drawn as `picture`, a PNG in `out`. A `specs` entry that reads only the last block, without
+    of the first 32, and the first 8 are drawn as the PNG `picture` in `out`. A `specs` entry that reads only the last block, without
     parameters, is read at every block too. What a model does not have is None; a model that does not show its attention says so.
     Raises UsageError for raw pixels, for fewer than 4 images and for specs that the source lacks, Failure for features that are not finite.
     """
@@ -67,7 +67,7 @@ def diagnose(
     blocks, attention, maps = _tokens(backbone, images, chosen[:N_TOKENS])
     gradients = _gradients(source, backbone, images, chosen[:N_GRADIENTS], specs, seed)
     shown, _ = images.batch(chosen[:N_PICTURES])
-    digest = hashlib.sha256(shown.numpy().tobytes()).hexdigest()[:8]  # pictures of several data sets lie side by side
+    digest = hashlib.sha256(shown.numpy().tobytes()).hexdigest()[:8]  # figures of several datasets lie side by side
     picture = f"diagnostics-{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{source.weights[:8]}-{digest}.png"
     result = {
         "version": VERSION,

@@ -22,12 +22,12 @@ def with_blocks(specs: Sequence[str], depth: int) -> list[str]:
 
 
 def half_precision(specs: Sequence[str]) -> list[str]:
-    """Those whose features are stored in half precision, since a set of every block is large: behind the final norm they fit into it."""
+    """Those whose features are stored in half precision, since those of every block are many: behind the final norm they fit into it."""
     return [spec for spec in specs if all(term.norm != "pre" for term in ReadoutSpec.parse(spec).terms)]
 
 
 def examine(source: Source, test: Split, data: str, transform: str, specs: Sequence[str], store: RowStore) -> Path:
-    """Write `diagnostics-SOURCE-WEIGHTS-DATA-TRANSFORM.json` beside the rows, and a picture that it names; the file's path.
+    """Write `diagnostics-SOURCE-WEIGHTS-DATA-TRANSFORM.json` beside the rows, and a figure that it names; the file's path.
 
     What this version measured before on these weights and images is kept, what comes from rows is always new."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)

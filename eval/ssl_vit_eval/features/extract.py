@@ -16,6 +16,7 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.distributed import agreed, device, gather_objects, in_memory, parts, rank
 from ssl_vit_eval.features.store import FeatureFile, FeatureKey, check_room
 from ssl_vit_eval.sources import Source, on_device
+from ssl_vit_eval.splits import Split
 
 BATCH = 256  # images; the same for any number of processes, so that every image is computed in the same company
 
@@ -30,25 +31,14 @@ class Reading:
 
     @classmethod
     def of(
-        cls,
-        source: Source,
-        specs: Sequence[str],
-        images: ImageStore,
-        folder: Path,
-        data: str,
-        split: str,
-        transform: str,
-        half: Collection[str] = (),
-        dataset: str = "",
+        cls, source: Source, specs: Sequence[str], split: Split, data: str, transform: str, folder: Path, half: Collection[str]
     ) -> "Reading":
-        """data: the fingerprint of the split. half: the specs that are stored in half precision. dataset: for messages."""
+        """data: the fingerprint of the split. half: the specs that are stored in half precision."""
         normalisation = "" if source.backbone is None else f"{source.backbone.mean} {source.backbone.std}"
-        key = (source.weights, data, split, transform, normalisation)
-        files = {}
-        for spec in specs:
-            dtype = "float16" if spec in half else "float32"
-            files[spec] = FeatureFile(folder, FeatureKey(*key, spec, len(images), source.width(spec), dtype=dtype))
-        return cls(source, files, f"{source.name}: {dataset} {split}")
+        key, n = (source.weights, data, split.split, transform, normalisation), len(split.images)
+        types = {spec: "float16" if spec in half else "float32" for spec in specs}
+        files = {spec: FeatureFile(folder, FeatureKey(*key, spec, n, source.width(spec), dtype=types[spec])) for spec in specs}
+        return cls(source, files, f"{source.name}: {split.dataset} {split.split}")
 
     def features(self) -> dict[str, Float[Tensor, "n _"]]:
         """All of them, mapped from the disk."""

@@ -23,15 +23,18 @@ from ssl_vit_eval.sources import Source
 _LARGEST = 65504  # of float16
 
 
-class StreamedTokens:
-    """Runs the backbone at every batch and keeps nothing: for sets whose cache would be too large.
+class TokenReader:
+    """The tokens of a split: from numbers mapped from disk, read image by image, or of the backbone, which then runs at every batch.
 
     `batch(indices)` gives float32 Tokens of these images on the device, without gradient; so does its final norm.
     """
 
-    def __init__(self, backbone: Backbone, images: ImageStore, blocks: Sequence[int]) -> None:
-        """blocks: which blocks to keep, negative from the last. The backbone is moved to the device and must be in evaluation mode."""
-        self._backbone, self._images = backbone.to(device()), images
+    def __init__(
+        self, backbone: Backbone, images: ImageStore, blocks: Sequence[int], packed: Float16[Tensor, "n numbers"] | None = None
+    ) -> None:
+        """blocks: which blocks to keep, negative from the last. packed: what `pack` made of their sequences; None for datasets whose cache
+        would be too large. The backbone is moved to the device and must be in evaluation mode."""
+        self._backbone, self._images, self.packed = backbone.to(device()), images, packed
         self.blocks = tuple(sorted({block % backbone.depth for block in blocks}))
         self.width, self.depth = backbone.width, backbone.depth
         self.cls_tokens, self.registers = backbone.cls_tokens, backbone.registers
@@ -41,8 +44,9 @@ class StreamedTokens:
         return len(self._images)
 
     def batch(self, indices: Int64[Tensor, "b"]) -> Tokens:
-        sequences = self.sequences(indices)  # rounded as the cache rounds, so that the room on the disk does not change a number
-        return self.named(unpack(pack(sequences), (sequences.shape[1], sequences.shape[2], sequences.shape[3])))
+        # what is not cached is rounded as the cache rounds, so that the room on the disk does not change a number
+        packed = pack(self.sequences(indices)) if self.packed is None else self.packed[indices].to(device())
+        return self.named(unpack(packed, len(self.blocks), self.width))
 
     @torch.no_grad()
     def sequences(self, indices: Int64[Tensor, "b"]) -> Float[Tensor, "b blocks l d"]:
@@ -67,24 +71,6 @@ class StreamedTokens:
         return Tokens(deepest.cls, deepest.registers, deepest.patches, self.norm, deepest.block, self.depth, others=found)
 
 
-class TokenCache:
-    """The same from numbers mapped from disk (`pack`): 2 bytes a number, read image by image, so that memory does not grow with the set."""
-
-    def __init__(self, stream: StreamedTokens, packed: Float16[Tensor, "n numbers"], shape: tuple[int, int, int]) -> None:
-        """shape: of one image's sequences, [blocks l d]."""
-        self._stream, self._packed, self._shape = stream, packed, shape
-        self.width = stream.width
-
-    def __len__(self) -> int:
-        return len(self._packed)
-
-    def batch(self, indices: Int64[Tensor, "b"]) -> Tokens:
-        return self._stream.named(unpack(self._packed[indices].to(device()), self._shape))
-
-
-TokenReader = TokenCache | StreamedTokens
-
-
 def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folder: Path, key: str, limit: int | None = None) -> TokenReader:
     """The tokens of a split from `folder`, written there first if they are not; streamed if they take more than `limit` bytes.
 
@@ -93,9 +79,9 @@ def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folde
     """
     assert source.backbone is not None
     with agreed():  # memory may run out on one process alone
-        stream = StreamedTokens(source.backbone, images, blocks)
-        first = stream.sequences(torch.zeros(1, dtype=torch.int64))
-    spec = "tokens@" + ",".join(map(str, stream.blocks))
+        reader = TokenReader(source.backbone, images, blocks)
+        first = reader.sequences(torch.zeros(1, dtype=torch.int64))
+    spec = "tokens@" + ",".join(map(str, reader.blocks))
     normalisation = f"{source.backbone.mean} {source.backbone.std}"
     fields = (source.weights, key, "", "", normalisation, spec, len(images), pack(first).shape[1])
     file = FeatureFile(folder, FeatureKey(*fields, dtype="float16"))
@@ -104,14 +90,15 @@ def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folde
     # the first process decides: disks may differ
     there, fits = gather_objects((rank() == 0 and file.is_whole(), file.size <= room))[0]
     if not there and not fits:
-        return stream
+        return reader
     if not there:
         ranges = list(parts(len(images), BATCH))
         with file.writing(), agreed():
             for start, end in tqdm(ranges, f"{source.name}: tokens", leave=False, unit="batch", disable=True if rank() else None):
-                file.write(start, pack(stream.sequences(torch.arange(start, end))).cpu())
+                file.write(start, pack(reader.sequences(torch.arange(start, end))).cpu())
     with agreed():
-        return TokenCache(stream, file.mapped(), (first.shape[1], first.shape[2], first.shape[3]))
+        reader.packed = file.mapped()
+    return reader
 
 
 def pack(sequences: Float[Tensor, "b blocks l d"]) -> Float16[Tensor, "b numbers"]:
@@ -122,7 +109,7 @@ def pack(sequences: Float[Tensor, "b blocks l d"]) -> Float16[Tensor, "b numbers
     return torch.cat([power, x * 2.0**-power], dim=1).half()
 
 
-def unpack(packed: Float16[Tensor, "b numbers"], shape: tuple[int, int, int]) -> Float32[Tensor, "b blocks l d"]:
+def unpack(packed: Float16[Tensor, "b numbers"], blocks: int, width: int) -> Float32[Tensor, "b blocks l d"]:
     """What was packed, to float16's precision."""
     numbers = packed.float()
-    return (numbers[:, 1:] * 2.0 ** numbers[:, :1]).view(-1, *shape)
+    return (numbers[:, 1:] * 2.0 ** numbers[:, :1]).view(len(numbers), blocks, -1, width)

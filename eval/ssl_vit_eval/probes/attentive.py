@@ -6,10 +6,9 @@ normalisation before the head, the rate and the weight decay of each readout cho
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,22 +20,12 @@ from ssl_vit_eval.distributed import device
 from ssl_vit_eval.features.extract import BATCH
 from ssl_vit_eval.features.tokens import TokenReader
 from ssl_vit_eval.probes.base import class_targets, seeds_of
-from ssl_vit_eval.probes.batches import Course
+from ssl_vit_eval.probes.gradient_descent import TRAINED, Course
 from ssl_vit_eval.probes.linear import rates_and_decays
-from ssl_vit_eval.probes.selection import Answers, Axes, Found, points, select
+from ssl_vit_eval.probes.selection import Answers, Axes, Found, Labels, Parameters, Slice, Truth, points, select
 
-PARAMETERS: dict[str, type] = {
-    "lr": list,  # for 256 images: the rate used is lr * batch / 256
-    "weight_decay": list,  # on matrices only
-    "batch_size": int,
-    "epochs": float,
-    "iterations": int,  # instead of epochs; the unused one is 0
-    "warmup_epochs": float,
-    "seed": int,
-    "probe_seeds": int,
-    "slice_fraction": float,
-    "slice_seed": int,
-}
+# lr for 256 images: the rate used is lr * batch / 256; weight_decay on matrices only; of epochs and iterations the unused one is 0
+PARAMETERS: dict[str, type] = TRAINED | {"epochs": float, "iterations": int, "warmup_epochs": float}
 BETAS = (0.9, 0.95)
 DIVERGED = -1  # the prediction of a probe whose logits are not finite: right for no image
 
@@ -56,14 +45,17 @@ class TokenProbe(nn.Module):
         return logits
 
 
+Probes = Mapping[tuple[str, int], Sequence[TokenProbe]]  # one for each setting, by readout and seed
+
+
 def run(
-    parameters: Mapping[str, Any],
+    parameters: Parameters,
     specs: Sequence[str],
     train: TokenReader,
-    y_train: Int64[Tensor, " n"],
+    y_train: Labels,
     test: TokenReader,
-    y_test: Int64[Tensor, " m"],
-    held_out: Bool[Tensor, " n"],
+    y_test: Truth,
+    held_out: Slice,
 ) -> dict[str, Found]:
     """The protocol kind `attentive`: every readout with every setting, all trained on the same batches, each batch read once.
 
@@ -99,14 +91,7 @@ def _start(spec: str, width: int, classes: int, axes: Axes, seed: int) -> list[T
     return [copy.deepcopy(first) for _ in points(axes)]
 
 
-def fit(
-    probes: Mapping[tuple[str, int], Sequence[TokenProbe]],
-    axes: Axes,
-    course: Course,
-    store: TokenReader,
-    rows: Int64[Tensor, "k"],
-    targets: Int64[Tensor, " n"],
-) -> None:
+def fit(probes: Probes, axes: Axes, course: Course, store: TokenReader, rows: Int64[Tensor, "k"], targets: Labels) -> None:
     """Train all probes, by readout and seed, in place on these rows, each with its setting.
 
     One probe after the other within a batch: a `vmap` over the settings copies the tokens for each, and takes 2 to 5 times as long."""
@@ -131,10 +116,7 @@ def fit(
 
 @torch.no_grad()
 def predict(
-    probes: Mapping[tuple[str, int], Sequence[TokenProbe]],
-    store: TokenReader,
-    rows: Int64[Tensor, "k"],
-    classes: Int64[Tensor, " c"],
+    probes: Probes, store: TokenReader, rows: Int64[Tensor, "k"], classes: Int64[Tensor, " c"]
 ) -> dict[tuple[str, int], Int64[Tensor, "settings k"]]:
     """Each probe's class for each of the rows."""
     answers: dict[tuple[str, int], list[Tensor]] = {key: [] for key in probes}

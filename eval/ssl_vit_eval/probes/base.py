@@ -67,7 +67,7 @@ def moments(X: Float[Tensor, "n d"], rows: Int64[Tensor, " k"] | None = None) ->
 
     A feature that is constant, but for the rounding of float32, has 1. The rows are read once, part by part."""
     rows = torch.arange(len(X), device=X.device) if rows is None else rows.to(X.device)
-    origin = X[rows[0]].double()  # around a row of the set, so that a mean far from 0 does not cancel the spread
+    origin = X[rows[0]].double()  # around one of the rows, so that a mean far from 0 does not cancel the spread
     first, second = torch.zeros_like(origin), torch.zeros_like(origin)
     for part in torch.split(rows, _PART):
         x = X[part].double() - origin
@@ -85,8 +85,8 @@ def seeds_of(parameters: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def progress(steps: Iterable[T], title: str) -> Iterable[T]:
-    """The steps, with a bar on stderr while they last, if that is a terminal; of several processes the first shows it."""
-    bar: Iterable[T] = tqdm(steps, title, leave=False, disable=True if rank() else None)
+    """The steps, with a bar on stderr if they last longer than a second and that is a terminal; of several processes the first shows it."""
+    bar: Iterable[T] = tqdm(steps, title, leave=False, delay=1, disable=True if rank() else None)
     return bar
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
+from lightning.pytorch.utilities.seed import isolate_rng
 from timm.data.mixup import Mixup, mixup_target
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
@@ -26,15 +27,14 @@ from ssl_vit_eval.distributed import device
 from ssl_vit_eval.features.extract import BATCH
 from ssl_vit_eval.probes.attentive import DIVERGED, classes_of
 from ssl_vit_eval.probes.base import class_targets, seeds_of
-from ssl_vit_eval.probes.batches import Course
-from ssl_vit_eval.probes.selection import Answers, Found, select
+from ssl_vit_eval.probes.gradient_descent import TRAINED, Course
+from ssl_vit_eval.probes.selection import Answers, Found, Labels, Parameters, Slice, Truth, select
 
-PARAMETERS: dict[str, type] = {
+PARAMETERS: dict[str, type] = TRAINED | {
     "lr": list,  # for 256 images, at the head: the rate used is lr * batch / 256 * layer_decay ** (layers above)
     "min_lr": float,  # at the last step, at the head
     "weight_decay": float,  # on matrices only
     "layer_decay": float,
-    "batch_size": int,
     "epochs": float,
     "warmup_epochs": float,
     "drop_path": float,  # at the last block, growing from 0 at the first
@@ -43,10 +43,6 @@ PARAMETERS: dict[str, type] = {
     "cutmix": float,
     "label_smoothing": float,
     "fresh_norm": bool,  # the final norm starts anew
-    "seed": int,
-    "probe_seeds": int,
-    "slice_fraction": float,
-    "slice_seed": int,
 }
 _FORWARD = 128  # images of a forward pass: what a batch holds beyond them costs time instead of memory
 
@@ -72,14 +68,14 @@ class Network(nn.Module):
 
 
 def run(
-    parameters: Mapping[str, Any],
+    parameters: Parameters,
     backbone: Backbone,
     specs: Sequence[str],
     train: ImageStore,
-    y_train: Int64[Tensor, " n"],
+    y_train: Labels,
     test: ImageStore,
-    y_test: Int64[Tensor, " m"],
-    held_out: Bool[Tensor, " n"],
+    y_test: Truth,
+    held_out: Slice,
 ) -> dict[str, Found]:
     """The protocol kind `finetune`; `backbone` itself stays as it is.
 
@@ -94,7 +90,10 @@ def run(
     def train_all(spec: str, rows: Int64[Tensor, " k"], split: str, asked: Int64[Tensor, " q"]) -> Answers:
         answers, alive = [], []
         for lr, seed in itertools.product(axes["lr"], seeds):
-            network = _trained({**parameters, "seed": seed}, backbone, ReadoutSpec.parse(spec), train, targets, len(classes), rows, lr)
+            p = {**parameters, "seed": seed}
+            with _seeded(seed):
+                network = Network(backbone, ReadoutSpec.parse(spec), len(classes), p["drop_path"], p["fresh_norm"]).to(device())
+                fit(network, p, lr, train, rows, targets)
             answers.append(predict(network, train if split == "train" else test, asked, classes))
             alive.append(bool((predict(network, train, rows[:BATCH], classes) != DIVERGED).all()))
         used = sum(p.numel() for p in network.parameters() if p.grad is not None)
@@ -102,22 +101,6 @@ def run(
         return Answers(of_seeds, torch.tensor(alive).view(-1, len(seeds)).all(dim=1), details, parameters=used)
 
     return select(axes, lambda *asked: {spec: train_all(spec, *asked) for spec in specs}, y_train, y_test, [held_out])
-
-
-def _trained(
-    parameters: Mapping[str, Any],
-    backbone: Backbone,
-    spec: ReadoutSpec,
-    images: ImageStore,
-    targets: Int64[Tensor, " n"],
-    classes: int,
-    rows: Int64[Tensor, "k"],
-    lr: float,
-) -> Network:
-    with _seeded(parameters["seed"]):
-        network = Network(backbone, spec, classes, parameters["drop_path"], parameters["fresh_norm"]).to(device())
-        fit(network, parameters, lr, images, rows, targets)
-    return network
 
 
 def _course(parameters: Mapping[str, Any], n: int) -> Course:
@@ -200,10 +183,7 @@ def set_drop_path(backbone: Backbone, rate: float) -> None:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Weights, drop path and mixup (timm draws it from numpy's global generator) by the seed; the generators' states are given back."""
-    gpu = [device().index] if device().type == "cuda" else []
-    state = np.random.get_state()
-    with torch.random.fork_rng(devices=gpu):
+    with isolate_rng():
         torch.manual_seed(seed)
         np.random.seed(seed)
         yield
-    np.random.set_state(state)

@@ -1,20 +1,20 @@
 """k-nearest neighbours by DINO's rule: the k most similar training images vote with weight exp(cosine similarity / temperature)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from ssl_vit.errors import UsageError
-from ssl_vit_eval.distributed import device, merge_parts, parts
+from ssl_vit_eval.distributed import agreed, device, merge_parts, parts
 from ssl_vit_eval.probes.base import Probe, check_readouts, check_training, moments
 from ssl_vit_eval.probes.neighbours import CHUNK, QUERIES, Vectors, neighbours
-from ssl_vit_eval.probes.selection import Answers, Axes, Found, points, select
+from ssl_vit_eval.probes.selection import SLICE, Answers, Axes, Found, Labels, Parameters, Slice, Test, Train, Truth, points, select
 
-PARAMETERS: dict[str, type] = {"k": list, "temperature": list, "standardise": bool, "slice_fraction": float, "slice_seed": int}
+PARAMETERS: dict[str, type] = {"k": list, "temperature": list, "standardise": bool, **SLICE}
 
 
 class KNNProbe(Probe):
@@ -56,14 +56,7 @@ class KNNProbe(Probe):
         return torch.cat(shares)
 
 
-def run(
-    parameters: Mapping[str, Any],
-    train: Mapping[str, Float[Tensor, "n _"]],
-    y_train: Int64[Tensor, " n"],
-    test: Mapping[str, Float[Tensor, "m _"]],
-    y_test: Int64[Tensor, " m"],
-    held_out: Bool[Tensor, " n"],
-) -> dict[str, Found]:
+def run(parameters: Parameters, train: Train, y_train: Labels, test: Test, y_test: Truth, held_out: Slice) -> dict[str, Found]:
     """The protocol kind `knn`: k and temperature by the slice of train that `held_out` marks, then test with all of train as the bank.
 
     A k above the bank's rows is cut to them. Of equally good points the first is chosen, temperatures before k, both in the order of
@@ -79,7 +72,11 @@ def run(
     def fit(rows: Int64[Tensor, " bank"], split: str, asked: Int64[Tensor, " queries"]) -> dict[str, Answers]:
         alive, found = torch.ones(len(points(axes)), dtype=torch.bool), {}
         for spec, X in train.items():
-            given = _answers(X, y, rows, splits[split][spec], asked, axes, parameters["standardise"])
+            with agreed():  # memory may run out on one process alone
+                scaling = moments(X, rows) if parameters["standardise"] else None
+                own = torch.cat([asked[:0], *(asked[slice(*part)] for part in parts(len(asked), QUERIES))])
+                given = _answers(Vectors(X, rows, scaling), y[rows], Vectors(splits[split][spec], own, scaling), axes)
+            given = merge_parts(given, len(asked), QUERIES)
             found[spec] = Answers(given.T[:, :, None], alive, bank=len(rows))
         return found
 
@@ -100,24 +97,15 @@ def _votes(
             yield votes
 
 
-def _answers(
-    X: Float[Tensor, "n d"],
-    y: Int64[Tensor, " n"],
-    bank: Int64[Tensor, " bank"],
-    Z: Float[Tensor, "m d"],
-    queries: Int64[Tensor, " queries"],
-    axes: Axes,
-    standardise: bool,
-) -> Int64[Tensor, "queries points"]:
-    """The classes that rows `bank` of X give to rows `queries` of Z at every point of the grid, by one search."""
-    on, scaling = device(), moments(X, bank) if standardise else None
-    classes, targets = torch.unique(y[bank], return_inverse=True)
+def _answers(bank: Vectors, y: Int64[Tensor, " bank"], queries: Vectors, axes: Axes) -> Int64[Tensor, "queries points"]:
+    """The classes that the bank, whose rows are of the classes y, gives to the queries at every point of the grid, by one search."""
+    on = device()
+    classes, targets = torch.unique(y, return_inverse=True)
     targets = targets.to(on)
-    used = [min(int(k), len(bank)) for k in axes["k"]]
+    used = [min(int(k), len(y)) for k in axes["k"]]
     ascending = sorted(set(used))
-    own = torch.cat([torch.arange(0), *(torch.arange(*part) for part in parts(len(queries), QUERIES))])
     answers = [torch.empty(0, len(points(axes)), dtype=torch.int64)]
-    for similarity, place in neighbours(Vectors(X, bank, scaling), Vectors(Z, queries[own], scaling), ascending[-1], on):
+    for similarity, place in neighbours(bank, queries, ascending[-1], on):
         some = max(1, CHUNK // len(classes))  # votes held at once
         for near, labels in zip(torch.split(similarity, some), torch.split(targets[place], some), strict=True):
             columns = []
@@ -126,7 +114,7 @@ def _answers(
                 winners = {k: sums.argmax(dim=1).cpu() for k, sums in zip(ascending, votes, strict=True)}
                 columns += [classes[winners[k]] for k in used]
             answers.append(torch.stack(columns, dim=1))
-    return merge_parts(torch.cat(answers), len(queries), QUERIES)
+    return torch.cat(answers)
 
 
 def _check_grid(ks: Sequence[Any], temperatures: Sequence[Any]) -> None:

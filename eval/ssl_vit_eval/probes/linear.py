@@ -1,9 +1,8 @@
 """Linear heads trained by SGD or LARS for a whole grid of learning rates and weight decays at once: the linear probes of DINO (Caron et al.
 2021, section 4.1), MAE (He et al. 2022, appendix A.1) and DINOv2 (Oquab et al. 2024, section 7.1) on frozen features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -13,37 +12,21 @@ from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.probes import gradient_descent
 from ssl_vit_eval.probes.base import seeds_of
-from ssl_vit_eval.probes.batches import Course
-from ssl_vit_eval.probes.gradient_descent import Heads, Training
-from ssl_vit_eval.probes.selection import points
+from ssl_vit_eval.probes.gradient_descent import TRAINED, Course, Heads, Training
+from ssl_vit_eval.probes.selection import Parameters, points
 
-PARAMETERS: dict[str, type] = {
-    "optimizer": str,
-    "lr": list,
-    "weight_decay": list,
-    "momentum": float,
-    "batch_size": int,
-    "epochs": float,
-    "iterations": int,
-    "warmup_epochs": float,
-    "schedule": str,
-    "normalise": str,
-    "init_std": float,
-    "seed": int,
-    "probe_seeds": int,
-    "slice_fraction": float,
-    "slice_seed": int,
-}
+PARAMETERS: dict[str, type] = TRAINED | {"optimizer": str, "momentum": float, "epochs": float, "iterations": int, "warmup_epochs": float}
+PARAMETERS |= {"schedule": str, "normalise": str, "init_std": float}
 OPTIMIZERS = ("sgd", "lars")
 NORMALISE = ("none", "standardise", "batchnorm")
 _TRUST = 0.001  # of LARS, as in MAE's evaluation
 _NORM_EPS, _NORM_MOMENTUM = 1e-6, 0.1  # of the batch norm, as there
 
 
-def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Training:
+def training(parameters: Parameters, dtype: torch.dtype = torch.float32) -> Training:
     """What the parameters of a `linear` protocol ask for; UsageError for values that are not allowed.
 
-    lr: base rates, for 256 images a step: the rate is `lr * images a step / 256`, of a set smaller than `batch_size` with that many.
+    lr: base rates, for 256 images a step: the rate is `lr * images a step / 256`, of a dataset smaller than `batch_size` with that many.
     normalise: nothing, by mean and standard deviation of train, or by a batch norm without parameters, whose running statistics normalise
     what is answered. init_std: of the normal weights that all heads of a width and a seed start from; biases start at 0. The rest:
     `Course`, `LinearHeads`, `seeds_of`.
@@ -70,7 +53,7 @@ def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) 
 run = partial(gradient_descent.run, training)  # the protocol kind `linear`
 
 
-def rates_and_decays(parameters: Mapping[str, Any]) -> dict[str, list[float]]:
+def rates_and_decays(parameters: Parameters) -> dict[str, list[float]]:
     """The axes of the grid, ascending; UsageError for an empty list, a rate that is not above 0 or a decay below 0."""
     axes = {name: sorted(map(float, parameters[name])) for name in ("lr", "weight_decay")}
     require(min(axes["lr"], default=0.0) > 0, "lr", parameters["lr"], "a list of numbers above 0")

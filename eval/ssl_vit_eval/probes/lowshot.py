@@ -6,9 +6,7 @@ the claim of so many images does not count.
 """
 
 import statistics
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from ssl_vit.errors import UsageError
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.probes.base import check_readouts
 from ssl_vit_eval.probes.logreg import select_and_fit
-from ssl_vit_eval.probes.selection import Found
+from ssl_vit_eval.probes.selection import Found, Labels, Parameters, Test, Train, Truth
 
 PARAMETERS: dict[str, type] = {
     "fraction": float,  # of every class, at least one image; 0 where per_class is used
@@ -34,14 +32,7 @@ PARAMETERS: dict[str, type] = {
 }
 
 
-def run(
-    parameters: Mapping[str, Any],
-    train: Mapping[str, Float[Tensor, "n _"]],
-    y_train: Int64[Tensor, " n"],
-    test: Mapping[str, Float[Tensor, "m _"]],
-    y_test: Int64[Tensor, " m"],
-    groups: Int64[Tensor, " n"],
-) -> dict[str, Found]:
+def run(parameters: Parameters, train: Train, y_train: Labels, test: Test, y_test: Truth, groups: Labels) -> dict[str, Found]:
     """The protocol kind `lowshot`. `Found.predictions` [m draws]; `selected` has for each draw its images, C and accuracy, and the
     accuracy's standard deviation over draws (n - 1). The grid's accuracies are means over draws, and so is the oracle: of each
     draw's best. groups: of images that overlap, which no fold cuts. UsageError unless one of fraction and per_class is above 0, and
@@ -82,13 +73,7 @@ def folds(y: Int64[Tensor, " n"], groups: Int64[Tensor, " n"], count: int) -> In
 
 
 def _run(
-    p: Mapping[str, Any],
-    X: Float[Tensor, "n d"],
-    y: Int64[Tensor, " n"],
-    X_test: Float[Tensor, "m d"],
-    y_test: Int64[Tensor, " m"],
-    groups: Int64[Tensor, " n"],
-    subsets: list[Int64[Tensor, "_"]],
+    p: Parameters, X: Float[Tensor, "n d"], y: Labels, X_test: Float[Tensor, "m d"], y_test: Truth, groups: Labels, subsets: list[Tensor]
 ) -> Found:
     selects = all((folds(y[rows], groups[rows], p["folds"]) >= 0).any() for rows in subsets)
     grid, found = p["C"] if selects else [p["C_of_single_images"]], []

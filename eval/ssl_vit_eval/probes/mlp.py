@@ -3,10 +3,9 @@
 It asks what a readout holds that a linear probe cannot take out. More parameters fit more by chance, too: they are in the row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -17,26 +16,15 @@ from ssl_vit.errors import require
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.probes import gradient_descent
 from ssl_vit_eval.probes.base import seeds_of
-from ssl_vit_eval.probes.batches import Course
-from ssl_vit_eval.probes.gradient_descent import Heads, Training
+from ssl_vit_eval.probes.gradient_descent import TRAINED, Course, Heads, Training
 from ssl_vit_eval.probes.linear import rates_and_decays
-from ssl_vit_eval.probes.selection import points
+from ssl_vit_eval.probes.selection import Parameters, points
 
-PARAMETERS: dict[str, type] = {
-    "hidden": int,
-    "lr": list,
-    "weight_decay": list,
-    "batch_size": int,
-    "iterations": int,
-    "seed": int,
-    "probe_seeds": int,
-    "slice_fraction": float,
-    "slice_seed": int,
-}
+PARAMETERS: dict[str, type] = TRAINED | {"hidden": int, "iterations": int}
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # of AdamW, as everywhere
 
 
-def training(parameters: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Training:
+def training(parameters: Parameters, dtype: torch.dtype = torch.float32) -> Training:
     """What the parameters of an `mlp` protocol ask for; UsageError for values that are not allowed.
 
     lr: the rates themselves, whatever the batch, which fall to 0 along a half cosine."""

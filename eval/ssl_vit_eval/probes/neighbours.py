@@ -8,6 +8,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_vit_eval.probes.base import progress
+
 CHUNK = 2**24  # similarities held at once: 64 MB
 QUERIES = 256  # multiplied at once: with fewer the product is slower
 _GROUP = 8  # bank rows that are first looked at through their maximum
@@ -49,7 +51,7 @@ def neighbours(
         Q = queries.read(top, top + panel, on, dtype)
         similarity = torch.empty(k, len(Q), dtype=dtype, device=on)
         place = torch.empty(k, len(Q), dtype=torch.int64, device=on)
-        for start in range(0, n, width):
+        for start in progress(range(0, n, width), "nearest neighbours, parts of the bank"):
             B = bank.read(start, start + width, on, dtype)
             known = min(k, start)  # neighbours that the parts before have given: they stand above this part's rows, and compete
             best = min(k, start + len(B))

@@ -1,4 +1,4 @@
-"""k-NN while pretraining: a labelled set watched from outside, without a trace in the training."""
+"""k-NN while pretraining: a labelled dataset watched from outside, without a trace in the training."""
 
 import json
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ class OnlineKNN(Callback):
         bank, queries = subsets(train)
         self.bank_labels, self.query_labels = train.labels[bank], train.labels[queries]
         if len(torch.unique(self.bank_labels)) < 2 or len(queries) == 0:
-            raise UsageError(f"{self.data}: train holds too little for a k-NN (two classes, two images each); choose another set")
+            raise UsageError(f"{self.data}: train holds too little for a k-NN (two classes, two images each); choose another dataset")
         self.bank, self.queries = ([*_own(train.images, rows)] for rows in (bank, queries))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -11,12 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ssl_vit.errors import UsageError
 
 Axes = Mapping[str, Sequence[int | float]]  # the values of each setting; the grid is their product, the last axis changing fastest
+
+# what the protocols are given: features by readout, the labels of train and of test, and what is held out of train
+Parameters = Mapping[str, Any]
+Train = Mapping[str, Float[Tensor, "n _"]]
+Test = Mapping[str, Float[Tensor, "m _"]]
+Labels = Int64[Tensor, " n"]
+Truth = Int64[Tensor, " m"]
+Slice = Bool[Tensor, " n"]
+SLICE: dict[str, type] = {"slice_fraction": float, "slice_seed": int}  # parameters of every protocol that selects on a slice
 
 # where a setting ends by its nature, so that a choice there hides nothing beyond it
 ENDS = {"weight_decay": 0.0, "k": 1}
@@ -68,20 +77,23 @@ class Found:
     remarks: tuple[str, ...] = ()
 
 
+class Diverged(UsageError):
+    """Readouts whose training diverged with every setting. reasons: a sentence for each; found: what was found for the other readouts."""
+
+    def __init__(self, reasons: Sequence[str], found: dict[str, Found]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons, self.found = reasons, found
+
+
 def select(
-    axes: Axes,
-    fit: Fit,
-    y: Int64[Tensor, " n"],
-    y_test: Int64[Tensor, " m"],
-    held_out: Sequence[Bool[Tensor, " n"]],
-    ends: Mapping[str, int | float] | None = None,
+    axes: Axes, fit: Fit, y: Labels, y_test: Truth, held_out: Sequence[Slice], ends: Mapping[str, int | float] | None = None
 ) -> dict[str, Found]:
     """Choose for each readout on what is held out of train, fit every setting again on all of train, and read test once.
 
     held_out: a slice, or folds that are held out in turn; a grid of one setting leaves them alone. Accuracies are means over replicates,
     of which `selected` has each one's and their standard deviation (n - 1) where there are several.
     A setting that diverged, in any fit, has accuracy 0 and is not chosen. `ends` as `choose`. UsageError for a slice that is empty or
-    all of train, and where every setting diverged."""
+    all of train; Diverged, at the end, for readouts of which every setting diverged."""
     y, y_test, rows, grid = y.cpu(), y_test.cpu(), torch.arange(len(y)), points(axes)
     selects = len(grid) > 1
     right = defaultdict[str, Tensor](lambda: torch.zeros(len(grid), dtype=torch.float64))
@@ -94,12 +106,13 @@ def select(
             right[spec] += (answers.predictions == y[out.cpu()][:, None]).sum(dim=(1, 2)).double() / answers.predictions.shape[2]
             alive[spec] &= answers.alive
             cut[spec] |= {place for place, converged in enumerate(answers.converged) if not converged}
-    found = {}
+    found, diverged = {}, []
     for spec, answers in fit(rows, "test", torch.arange(len(y_test))).items():
         lives = alive[spec] & answers.alive
         if not lives.any():
             rates = ", ".join(f"{lr:g}" for lr in axes["lr"])
-            raise UsageError(f"readout {spec!r}: training diverged at the learning rates {rates}: give smaller ones")
+            diverged.append(f"readout {spec!r}: training diverged at the learning rates {rates}: give smaller ones")
+            continue
         on_slice = right[spec] * lives / max(1, sum(int(out.sum()) for out in held_out))
         on_test = (answers.predictions == y_test[:, None]).double().mean(dim=1) * lives[:, None]  # [settings replicates]
         # below 0, so that a setting that lives goes before one that diverged even where it has nothing right
@@ -119,6 +132,8 @@ def select(
             bank=answers.bank,
             remarks=(f"probes did not converge at {'; '.join(names)}",) if names else (),
         )
+    if diverged:
+        raise Diverged(diverged, found)
     return found
 
 
