@@ -7,6 +7,7 @@ stretched from its own minimum ... maximum.
 
 import io
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -40,7 +41,10 @@ def decode(image: bytes | Image.Image, name: str = "image", reduction: int = 1) 
             if reduction > 1:
                 opened.draft(None, (max(opened.width // reduction, 1), max(opened.height // reduction, 1)))
             opened.load()
-            return _rgb(_upright(opened))
+            upright = opened
+            with suppress(Exception):  # an unreadable EXIF block names no orientation
+                upright = ImageOps.exif_transpose(opened)
+            return _rgb(upright)
         # a damaged file makes PIL raise OSError, SyntaxError, ValueError, struct.error, ..., each format its own
         except Exception as error:
             raise Failure(f"{name} is corrupt: {reason(error)}; remove or replace it") from error
@@ -129,13 +133,6 @@ def _opened(image: bytes | Image.Image, name: str) -> Image.Image:
             f"{name} is no readable image (it begins with {start!r}); allowed: {', '.join(FORMATS)}; remove or replace it"
         ) from error
     return opened
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # an unreadable EXIF block names no orientation
-        return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

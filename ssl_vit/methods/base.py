@@ -186,21 +186,17 @@ class Method(lightning.LightningModule):
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as dicts and tuples as lists: what YAML shows and `torch.load(weights_only=True)` takes."""
+    """Dataclasses as dicts, without the fields that model/config.py leaves out, and tuples as lists: what YAML shows and
+    `torch.load(weights_only=True)` takes."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if in_recipe(field, value)}
+        shown = [field for field in dataclasses.fields(value) if field.metadata != NOT_IN_RECIPE]
+        fields = [(field, getattr(value, field.name)) for field in shown]
+        value = {f.name: own for f, own in fields if f.metadata != IN_RECIPE_UNLESS_DEFAULT or own != f.default}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
-
-
-def in_recipe(field: dataclasses.Field[Any], config: Any) -> bool:
-    """By the rules of model/config.py."""
-    if field.metadata == IN_RECIPE_UNLESS_DEFAULT:
-        return bool(getattr(config, field.name) != field.default)
-    return field.metadata != NOT_IN_RECIPE
 
 
 def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -261,9 +261,6 @@ class Readout(nn.Module):
     def forward(self, tokens: Tokens) -> Float[Tensor, "b width"]:
         return torch.cat([term.read(tokens, cast(nn.ModuleList, self.poolers[str(term)])) for term in self.spec.terms], dim=-1)
 
-    def extra_repr(self) -> str:
-        return str(self.spec)
-
 
 def readout(spec: str | ReadoutSpec, width: int | None = None) -> Readout:
     """The readout that a spec names; UsageError if it names none, or a learned one without the token width."""

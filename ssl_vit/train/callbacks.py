@@ -12,7 +12,7 @@ import torch
 import yaml
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from ssl_vit.data.loader import whole_batches
@@ -50,27 +50,20 @@ class RunFolder(Checkpoint):
         self._previous: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        seconds = self._before["seconds"] + time.monotonic() - self._start
-        return {"seconds": seconds, "data_seconds": self.waited, "replaced": self.replaced}
+        """Seconds of the run and those that a rank, on average, has waited for data; unreadable images of all ranks that were replaced."""
+        seconds, data_seconds = time.monotonic() - self._start, self._of_stream("seconds", "mean")
+        now = {"seconds": seconds, "data_seconds": data_seconds, "replaced": int(self._of_stream("replaced", "sum"))}
+        return {key: self._before[key] + value for key, value in now.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before |= state_dict
 
-    @property
-    def replaced(self) -> int:
-        """Unreadable images that were replaced so far, summed over the ranks: all of them have to ask together."""
+    def _of_stream(self, what: str, reduce_op: str) -> float:
+        """Over the ranks, which have to ask together."""
         if self._stream is None:
-            return int(self._before["replaced"])
-        own = torch.tensor(self._stream.replaced, device=self._trainer.strategy.root_device)
-        return int(self._before["replaced"] + self._trainer.strategy.reduce(own, reduce_op="sum"))
-
-    @property
-    def waited(self) -> float:
-        """Seconds that a rank has waited for data in all, the mean over the ranks: all of them have to ask together."""
-        if self._stream is None:
-            return float(self._before["data_seconds"])
-        own = torch.tensor(self._stream.seconds, device=self._trainer.strategy.root_device)
-        return float(self._before["data_seconds"] + self._trainer.strategy.reduce(own, reduce_op="mean"))
+            return 0.0
+        own = torch.tensor(getattr(self._stream, what), device=self._trainer.strategy.root_device)
+        return float(self._trainer.strategy.reduce(own, reduce_op=reduce_op))
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The run goes on after its last optimiser step, also if it was stopped (by a time limit) between two micro-batches."""
@@ -107,7 +100,7 @@ class RunFolder(Checkpoint):
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if step % every == 0 or step == self._total:
             record = {"step": step, **{key: float(value) for key, value in trainer.callback_metrics.items()}}
-            record["data_seconds"] = round(self.waited, 3)  # all ranks ask
+            record["data_seconds"] = round(self._before["data_seconds"] + self._of_stream("seconds", "mean"), 3)  # all ranks ask
             if trainer.is_global_zero:
                 with (self.folder / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -203,16 +196,12 @@ class Progress(TQDMProgressBar):
             disable=self.is_disabled,
         )
 
-    def on_train_epoch_start(self, *_: Any) -> None:
-        """The bar goes on from epoch to epoch."""
+    on_train_epoch_start = on_train_epoch_end = Callback.on_train_epoch_start  # nothing: the bar goes on from epoch to epoch
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if time.monotonic() - self._shown > self._seconds or trainer.global_step == trainer.estimated_stepping_batches:
             self._shown = time.monotonic()
             super().on_train_batch_end(trainer, module, outputs, batch, trainer.global_step - 1)
-
-    def on_train_epoch_end(self, *_: Any) -> None:
-        pass
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         waited = f"{getattr(trainer.train_dataloader, 'seconds', 0.0):.0f}"

@@ -3,13 +3,14 @@
 import tempfile
 import time
 import warnings
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssl_vit.data.folders import local_path
@@ -134,23 +135,19 @@ def step_seconds(config: Namespace, values: Namespace) -> float:
 
 def _timed(config: Namespace, values: Namespace, batch_size: int) -> float:
     """Median seconds of a batch."""
-    method, clock = build_method(config, values), _Clock()
+    method, times = build_method(config, values), list[float]()
     size = method.backbone.image_size
+
+    def note(*_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
     data = ImageData(config.data.source, batch_size)
     data.images = ImageStore.stacked(torch.randint(0, 256, (STEPS * batch_size, 3, size, size), dtype=torch.uint8))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [clock]}
-    length = {"max_steps": STEPS, "max_epochs": -1, "limit_train_batches": None}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    length = {"max_steps": STEPS, "max_epochs": -1, "limit_train_batches": None, "callbacks": [LambdaCallback(on_train_batch_end=note)]}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's, about a training of a few steps
         Trainer(**{**dict(values.trainer), **quiet, **length, "default_root_dir": folder}).fit(method, datamodule=data)
-    return median(b - a for a, b in zip(clock.times[:-1], clock.times[1:], strict=True))
-
-
-class _Clock(Callback):
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+    return median(b - a for a, b in pairwise(times))

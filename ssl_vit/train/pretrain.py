@@ -30,17 +30,9 @@ from ssl_vit.train.training_log import TrainingLog
 from ssl_vit.weights.checkpoint import read_checkpoint
 
 # Of the Trainer's options, those that change the result, with their defaults: they are a part of the recipe, the others of the machine.
-TRAINER_IDENTITY = {
-    "max_epochs": None,
-    "max_steps": -1,
-    "min_epochs": None,
-    "min_steps": None,
-    "precision": None,
-    "gradient_clip_val": None,
-    "gradient_clip_algorithm": None,
-    "limit_train_batches": None,
-    "overfit_batches": 0.0,
-    "sync_batchnorm": False,
+TRAINER_IDENTITY: dict[str, Any] = {
+    **dict.fromkeys(("max_epochs", "min_epochs", "min_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")),
+    **{"limit_train_batches": None, "max_steps": -1, "overfit_batches": 0.0, "sync_batchnorm": False},
 }
 
 # What a Trainer may be asked for and what to use instead of the rest: allowed values, advice

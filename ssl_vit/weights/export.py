@@ -51,25 +51,15 @@ def export(source: str, out: str | Path) -> Path:
 
 
 def _write(folder: Path, entry: dict[str, Any], backbone: Backbone, network: Which | None) -> None:
-    config = timm_config(BackboneConfig.of(entry["recipe"]["backbone"]), backbone, entry["readout"])
-    config["ssl_vit"] = {**entry, "network": network}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file({key: value.contiguous() for key, value in backbone.vit.state_dict().items()}, folder / "model.safetensors")
-    assert backbone.trained_readout is not None
-    if parameters := backbone.trained_readout.state_dict():
-        save_file({key: value.contiguous() for key, value in parameters.items()}, folder / "readout.safetensors")
-
-
-def timm_config(config: BackboneConfig, backbone: Backbone, readout: str) -> dict[str, Any]:
-    """What timm reads in config.json: the arguments of `build_backbone`, and how images are brought in."""
-    pool = POOLS.get(readout, {"global_pool": ""})
-    return {
+    """The weights, and what timm reads in config.json: the arguments of `build_backbone`, and how images are brought in."""
+    config, side = BackboneConfig.of(entry["recipe"]["backbone"]), backbone.image_size
+    told = {
         "architecture": config.name,
         "num_classes": 0,
         "num_features": backbone.width,
-        "model_args": {**config.timm_arguments(), **pool},
+        "model_args": {**config.timm_arguments(), **POOLS.get(entry["readout"], {"global_pool": ""})},
         "pretrained_cfg": {
-            "input_size": [3, config.image_size, config.image_size],
+            "input_size": [3, side, side],
             "interpolation": "bicubic",
             "crop_pct": 224 / 256,
             "mean": list(backbone.mean),
@@ -78,7 +68,13 @@ def timm_config(config: BackboneConfig, backbone: Backbone, readout: str) -> dic
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+        "ssl_vit": {**entry, "network": network},
     }
+    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    save_file({key: value.contiguous() for key, value in backbone.vit.state_dict().items()}, folder / "model.safetensors")
+    assert backbone.trained_readout is not None
+    if parameters := backbone.trained_readout.state_dict():
+        save_file({key: value.contiguous() for key, value in parameters.items()}, folder / "readout.safetensors")
 
 
 @torch.no_grad()

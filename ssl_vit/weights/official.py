@@ -96,15 +96,11 @@ def _unwrap(content: object, name: str, which: str | None) -> tuple[dict[str, An
     inner = inner.get(which or "teacher") if full else inner["model"] if in_model else inner
     if not isinstance(inner, Mapping):
         raise UsageError(f"{name} holds no {which}; leave out ':{which}'")
-    state = {_without_wrappers(str(key)): value for key, value in inner.items()}
+    # without what DistributedDataParallel and torch.compile put in front of a module's name
+    state = {re.sub(r"(^|\.)(?:(?:module|_orig_mod)\.)+", r"\1", str(key)): value for key, value in inner.items()}
     if full:  # the projection heads lie beside the backbone
         state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key): value for key, value in state.items()}, in_model
-
-
-def _without_wrappers(key: str) -> str:
-    """The key without what DistributedDataParallel and torch.compile put in front of a module's name."""
-    return re.sub(r"(^|\.)(?:(?:module|_orig_mod)\.)+", r"\1", key)
 
 
 def _resized(table: Float[Tensor, "1 n d"], old: int, new: int, family: str, registers: bool) -> Float[Tensor, "1 m d"]:
