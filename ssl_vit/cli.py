@@ -122,7 +122,9 @@ def pretrain(arguments: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true")
     values, options = parser.parse_known_args(arguments[1:])
     if "--help" in options or "-h" in options:
-        print(f"{_likely(arguments[0])}\noptions of the command:\n{PRETRAIN}\nall options of the recipe:\n")
+        from ssl_vit.train.pretrain import likely_options
+
+        print(f"{likely_options(arguments[0])}\noptions of the command:\n{PRETRAIN}\nall options of the recipe:\n")
     if values.dry_run:
         from ssl_vit.train.dry_run import dry_run
 
@@ -138,37 +140,6 @@ def pretrain(arguments: list[str]) -> None:
     from ssl_vit.train.tracking import Tracking
 
     run_pretrain(arguments[0], options, callbacks, Tracking.parse(values.wandb) if values.wandb is not None else None)
-
-
-# what a recipe is likely to change: the head of `pretrain RECIPE --help`, whose whole list has hundreds of lines
-LIKELY = {
-    "readout": "what the loss is attached to: cls, gap, register, ...",
-    "seed": "of weights, order and views",
-    "out": "the run's folder; default: runs/RECIPE",
-    "resume": "go on in that folder; auto: or start",
-    "data.source": "images: a local folder, a Hugging Face id or builtin:NAME",
-    "data.batch_size": "images in a step, over all devices",
-    "accumulate": "micro-batches that each device cuts its share into",
-    "backbone.registers": "register tokens",
-    "optim.lr": "the learning rate",
-    "trainer.max_epochs": "how long; or --trainer.max_steps",
-    "trainer.devices": "GPUs of a machine; above 1 with --trainer.strategy ddp",
-    "trainer.precision": "bf16-mixed on recent GPUs",
-}
-
-
-def _likely(recipe: str) -> str:
-    """The options that are changed most, and what the recipe says of them."""
-    from ssl_vit.assets import find_asset, read_yaml
-
-    fields = read_yaml(find_asset("recipes", recipe))
-    lines = [f"what is changed most (in parentheses: what {recipe} says):"]
-    for option, meaning in LIKELY.items():
-        value: Any = fields
-        for key in option.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        lines.append(f"  --{option:20}{meaning}" + (f" ({value})" if value is not None else ""))
-    return "\n".join(lines) + "\n"
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -181,31 +181,26 @@ class CropDataset(Dataset[CroppedBatch | Failure]):
     def cropped(self, positions: Int64[Tensor, "b"], skip: int = 0) -> CroppedBatch:
         """The crops at `positions` of one epoch. An image that cannot be read is replaced by the next one in the epoch's order."""
         b, rows = len(positions), self.order.rows(positions, skip)
-        encoded = self.records.readable_rows(rows.tolist())
-        sizes, replaced, corrupt = torch.ones(b, 2, dtype=torch.int64), set[int](), list[tuple[int, str]]()
-
-        def failed(i: int, error: Failure) -> None:
-            replaced.add(i)
-            corrupt.append((int(rows[i]), str(error)))
-
-        for i, image in enumerate(encoded):
+        found = self.records.readable_rows(rows.tolist())
+        sizes = torch.ones(b, 2, dtype=torch.int64)
+        for i, image in enumerate(found):
             try:
-                if isinstance(image, Failure):
-                    raise image
-                sizes[i] = torch.tensor(header_size(image[1], image[0]))
+                if not isinstance(image, Failure):
+                    sizes[i] = torch.tensor(header_size(image[1], image[0]))
             except Failure as error:
-                failed(i, error)
+                found[i] = error
         crops = tuple(torch.empty(len(c.views), b, 3, c.size, c.size, dtype=torch.uint8) for c in self.plan)
         boxes = [c.boxes(sizes, positions, self.order.seed) for c in self.plan]
-        for i, image in enumerate(encoded):
-            if i in replaced or isinstance(image, Failure):
-                continue
+        for i, image in enumerate(found):
+            wanted = [(box[:, i], flip[:, i], out[:, i]) for (box, flip), out in zip(boxes, crops, strict=True)]
             try:
-                wanted = [(box[:, i], flip[:, i], out[:, i]) for (box, flip), out in zip(boxes, crops, strict=True)]
-                crop_image(image[1], image[0], sizes[i], wanted)
+                if not isinstance(image, Failure):
+                    crop_image(image[1], image[0], sizes[i], wanted)
             except Failure as error:
-                failed(i, error)
-        for i in sorted(replaced):
+                found[i] = error
+        failed = [i for i, image in enumerate(found) if isinstance(image, Failure)]
+        corrupt = [(int(rows[i]), str(found[i])) for i in failed]
+        for i in failed:
             if skip + 1 >= min(self.order.n, _NEIGHBOURS):
                 raise Failure(f"{skip + 1} images one after the other cannot be read, the last one: {corrupt[-1][1]}")
             other = self.cropped(positions[i : i + 1], skip + 1)

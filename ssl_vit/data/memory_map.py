@@ -4,7 +4,6 @@ The file holds the pixels of all images one after the other, then their sizes. I
 any file there may be deleted when no run uses it.
 """
 
-import io
 import itertools
 import os
 import shutil
@@ -55,11 +54,8 @@ def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: s
     images, count = _Decoded(rows, max_side), len(rows.table)
     corrupt = Corrupt(count, named=progress)
     if needed < SMALL:
-        memory = io.BytesIO()
-        _write(memory, _all(images, 0, title, progress, corrupt))
-        store = _store(np.frombuffer(memory.getbuffer(), dtype=np.uint8), count)
-        assert store is not None
-        return store
+        made = [torch.from_numpy(image) for image in _all(images, 0, title, progress, corrupt)]
+        return ImageStore(torch.cat([image.flatten() for image in made]), torch.tensor([image.shape[1:] for image in made]))
     file = cache_folder() / f"{key}-{count}-{max_side}-{DECODER}.images"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +104,7 @@ def _all(images: _Decoded, count: int, title: str, progress: bool, corrupt: Corr
             bar.update(len(chunk))
 
 
-def _write(file: BinaryIO | io.BytesIO, images: Iterator[UInt8[np.ndarray, "3 h w"]]) -> None:
+def _write(file: BinaryIO, images: Iterator[UInt8[np.ndarray, "3 h w"]]) -> None:
     sizes = []
     for image in images:
         sizes.append(image.shape[1:])
@@ -120,11 +116,7 @@ def _mapped(file: Path, count: int) -> ImageStore | None:
     """The store on a file's pages, which all processes share; None for one that is not there or not whole."""
     if not file.exists() or file.stat().st_size < 16 * count:
         return None
-    return _store(np.memmap(file, dtype=np.uint8, mode="r"), count)
-
-
-def _store(data: UInt8[np.ndarray, "bytes"], count: int) -> ImageStore | None:
-    """The store of what `_write` wrote; None for what is not whole."""
+    data = np.memmap(file, dtype=np.uint8, mode="r")
     sizes = torch.from_numpy(np.array(data[-16 * count :]).view("<i8").reshape(count, 2))
     if bool((sizes < 0).any()) or int(3 * sizes.prod(dim=1).sum()) != len(data) - 16 * count:
         return None

@@ -85,41 +85,35 @@ class WorkerStream(Stream):
 
     def __init__(self, dataset: CropDataset, workers: int, pin: bool = False, step: int = 0) -> None:
         self._begin(dataset.order, step)
-        self.dataset, self.workers, self.pin = dataset, workers, pin
-        self._next = -1  # the micro-batch that the workers give next
-        self._made: Iterator[CroppedBatch | Failure] = iter(())
         self._corrupt, self._seen = Corrupt(dataset.order.n), 0
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=itertools.count(self.consumed),  # they go on over the ends of epochs
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=begin_worker,
+            generator=torch.Generator(),  # or it would draw from the run's
+        )
+        self._made: Iterator[CroppedBatch | Failure] | None = None
 
     def batch(self, number: int) -> Batch:
         """UsageError and Failure in one line: of the images, and for a worker that the system ended."""
-        if number != self._next:
-            self._start(number)
+        if self._made is None:
+            self._made = iter(self._loader)
         with told_of_lost_workers():
             made = next(self._made)
         if isinstance(made, Failure):
             raise made
-        self._next, self._seen = number + 1, self._seen + self.order.share
+        self._seen += self.order.share
         self.replaced += len(made.corrupt)
         self._corrupt.note(made.corrupt, self._seen)
         no_images = torch.empty(len(made.sizes), 3, 0, 0, dtype=torch.uint8)
         return Batch(no_images, made.sizes, self.order.positions(number), self.order.step(number), made.crops)
 
-    def _start(self, number: int) -> None:
-        """Workers from micro-batch `number` on; they go on over the ends of epochs."""
-        loader = DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=itertools.count(number),
-            num_workers=self.workers,
-            pin_memory=self.pin,
-            worker_init_fn=begin_worker,
-            generator=torch.Generator(),  # or it would draw from the run's
-        )
-        self._made = iter(loader)
-
     def close(self) -> None:
         """End the workers."""
-        self._made, self._next = iter(()), -1
+        self._made = iter(())
 
 
 class ImageData(lightning.LightningDataModule):

@@ -92,7 +92,7 @@ class DINO(Method):
     """Self-distillation without labels.
 
     Args:
-        readout: the spec whose vector goes into the head; the same for student and teacher.
+        readout: the spec (cls, gap, register, ...) whose vector goes into the head; the same for student and teacher.
         backbone: the ViT; drop_path applies to the student only.
         head: the projection head.
         crops: the two global and the local views.

@@ -75,7 +75,7 @@ class MAE(Method):
     """Masked autoencoding.
 
     Args:
-        readout: the spec, as wide as one token, whose vector is the decoder's global token beside the visible patches.
+        readout: the spec (cls, gap, register, ...), one token wide, whose vector is the decoder's global token beside the visible patches.
         backbone: the ViT; its positions are fixed sine-cosines.
         decoder: the decoder.
         crop: the one view of each image.

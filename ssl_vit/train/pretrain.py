@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,12 @@ CANNOT_HONOUR: dict[str, tuple[tuple[Any, ...], str]] = {
     "barebones": ((False,), "a run logs and keeps checkpoints: leave it out"),
 }
 
+# what a recipe is likely to change
+LIKELY = (
+    *("readout", "seed", "out", "resume", "data.source", "data.batch_size", "accumulate", "backbone.registers", "optim.lr"),
+    *("trainer.max_epochs", "trainer.devices", "trainer.strategy", "trainer.precision"),
+)
+
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy")
 
 
@@ -70,6 +77,17 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
         raise UsageError(f"--method {config.method} with a recipe for {method}; choose a recipe of that method")
     check_strategy(config.trainer.strategy)
     return parser, config
+
+
+def likely_options(recipe: str) -> str:
+    """The options that are changed most, with what the recipe says: the head of `--help`, whose whole list has hundreds of lines."""
+    parser, config = parse_recipe(recipe, [])
+    lines = [f"what is changed most (in parentheses: what {recipe} says):"]
+    meanings = {action.dest: " ".join((action.help or "").split()) for action in parser._actions}
+    for option in LIKELY:
+        first, value = re.split(r"(?<!et al)\. |\.$", meanings[option])[0], config[option]
+        lines.append(f"  --{option:20}{first}" + (f" ({value})" if value is not None else ""))
+    return "\n".join(lines) + "\n"
 
 
 def check_strategy(strategy: str | Namespace) -> None:
