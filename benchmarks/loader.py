@@ -102,7 +102,7 @@ def build(method: str) -> Method:
 
 
 def stream(folder: Path, module: Method, batch: int, workers: int) -> WorkerStream:
-    records, _ = open_records(str(folder), "train")
+    records = open_records(str(folder), "train")
     return WorkerStream(CropDataset(records, Order(len(records.table), batch, 0), module.crop_plan), workers)
 
 
@@ -175,7 +175,7 @@ def pss(pid: int) -> int:
 def memory(folder: Path) -> None:
     """Print seconds to list the files and for their identity, and MB of this process and its workers, after ten batches."""
     times = [time.perf_counter()]
-    records, _ = open_records(str(folder), "train")
+    records = open_records(str(folder), "train")
     times.append(time.perf_counter())
     by = identity(records)[0]["by"]
     times.append(time.perf_counter())

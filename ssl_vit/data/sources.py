@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from ssl_vit.data import photos
@@ -28,11 +29,10 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Images:
-    """The decoded images of one split. `notices` are sentences to show to the user; `identity` is that of identity.py."""
+    """The decoded images of one split, and what identity.py says of them."""
 
     images: ImageStore
     identity: dict[str, Any]
-    notices: tuple[str, ...] = ()
 
 
 def load_split(source: str, split: str, *, image_column: str | None = None, max_side: int | None = None, progress: bool = True) -> Images:
@@ -46,20 +46,22 @@ def load_split(source: str, split: str, *, image_column: str | None = None, max_
         if max_side is not None and max_side < photos.PATCH:
             reduced = torch.stack([to_tensor(limit_side(image, max_side)) for image in pil_images(stack)])
         return Images(ImageStore.stacked(reduced), stack_identity(stack))
-    return load_records(*open_records(source, split, image_column), max_side, progress)
+    return load_records(open_records(source, split, image_column), max_side, progress)
 
 
-def load_records(rows: Records, notices: tuple[str, ...], max_side: int | None, progress: bool) -> Images:
+def load_records(rows: Records, max_side: int | None, progress: bool) -> Images:
     """The same of an opened split."""
     needed, (what, key) = len(rows.table) * mean_bytes(rows, max_side), identity(rows)
-    return Images(decoded(rows, max_side, key, needed, f"decoding {display_name(rows.source)}: {rows.split}", progress), what, notices)
+    return Images(decoded(rows, max_side, key, needed, f"decoding {display_name(rows.source)}: {rows.split}", progress), what)
 
 
-def open_records(source: str, split: str, image_column: str | None = None) -> tuple[Records, tuple[str, ...]]:
-    """The rows of one split of a folder or hub id, nothing decoded, and notices; raises as `load_split`."""
+def open_records(source: str, split: str, image_column: str | None = None) -> Records:
+    """The rows of one split of a folder or hub id, nothing decoded; a line says where another split stands in. Raises as `load_split`."""
     tables = open_tables(source)
     name, notices = find_split(source, split, list(tables))
-    return read_records(source, name, tables, image_column), notices
+    for notice in notices:
+        rank_zero_info(notice)
+    return read_records(source, name, tables, image_column)
 
 
 def check_source(source: str) -> None:

@@ -9,7 +9,6 @@ import lightning
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from ssl_vit.data.identity import describe_change, identity
@@ -156,18 +155,10 @@ class ImageData(lightning.LightningDataModule):
         self.repeat = False
 
     def setup(self, stage: str) -> None:
+        """Open the split and, unless it is streamed, decode it."""
         assert self.trainer is not None
-        if self.images is None and self.records is None:
-            for notice in self._open():
-                rank_zero_info(notice)
-
-    @property
-    def count(self) -> int:
-        """Images of the split, once `setup` has opened it."""
-        return len(self.images) if self.images is not None else len(self.records.table)  # type: ignore[union-attr]
-
-    def _open(self) -> tuple[str, ...]:
-        assert self.trainer is not None
+        if self.images is not None or self.records is not None:
+            return
         module: Any = self.trainer.lightning_module
         decode, main, embedded = self.decode, self.trainer.is_global_zero, self.source.startswith("builtin:")
         streams = bool(module.crop_plan) and not embedded
@@ -176,7 +167,7 @@ class ImageData(lightning.LightningDataModule):
             loaded = load_split(self.source, self.split, max_side=self.max_side)
             batches_of_an_epoch(self.source, len(loaded.images), self.batch_size, self.limit)
         else:
-            rows, notices = open_records(self.source, self.split, self.image_column)
+            rows = open_records(self.source, self.split, self.image_column)
             batches_of_an_epoch(self.source, len(rows.table), self.batch_size, self.limit)  # before any is decoded
             if decode == "auto":
                 small = not streams or len(rows.table) * mean_bytes(rows, self.max_side) <= MEMORY_LIMIT
@@ -185,10 +176,14 @@ class ImageData(lightning.LightningDataModule):
                 self.records = rows
                 found = identity(rows)[0] if main else {}  # one process reads or lists the files
                 self.identity = self.trainer.strategy.broadcast(found)
-                return notices
-            loaded = load_records(rows, notices, self.max_side, progress=main)
+                return
+            loaded = load_records(rows, self.max_side, progress=main)
         self.images, self.identity = loaded.images, loaded.identity
-        return loaded.notices
+
+    @property
+    def count(self) -> int:
+        """Images of the split, once `setup` has opened it."""
+        return len(self.images) if self.images is not None else len(self.records.table)  # type: ignore[union-attr]
 
     def state_dict(self) -> dict[str, Any]:
         return {"identity": self.identity}

@@ -105,7 +105,7 @@ def total_steps(config: Namespace, fetch: bool = True) -> int | None:
     if data.source.startswith("builtin:"):
         count = len(builtin(data.source, data.split).images)
     elif in_epochs and (fetch or local_path(data.source).exists()):
-        count = len(open_records(data.source, data.split, data.image_column)[0].table)
+        count = len(open_records(data.source, data.split, data.image_column).table)
     if count:
         batches = batches_of_an_epoch(data.source, count, data.batch_size, 1.0 if limit is None else limit)
     elif limit is not None and (isinstance(limit, int) or limit > 1):  # whole batches

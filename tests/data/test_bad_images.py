@@ -72,7 +72,7 @@ def test_replaced_images_are_counted_over_a_resume(decode: str, monkeypatch: pyt
 
 
 def test_a_corrupt_header_does_not_stop_the_estimate() -> None:
-    records, _ = open_records("./jpegs", "train")
+    records = open_records("./jpegs", "train")
     before = mean_bytes(records, None)
     Path("jpegs/10.jpg").write_bytes(b"<html>")
     Path("jpegs/11.jpg").unlink()
@@ -99,7 +99,7 @@ def test_a_start_that_fails_leaves_no_run(decode: str, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_micro_batches_of_a_step_are_its_batch(workers: int) -> None:
-    records, _ = open_records("./jpegs", "train")
+    records = open_records("./jpegs", "train")
     halves = CropDataset(records, Order(60, 20, 5, accumulate=2), CROPS.plan)
     whole, parts = take(WorkerStream(dataset(), 0), 4), take(WorkerStream(halves, workers), 8)
     images = load_split("./jpegs", "train", progress=False).images

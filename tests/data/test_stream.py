@@ -69,7 +69,7 @@ def jpegs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dataset(plan: tuple[Crops, ...] = CROPS.plan, batch_size: int = 20, rank: int = 0, ranks: int = 1, seed: int = 5) -> CropDataset:
-    records, _ = open_records("./jpegs", "train")
+    records = open_records("./jpegs", "train")
     return CropDataset(records, Order(len(records.table), batch_size, seed, rank, ranks), plan)
 
 
@@ -393,7 +393,7 @@ def test_a_worker_killed_by_the_system_ends_the_run_in_one_line() -> None:
 def test_the_cores_of_a_slurm_task_are_its_own(environment: Any, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssl_vit.data.stream.available_cores", lambda: 6)
     data = ImageData("jpegs", batch_size=4, decode="stream")
-    data.records = open_records("jpegs", "train")[0]
+    data.records = open_records("jpegs", "train")
     strategy = SimpleNamespace(cluster_environment=environment, root_device=torch.device("cpu"))
     trainer = {"global_rank": 0, "world_size": 2, "num_devices": 2, "accumulate_grad_batches": 1, "global_step": 0, "strategy": strategy}
     data.trainer = SimpleNamespace(**trainer, lightning_module=SimpleNamespace(crop_plan=SingleCrop(8).plan))  # type: ignore[assignment]

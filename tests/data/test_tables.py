@@ -60,7 +60,7 @@ def test_arrow_files_are_mapped_where_they_are() -> None:
     write_tables()
     before = sorted(Path("arrow").iterdir())
     for _ in range(2):
-        records, _ = open_records("./arrow", "train")
+        records = open_records("./arrow", "train")
         assert len(records.encoded_rows(range(60))) == 60
         assert len(pickle.dumps(records)) < 20_000  # what a worker is sent
     assert copied() < 20_000
@@ -78,7 +78,7 @@ def test_arrow_files_that_cannot_be_mapped_are_converted(types: tuple[pa.DataTyp
         table = pa.table({"image": pa.array([name.encode()] * 3, kind)})
         with new(f"odd/{name}.arrow", table.schema) as file:
             file.write_table(table)
-    records, _ = open_records("./odd", "train")
+    records = open_records("./odd", "train")
     assert [data for _, data in records.encoded_rows(range(6))] == [b"a"] * 3 + [b"b"] * 3
 
 
