@@ -1,7 +1,6 @@
 """`ssl-vit COMMAND`: dispatch only. The one module that knows both packages; it imports the judging side where a command needs it."""
 
 import argparse
-import os
 import sys
 import warnings
 from dataclasses import replace
@@ -51,8 +50,7 @@ class Parser(argparse.ArgumentParser):
 def main() -> NoReturn:
     """The console script."""
     arguments = sys.argv[1:]
-    debug = "--debug" in arguments or bool(os.environ.get("SSL_VIT_DEBUG"))
-    sys.exit(run([argument for argument in arguments if argument != "--debug"], debug))
+    sys.exit(run([argument for argument in arguments if argument != "--debug"], "--debug" in arguments))
 
 
 def run(arguments: list[str], debug: bool = False) -> int:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import timm
 import torch
 from jaxtyping import Float, Int64
+from timm.layers import DropPath as TimmDropPath
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -17,11 +18,32 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.errors import UsageError
 from ssl_vit.model.config import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, Channels
-from ssl_vit.model.drop_path import DropPath, replace_drop_path
 from ssl_vit.model.positions import bicubic
 from ssl_vit.model.precision import exact
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.model.tokens import Tokens
+
+
+class DropPath(nn.Module):
+    """Stochastic depth whose draws belong to the images, not to the batch in which they turn up.
+
+    In training, leave a residual branch out for an image with probability `drop_prob`, else divide it by 1 - drop_prob (Huang et al.
+    2016, section 3), as timm's does.
+
+    u: numbers in [0, 1), one an image, which `Backbone` sets before each call of a block. None: drawn from torch, which depends on how a
+    batch is cut into ranks and micro-batches.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.u: Float[Tensor, " b"] | None = None
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        if not self.training:
+            return x
+        u = torch.rand(len(x), device=x.device) if self.u is None else self.u
+        return x * ((u >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob))[:, None, None]
 
 
 class Backbone(nn.Module):
@@ -225,8 +247,9 @@ def build_backbone(config: BackboneConfig, drop_path: float | None = None) -> Ba
         vit = timm.create_model(config.name, num_classes=0, global_pool="", drop_path_rate=rate, **config.timm_arguments())
     except (AssertionError, TypeError, ValueError) as error:
         raise UsageError(f"timm cannot build {config.name} with {config}: {error}") from error
-    for block in vit.blocks:
-        replace_drop_path(block)
+    for path, module in list(vit.blocks.named_modules()):
+        if isinstance(module, TimmDropPath):
+            vit.blocks.set_submodule(path, DropPath(module.drop_prob))
     for token in (vit.cls_token, vit.reg_token):
         if token is not None:  # timm's own start (std 1e-6) would make several registers copies of each other
             trunc_normal_(token, std=0.02)

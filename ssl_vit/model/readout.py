@@ -116,11 +116,6 @@ class Term:
         at = "" if self.blocks == (-1,) else f"@block{self.blocks[0]}" if self.blocks[0] >= 0 else f"@last{len(self.blocks)}"
         return self.name + ("" if self.index is None else str(self.index)) + at + ("" if self.norm == "post" else f"/{self.norm}")
 
-    def poolers(self, width: int | None) -> nn.ModuleList:
-        """One for each block; without parameters, and for any width, unless the readout is learned."""
-        learned = READOUTS[self.name].learned
-        return nn.ModuleList([nn.Identity() if learned is None or width is None else learned(width) for _ in self.blocks])
-
     def read(self, tokens: Tokens, poolers: Iterable[nn.Module]) -> Float[Tensor, "b width"]:
         return torch.cat([self._read(tokens.at(block), pool) for block, pool in zip(self.blocks, poolers, strict=True)], dim=-1)
 
@@ -256,7 +251,10 @@ class Readout(nn.Module):
         if spec.learned and width is None:
             raise UsageError(f"readout {str(spec)!r} has parameters and needs the tokens' width: readout({str(spec)!r}, backbone.width)")
         self.spec = spec
-        self.poolers = nn.ModuleDict({str(term): term.poolers(width) for term in spec.terms})
+        self.poolers = nn.ModuleDict()
+        for term in spec.terms:  # one for each block; without parameters unless the readout is learned
+            learned = READOUTS[term.name].learned or (lambda _: nn.Identity())
+            self.poolers[str(term)] = nn.ModuleList([learned(cast(int, width)) for _ in term.blocks])
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "b width"]:
         return torch.cat([term.read(tokens, cast(nn.ModuleList, self.poolers[str(term)])) for term in self.spec.terms], dim=-1)
