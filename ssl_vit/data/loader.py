@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -152,33 +151,24 @@ def told_of_lost_workers(taking: bool = True) -> Iterator[None]:
         raise Failure(f"{what}: out of memory? lower data.workers, and go on with --resume") from error
 
 
-@dataclass(frozen=True)
-class CroppedBatch:
-    """What a worker makes of a micro-batch: the crops of the plan, the true sizes, and (row, reason) of images that others stand in for."""
-
-    crops: CropTensors
-    sizes: Int64[Tensor, "b 2"]
-    corrupt: list[tuple[int, str]]
-
-    def pin_memory(self) -> "CroppedBatch":
-        """For DataLoader, which would make lists of the tuples."""
-        return CroppedBatch(tuple(crop.pin_memory() for crop in self.crops), self.sizes.pin_memory(), self.corrupt)
+Cropped = tuple[CropTensors, Int64[Tensor, "b 2"], list[tuple[int, str]]]
+"""What a worker makes of a micro-batch: the crops of the plan, the true sizes, and (row, reason) of images that others stand in for."""
 
 
-class CropDataset(Dataset[CroppedBatch | Failure]):
+class CropDataset(Dataset[Cropped | Failure]):
     """Micro-batches by number."""
 
     def __init__(self, records: Records, order: Order, plan: tuple[Crops, ...]) -> None:
         self.records, self.order, self.plan = records, order, plan
 
-    def __getitem__(self, number: int) -> CroppedBatch | Failure:
+    def __getitem__(self, number: int) -> Cropped | Failure:
         """A Failure is returned, not raised: DataLoader would wrap it into a traceback."""
         try:
             return self.cropped(self.order.positions(number))
         except Failure as error:
             return error
 
-    def cropped(self, positions: Int64[Tensor, "b"], skip: int = 0) -> CroppedBatch:
+    def cropped(self, positions: Int64[Tensor, "b"], skip: int = 0) -> Cropped:
         """The crops at `positions` of one epoch. An image that cannot be read is replaced by the next one in the epoch's order."""
         b, rows = len(positions), self.order.rows(positions, skip)
         found = self.records.readable_rows(rows.tolist())
@@ -203,12 +193,12 @@ class CropDataset(Dataset[CroppedBatch | Failure]):
         for i in failed:
             if skip + 1 >= min(self.order.n, _NEIGHBOURS):
                 raise Failure(f"{skip + 1} images one after the other cannot be read, the last one: {corrupt[-1][1]}")
-            other = self.cropped(positions[i : i + 1], skip + 1)
-            sizes[i] = other.sizes[0]
-            corrupt += other.corrupt
-            for out, made in zip(crops, other.crops, strict=True):
+            other, size, more = self.cropped(positions[i : i + 1], skip + 1)
+            sizes[i] = size[0]
+            corrupt += more
+            for out, made in zip(crops, other, strict=True):
                 out[:, i] = made[:, 0]
-        return CroppedBatch(crops, sizes, corrupt)
+        return crops, sizes, corrupt
 
 
 def crop_image(

@@ -16,7 +16,7 @@ from ssl_vit.data.images import ImageStore
 from ssl_vit.data.loader import (
     Corrupt,
     CropDataset,
-    CroppedBatch,
+    Cropped,
     Order,
     available_cores,
     batches_of_an_epoch,
@@ -94,7 +94,7 @@ class WorkerStream(Stream):
             worker_init_fn=begin_worker,
             generator=torch.Generator(),  # or it would draw from the run's
         )
-        self._made: Iterator[CroppedBatch | Failure] | None = None
+        self._made: Iterator[Cropped | Failure] | None = None
 
     def batch(self, number: int) -> Batch:
         """UsageError and Failure in one line: of the images, and for a worker that the system ended."""
@@ -104,11 +104,12 @@ class WorkerStream(Stream):
             made = next(self._made)
         if isinstance(made, Failure):
             raise made
+        crops, sizes, corrupt = made
         self._seen += self.order.share
-        self.replaced += len(made.corrupt)
-        self._corrupt.note(made.corrupt, self._seen)
-        no_images = torch.empty(len(made.sizes), 3, 0, 0, dtype=torch.uint8)
-        return Batch(no_images, made.sizes, self.order.positions(number), self.order.step(number), made.crops)
+        self.replaced += len(corrupt)
+        self._corrupt.note(corrupt, self._seen)
+        no_images = torch.empty(len(sizes), 3, 0, 0, dtype=torch.uint8)
+        return Batch(no_images, sizes, self.order.positions(number), self.order.step(number), tuple(crops))  # pinned, they are a list
 
     def close(self) -> None:
         """End the workers."""

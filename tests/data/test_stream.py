@@ -22,7 +22,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import tests.conftest as shared
 from ssl_vit.cli import run
 from ssl_vit.data.images import decode, header_size, to_tensor
-from ssl_vit.data.loader import Corrupt, CropDataset, CroppedBatch, Order, crop_image
+from ssl_vit.data.loader import Corrupt, CropDataset, Order, crop_image
 from ssl_vit.data.sources import open_records
 from ssl_vit.data.stream import Batch, ImageData, WorkerStream
 from ssl_vit.data.views import Crops, MultiCrop, SingleCrop, multi_crop, single_crop
@@ -246,13 +246,15 @@ def test_what_is_too_many_is_not_left_to_chance() -> None:
         Corrupt(10_000).note([(row, "") for row in range(50)], 100)
 
 
+@pytest.mark.usefixtures("jpegs")
 def test_pinning_keeps_what_a_worker_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs a GPU
-    made = CroppedBatch((torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8),), torch.ones(3, 2, dtype=torch.int64), [(1, "why")])
-    pinned = pin_memory(made)
-    assert isinstance(pinned, CroppedBatch)
-    assert pinned.corrupt == made.corrupt
-    assert torch.equal(pinned.crops[0], made.crops[0])
+    made = dataset()[0]
+    assert not isinstance(made, Failure)
+    crops, sizes, corrupt = pin_memory((*made[:2], [(1, "why")]))
+    assert [(row, why) for row, why in corrupt] == [(1, "why")]
+    assert torch.equal(sizes, made[1])
+    assert all(torch.equal(a, b) for a, b in zip(crops, made[0], strict=True))
 
 
 @pytest.mark.usefixtures("jpegs")
