@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
         (["dino.yaml", "--out", "pictures"], 2, "already holds something else"),
         (["dino.yaml", "--out", "none", "--resume"], 2, "nothing to resume"),
         (["mae.yaml", "--readout", "cls+gap"], 2, "must be one token wide"),
-        (["dino.yaml", "--backbone.name", "resnet18"], 2, "is not a Vision Transformer of timm; choose one such as"),
+        (["dino.yaml", "--backbone.name", "resnet18"], 2, "is not a Vision Transformer of timm; choose e.g. vit_"),
         (["dino.yaml", "--clip_grad", "-1"], 2, "clip_grad is -1.0; it must be ≥0"),
         (["dino.yaml", "--teacher.momentum", "2"], 2, "teacher.momentum is 2.0; it must be ≥0 and ≤1"),
         (["dino.yaml", "--optim.betas", "[0.9,1]"], 2, "optim.betas is (0.9, 1.0); it must be ≥0 and <1"),

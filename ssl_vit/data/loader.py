@@ -106,9 +106,8 @@ class Corrupt:
         seen = min(seen, self.count)
         allowed = MAX_CORRUPT * seen + 3 * math.sqrt(MAX_CORRUPT * seen) * (seen < self.count)
         if found and (len(self.rows) > max(FEW_CORRUPT, allowed) or len(self.rows) == self.count):
-            raise Failure(
-                f"at least {len(self.rows)} of {seen} images cannot be read, more than {MAX_CORRUPT:.0%}; the last one: {found[-1][1]}"
-            )
+            bad = f"at least {len(self.rows)} of {seen} images cannot be read"
+            raise Failure(f"{bad}, more than {MAX_CORRUPT:.0%}; the last one: {found[-1][1]}")
 
 
 def available_cores() -> int:

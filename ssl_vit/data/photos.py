@@ -101,9 +101,7 @@ def photograph(name: str, photo: str) -> UInt8[Tensor, "h w 3"]:
     try:
         image = Image.open(path).convert("RGB")
     except OSError as error:
-        raise Failure(
-            f"builtin:{name} needs the photograph {file} that the package {package} installs: {error}; reinstall {package}"
-        ) from error
+        raise Failure(f"builtin:{name} needs the photograph {file} of the package {package}: {error}; reinstall {package}") from error
     if max(image.size) > 1024:
         image = image.reduce(2)
     return torch.from_numpy(np.array(image))

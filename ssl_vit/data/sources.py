@@ -102,9 +102,7 @@ def open_tables(source: str) -> Tables:
     if "$" in source:
         raise UsageError(f"no such folder: {source}, which is {path} here")
     if not _HUB_ID.fullmatch(source) or path.suffix in (".parquet", ".arrow"):
-        raise UsageError(
-            f"no such folder: {source}; give a local folder, a Hugging Face dataset id (owner/name), or {' or '.join(_BUILTINS)}"
-        )
+        raise UsageError(f"no such folder: {source}; give a local folder, a Hugging Face id (owner/name), or {' or '.join(_BUILTINS)}")
     return hub_tables(source)
 
 

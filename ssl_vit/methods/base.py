@@ -83,9 +83,7 @@ class Method(lightning.LightningModule):
         self.spec = ReadoutSpec.parse("+".join(map(str, last)))
         self.recipe["readout"] = str(self.spec)
         if -1 not in self.spec.blocks:
-            raise UsageError(
-                f"readout {str(self.spec)!r} leaves out the last block, which would then not be trained; choose one that reads it"
-            )
+            raise UsageError(f"readout {str(self.spec)!r} leaves out the last block, which nothing would train; choose one that reads it")
 
     @property
     def crop_plan(self) -> tuple[Crops, ...]:

@@ -134,9 +134,7 @@ class Backbone(nn.Module):
                 images, indices=wanted, return_prefix_tokens=True, norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
             )
         else:
-            raise UsageError(
-                f"masked forward needs a plain ViT of timm, got {type(self.vit).__name__}; choose one such as vit_base_patch16_224"
-            )
+            raise UsageError(f"masked forward needs a plain ViT of timm, such as vit_base_patch16_224, got {type(self.vit).__name__}")
         parts = {number: self._named(output, number) for number, output in zip(wanted, outputs, strict=True)}
         deepest = parts.pop(wanted[-1])
         return Tokens(deepest.cls, deepest.registers, deepest.patches, self.norm, deepest.block, self.depth, others=parts)
@@ -216,9 +214,8 @@ class Backbone(nn.Module):
     def _notice_other_size(self, images: Tensor) -> None:
         size = (images.shape[-2], images.shape[-1])
         if any(side % self.patch for side in size):
-            raise UsageError(
-                f"images of {size[0]} x {size[1]} px are not divisible by the patch of {self.patch} px; resize them to {self.image_size}"
-            )
+            shape = f"images of {size[0]} x {size[1]} px"
+            raise UsageError(f"{shape} are not divisible by the patch of {self.patch} px; resize them to {self.image_size}")
         # Smaller crops are a part of training (DINO's local views); in evaluation another size is never silent.
         if not self.training and size != (self.image_size, self.image_size) and size not in self._notified:
             self._notified.add(size)
@@ -239,9 +236,7 @@ def build_backbone(config: BackboneConfig, drop_path: float | None = None) -> Ba
     names = [name for name in timm.list_models(module="vision_transformer") if name.startswith("vit_")]
     if config.name not in names:
         near = difflib.get_close_matches(config.name, names, n=3, cutoff=0.3)
-        raise UsageError(
-            f"backbone.name {config.name!r} is not a Vision Transformer of timm; choose one such as {', '.join(near or names[:3])}"
-        )
+        raise UsageError(f"backbone.name {config.name!r} is not a Vision Transformer of timm; choose e.g. {', '.join(near or names[:3])}")
     rate = config.drop_path if drop_path is None else drop_path
     try:
         vit = timm.create_model(config.name, num_classes=0, global_pool="", drop_path_rate=rate, **config.timm_arguments())

@@ -193,12 +193,8 @@ def check_options(values: Namespace) -> None:
         raise UsageError(f"trainer.precision is {options.precision}, which rounds small steps of the weights away; use bf16-mixed")
     for key in ("limit_train_batches", "overfit_batches"):
         value = options[key]
-        require(
-            value is None or (value >= 0 and (value <= 1 or int(value) == value)),
-            f"trainer.{key}",
-            value,
-            "a number of batches, or a share up to 1",
-        )
+        holds = value is None or (value >= 0 and (value <= 1 or int(value) == value))
+        require(holds, f"trainer.{key}", value, "a number of batches, or a share up to 1")
 
 
 def check_share(batch_size: int, devices: int, accumulate: int) -> None:

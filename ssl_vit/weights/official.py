@@ -24,9 +24,7 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.positions import bicubic
 
-UNDERSTOOD = (
-    'a *.ckpt of ssl-vit, or DINO (plain or {"student", "teacher"}), MAE ({"model"}) or DINOv2 weights as their authors publish them'
-)
+UNDERSTOOD = 'a *.ckpt of ssl-vit, or DINO (plain or {"student", "teacher"}), MAE ({"model"}) or DINOv2 weights of their authors'
 IMAGE_SIZE = 224  # that all three are evaluated at
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}  # by width, as published: no file says it, and MAE's ViT-H has 80 a head
 _NEEDED = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "norm.weight": 1, "blocks.0.attn.qkv.weight": 2}  # key: dimensions
