@@ -59,30 +59,25 @@ def run(arguments: list[str], debug: bool = False) -> int:
     try:
         dispatch(arguments)
         return 0
-    except (UsageError, Failure) as error:
-        code, message = (2 if isinstance(error, UsageError) else 1), str(error)
-        raised: BaseException = error
-    except KeyboardInterrupt as error:
-        code, message, raised = 130, "interrupted", error
-    except Interrupted as error:
-        code, raised = 130, error
-        message = f"{error}; {_how_to_go_on(arguments)}"
-    except SystemExit as error:
-        if type(error).__name__ == "SIGTERMException":  # Lightning's, which is heavy to import, and has no code
-            print(f"ssl-vit: ended by SIGTERM; {_how_to_go_on(arguments)}", file=sys.stderr)
-            return 143
-        # argparse's --help, --print_config; Lightning after a second Ctrl-C
-        return int(error.code or 0)
-    except Exception as error:
-        code, message, raised = 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where", error
-    if debug:
-        raise raised
-    print(f"ssl-vit: {message}", file=sys.stderr)
-    return code
-
-
-def _how_to_go_on(arguments: list[str]) -> str:
-    return "go on with --resume" if arguments[0] == "pretrain" else "the same command goes on"
+    except BaseException as error:
+        go_on = "go on with --resume" if arguments[:1] == ["pretrain"] else "the same command goes on"
+        match error:
+            case UsageError() | Failure():
+                code, message = (2 if isinstance(error, UsageError) else 1), str(error)
+            case Interrupted():
+                code, message = 130, f"{error}; {go_on}"
+            case KeyboardInterrupt():
+                code, message = 130, "interrupted"
+            case SystemExit() if type(error).__name__ == "SIGTERMException":  # Lightning's, which is heavy to import, and has no code
+                code, message = 143, f"ended by SIGTERM; {go_on}"
+            case SystemExit():  # argparse's --help, --print_config; Lightning after a second Ctrl-C
+                return int(error.code or 0)
+            case _:
+                code, message = 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
+        if debug and not isinstance(error, SystemExit):
+            raise
+        print(f"ssl-vit: {message}", file=sys.stderr)
+        return code
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -220,14 +215,10 @@ def study(arguments: list[str]) -> None:
         from ssl_vit_eval.study.dry_run import dry_run
 
         dry_run(values.study, values.out)
-    elif values.launcher == "slurm":
-        from ssl_vit_eval.study.launchers import launch_slurm
+    elif values.launcher != "local":
+        from ssl_vit_eval.study.launchers import launch_slurm, launch_wandb
 
-        launch_slurm(values.study, values.out, tracking)
-    elif values.launcher == "wandb":
-        from ssl_vit_eval.study.launchers import launch_wandb
-
-        launch_wandb(values.study, values.out, tracking)
+        (launch_slurm if values.launcher == "slurm" else launch_wandb)(values.study, values.out, tracking)
     else:
         from ssl_vit_eval.study.run import run_cell, run_study
 

@@ -43,12 +43,9 @@ _SETS = {
     ),
     "photos-new": ("cell.png", "china.jpg", "flower.jpg", "grace_hopper.jpg", "moon.png", "page.png", "rocket.jpg", "text.png"),
 }
-_SKIMAGE = ("skimage", "data")
-_ELSEWHERE = {
-    "china.jpg": ("sklearn", "datasets/images"),
-    "flower.jpg": ("sklearn", "datasets/images"),
-    "grace_hopper.jpg": ("matplotlib", "mpl-data/sample_data"),
-}
+# of the files that are not skimage's: package, and folder in it
+_ELSEWHERE = dict.fromkeys(("china.jpg", "flower.jpg"), ("sklearn", "datasets/images"))
+_ELSEWHERE["grace_hopper.jpg"] = ("matplotlib", "mpl-data/sample_data")
 NAMES = tuple(_SETS)
 # most patches of one photograph in train and in test
 _CAPS = {"photos": (690, 175), "photos-new": (480, 130)}
@@ -94,7 +91,7 @@ def photograph(name: str, photo: str) -> UInt8[Tensor, "h w 3"]:
     The retina (1,411 px) is read at half size by an integer box filter, so that a 32 px patch shows vessels and not blur.
     """
     file = next(file for file in _SETS[name] if file.partition(".")[0] == photo)
-    package, folder = _ELSEWHERE.get(file, _SKIMAGE)
+    package, folder = _ELSEWHERE.get(file, ("skimage", "data"))
     # found, not imported: importing these packages takes seconds
     spec = find_spec(package)
     path = Path(spec.origin if spec and spec.origin else package).parent / folder / file
