@@ -59,7 +59,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
     try:
         dispatch(arguments)
         return 0
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         go_on = "go on with --resume" if arguments[:1] == ["pretrain"] else "the same command goes on"
         match error:
             case UsageError() | Failure():
