@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
         (["dino.yaml", "--backbone.width", "wide"], 2, "backbone.width"),
         (["dino.yaml", "--readout", "rgister"], 2, "did you mean 'register'?"),
         (["dino.yaml", "--readout", "register", "--backbone.registers", "0"], 2, "needs registers > 0, got 0; set backbone.registers"),
-        (["dino.yaml", "--backbone.image_size", "18"], 2, "not divisible by backbone.patch 4"),
+        (["dino.yaml", "--backbone.image_size", "18"], 2, "a multiple of backbone.patch, 4, such as 16"),
         (["dino.yaml", "--data.source", "./nowhere"], 2, "nowhere"),
         (["dino.yaml", "--data.source", "builtin:photo"], 2, "did you mean 'builtin:photos'?"),
         (["dino.yaml", "--data.source", "some/dataset"], 1, "some/dataset"),

@@ -62,12 +62,8 @@ class BackboneConfig:
         )
         require(self.cls_tokens == 1 or not self.cls_position, "backbone.cls_position", True, "false without a class token")
         require(self.cls_tokens in (0, 1), "backbone.cls_tokens", self.cls_tokens, "0 or 1")
-        if self.image_size % self.patch:
-            near = round(self.image_size / self.patch) * self.patch or self.patch
-            raise UsageError(
-                f"backbone.image_size {self.image_size} is not divisible by backbone.patch {self.patch}; "
-                f"set image_size to {near} or change patch"
-            )
+        near, side = round(self.image_size / self.patch) * self.patch or self.patch, self.image_size
+        require(side % self.patch == 0, "backbone.image_size", side, f"a multiple of backbone.patch, {self.patch}, such as {near}")
         if self.width and self.heads and self.width % self.heads:
             raise UsageError(f"backbone.width {self.width} is not divisible by backbone.heads {self.heads}; change one of them")
 

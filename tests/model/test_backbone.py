@@ -91,7 +91,7 @@ def test_other_image_sizes_are_said_in_evaluation_only(backbone: Backbone) -> No
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"image_size": 30}, "image_size 30 is not divisible by backbone.patch 4; set image_size to 32"),
+        ({"image_size": 30}, "image_size is 30; it must be a multiple of backbone.patch, 4, such as 32"),
         ({"width": 25}, "width 25 is not divisible by backbone.heads 2"),
         ({"cls_tokens": 2}, "it must be 0 or 1"),
         ({"registers": -1}, "must be ≥0"),
