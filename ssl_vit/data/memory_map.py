@@ -58,7 +58,6 @@ def decoded(rows: Records, max_side: int | None, key: str, needed: int, title: s
         return ImageStore(torch.cat([image.flatten() for image in made]), torch.tensor([image.shape[1:] for image in made]))
     file = cache_folder() / f"{key}-{count}-{max_side}-{DECODER}.images"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file.with_suffix(".lock")):
             store = _mapped(file, count)
             if store is None:
