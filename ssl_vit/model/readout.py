@@ -8,7 +8,7 @@
                                                  pooled: pool, then norm. Every block is read through the *final* norm.
 
 To add a readout, write one function from Tokens to [b d] and one line of READOUTS; the CLI, recipes, probes and tests pick it up.
-One with parameters is a module from [b n d] to [b d] (poolers.py), and its line names the tokens that go in. docs/extend.md shows both.
+One with parameters is a module from [b n d] to [b d] (poolers.py), and its line stands in LEARNED. docs/extend.md shows both.
 """
 
 import re
@@ -78,17 +78,11 @@ READOUTS: dict[str, Entry] = {
     "register": Entry(register, of="registers"),
     "max": Entry(channel_max, of="patches"),
     "gem": Entry(gem, of="patches"),
-    "abmilp": Entry(patches, of="patches", learned=AbMILP),
-    "abmilp_cls": Entry(cls_and_patches, of="cls", learned=AbMILP),
-    "ep": Entry(patches, of="patches", learned=EP),
-    "ep_cls": Entry(cls_and_patches, of="cls", learned=EP),
-    "simpool": Entry(patches, of="patches", learned=SimPool),
-    "simpool_cls": Entry(cls_and_patches, of="cls", learned=SimPool),
-    "map": Entry(patches, of="patches", learned=MAP),
-    "map_cls": Entry(cls_and_patches, of="cls", learned=MAP),
-    "class_attention": Entry(patches, of="patches", learned=ClassAttention),
-    "class_attention_cls": Entry(cls_and_patches, of="cls", learned=ClassAttention),
 }
+LEARNED = {"abmilp": AbMILP, "ep": EP, "simpool": SimPool, "map": MAP, "class_attention": ClassAttention}
+for _name, _module in LEARNED.items():  # on the patches, and with CLS among them
+    READOUTS[_name] = Entry(patches, of="patches", learned=_module)
+    READOUTS[f"{_name}_cls"] = Entry(cls_and_patches, of="cls", learned=_module)
 
 
 def check_names(table: dict[str, Entry]) -> None:
