@@ -109,7 +109,7 @@ class WorkerStream(Stream):
         self.replaced += len(corrupt)
         self._corrupt.note(corrupt, self._seen)
         no_images = torch.empty(len(sizes), 3, 0, 0, dtype=torch.uint8)
-        return Batch(no_images, sizes, self.order.positions(number), self.order.step(number), tuple(crops))  # pinned, they are a list
+        return Batch(no_images, sizes, self.order.positions(number), self.order.step(number), tuple(crops))  # DataLoader made a list
 
     def close(self) -> None:
         """End the workers."""
