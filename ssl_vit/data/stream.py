@@ -104,12 +104,13 @@ class WorkerStream(Stream):
             made = next(self._made)
         if isinstance(made, Failure):
             raise made
-        crops, sizes, corrupt = made
+        crops, sizes, listed = made  # DataLoader makes lists of its tuples
+        corrupt = [(row, reason) for row, reason in listed]
         self._seen += self.order.share
         self.replaced += len(corrupt)
         self._corrupt.note(corrupt, self._seen)
         no_images = torch.empty(len(sizes), 3, 0, 0, dtype=torch.uint8)
-        return Batch(no_images, sizes, self.order.positions(number), self.order.step(number), tuple(crops))  # DataLoader made a list
+        return Batch(no_images, sizes, self.order.positions(number), self.order.step(number), tuple(crops))
 
     def close(self) -> None:
         """End the workers."""
