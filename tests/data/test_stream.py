@@ -401,4 +401,4 @@ def test_the_cores_of_a_slurm_task_are_its_own(environment: Any, workers: int, m
     data.trainer = SimpleNamespace(**trainer, lightning_module=SimpleNamespace(crop_plan=SingleCrop(8).plan))  # type: ignore[assignment]
     stream = data.train_dataloader()
     assert isinstance(stream, WorkerStream)
-    assert stream.workers == workers
+    assert stream._loader.num_workers == workers

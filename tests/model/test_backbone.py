@@ -103,7 +103,7 @@ def test_impossible_sizes(wrong: dict[str, int], message: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UsageError, match="such as vit_small_patch16_224"):
+    with pytest.raises(UsageError, match="vit_small_patch16_224, vit_small"):
         build_backbone(BackboneConfig(name="vit_smal_patch16_224"))
 
 
