@@ -41,12 +41,14 @@ class Method(lightning.LightningModule):
     A class without name, views, training_step or one of the four arguments is refused when it is made.
 
     Attributes: spec, the readout its loss is attached to; recipe, the run as a plain dict (the CLI adds data and trainer);
-    ramp_offset, the step by which the warm-up of the learning rate is shorter than `warmup` (see schedules.cosine).
+    ramp_offset, the step by which the warm-up of the learning rate is shorter than `warmup` (see schedules.cosine); crop_plan, the crops
+    that workers may make (data.decode stream): none where the views need whole images, which only memory gives.
     """
 
     name: str
     backbone: Backbone
     ramp_offset = 0
+    crop_plan: tuple[Crops, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """TypeError, in one line, that names what the class lacks."""
@@ -84,11 +86,6 @@ class Method(lightning.LightningModule):
         self.recipe["readout"] = str(self.spec)
         if -1 not in self.spec.blocks:
             raise UsageError(f"readout {str(self.spec)!r} leaves out the last block, which nothing would train; choose one that reads it")
-
-    @property
-    def crop_plan(self) -> tuple[Crops, ...]:
-        """The crops that workers may make (data.decode stream); none: the views need whole images, which only memory gives."""
-        return ()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self, self.optim)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssl_vit.data.transforms import normalise
-from ssl_vit.data.views import Batch, Crops, MultiCrop, multi_crop
+from ssl_vit.data.views import Batch, MultiCrop, multi_crop
 from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.head import Head, HeadConfig
@@ -128,7 +128,7 @@ class DINO(Method):
         if crops.n_local and crops.local_size % backbone.patch:
             raise UsageError(f"crops.local_size {crops.local_size} is not divisible by backbone.patch {backbone.patch}; change one of them")
         self.head_config, self.crops, self.teacher_config = head, crops, teacher
-        self.student_temperature, self.clip_grad = student_temperature, clip_grad
+        self.student_temperature, self.clip_grad, self.crop_plan = student_temperature, clip_grad, crops.plan
         trained = build_backbone(backbone)
         self.check_readout(trained)
         self.student = Network(trained, self.spec, head)
@@ -146,10 +146,6 @@ class DINO(Method):
     @property
     def backbone(self) -> Backbone:  # type: ignore[override]
         return self.student.backbone
-
-    @property
-    def crop_plan(self) -> tuple[Crops, ...]:
-        return self.crops.plan
 
     def views(self, batch: Batch) -> tuple[Float[Tensor, "2 b 3 s s"], Float[Tensor, "v b 3 m m"]]:
         """Two global and v local views of each image (section 3.1, "multi-crop"), normalised."""

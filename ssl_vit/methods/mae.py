@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_vit.data.rng import uniform
 from ssl_vit.data.transforms import normalise
-from ssl_vit.data.views import Batch, Crops, SingleCrop, single_crop
+from ssl_vit.data.views import Batch, SingleCrop, single_crop
 from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
@@ -108,7 +108,7 @@ class MAE(Method):
         self.n_patches, self.n_keep = grid**2, int(grid**2 * (1 - mask_ratio))
         if not 0 < self.n_keep < self.n_patches:
             raise UsageError(f"mask_ratio {mask_ratio} keeps {self.n_keep} of {self.n_patches} patches; it must keep some and mask some")
-        self.crop, self.norm_pixels = crop, norm_pixels
+        self.crop, self.norm_pixels, self.crop_plan = crop, norm_pixels, crop.plan
         self.backbone = build_backbone(backbone)
         self.check_readout(self.backbone)
         if self.spec.width(1) != 1:
@@ -135,10 +135,6 @@ class MAE(Method):
         position = self.backbone.vit.pos_embed.data
         position.zero_()[:, -(grid**2) :] = sincos_positions(self.backbone.width, grid)  # a class token's own position is zero
         self.backbone.vit.pos_embed.requires_grad_(False)
-
-    @property
-    def crop_plan(self) -> tuple[Crops, ...]:
-        return self.crop.plan
 
     def views(self, batch: Batch) -> Float[Tensor, "b 3 s s"]:
         """One random resized crop, flipped or not; nothing else (section 4, "data augmentation"); normalised."""
