@@ -54,12 +54,9 @@ def read_all(readings: Sequence[Reading], images: ImageStore) -> Lost:
     Several processes share the folder and the pass; all call it. What went wrong is given back: features that are not finite, no room
     on the disk or in memory, an image that cannot be decoded. Files of the other readouts are whole."""
     # the first process decides what is missing: another evaluation may just be finishing a file
-    missing = [{spec: file for spec, file in reading.files.items() if rank() == 0 and not file.is_whole()} for reading in readings]
-    names = gather_objects([list(files) for files in missing])[0]
-    todo = {
-        place: {spec: reading.files[spec] for spec in of} for place, (reading, of) in enumerate(zip(readings, names, strict=True)) if of
-    }
-    if not any(names):
+    names = gather_objects([[spec for spec, file in of.files.items() if rank() == 0 and not file.is_whole()] for of in readings])[0]
+    todo = {place: {spec: readings[place].files[spec] for spec in of} for place, of in enumerate(names) if of}
+    if not todo:
         return {}
     try:
         with agreed():
@@ -67,20 +64,15 @@ def read_all(readings: Sequence[Reading], images: ImageStore) -> Lost:
     except Failure as error:
         return {(place, spec): error for place, of in todo.items() for spec in of}
     failed: Lost = {}
-    files = [file for of in todo.values() for file in of.values()]
-    try:
-        for file in files:
-            file.begin()
+    with ExitStack() as stack:
+        for of in todo.values():
+            for file in of.values():
+                stack.enter_context(file.writing())
         _pass(readings, todo, images, failed)
-    except BaseException:
-        for file in files:
-            file.abandon()
-        raise
-    for other in gather_objects(failed):
-        failed = other | failed
-    for place, of in todo.items():
-        for spec, file in of.items():
-            file.abandon() if (place, spec) in failed else file.finish()
+        for other in gather_objects(failed):
+            failed = other | failed
+        for place, spec in failed:
+            todo[place][spec].abandon()
     return failed
 
 

@@ -66,6 +66,7 @@ class FeatureFile:
         self._row = np.dtype(key.dtype).itemsize * key.width  # bytes
         self._end = _HEADER + self._row * key.rows  # of the numbers; their checksum follows
         self._partial = self.path.with_suffix(".partial")  # until `begin` names it
+        self._abandoned = False
 
     @property
     def size(self) -> int:
@@ -93,14 +94,15 @@ class FeatureFile:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Around the writes of every process; the file gets its name at the end, and is gone if there is no end."""
+        """Around the writes of every process; the file gets its name at the end, and is gone if there is no end, or it was abandoned."""
         self.begin()
         try:
             yield
         except BaseException:
             self.abandon()
             raise
-        self.finish()
+        if not self._abandoned:
+            self.finish()
 
     def begin(self) -> None:
         """Make room for the rows; called by every process, as is `finish`."""
@@ -117,7 +119,8 @@ class FeatureFile:
         barrier()
 
     def abandon(self) -> None:
-        """What was written is removed."""
+        """What was written is removed; by every process."""
+        self._abandoned = True
         self._partial.unlink(missing_ok=True)
 
     def finish(self) -> None:
