@@ -59,8 +59,8 @@ def main() -> None:
     clock("sign_flip, 16 seeds", lambda: sign_flip(rng.standard_normal(16).tolist()))
     clock("resolvable_seeds, 8 seeds, first call", lambda: round(resolvable_seeds(1.0, 8, 0.05 / 6), 2))
     scores = rng.random((2, 10, SEEDS)).tolist()
-    clock("probability_of_improvement, 10 data sets × 6 seeds", lambda: tuple(round(v, 2) for v in probability_of_improvement(*scores)))
-    clock("interquartile_mean, 10 data sets × 6 seeds", lambda: tuple(round(value, 2) for value in interquartile_mean(scores[0])))
+    clock("probability_of_improvement, 10 datasets × 6 seeds", lambda: tuple(round(v, 2) for v in probability_of_improvement(*scores)))
+    clock("interquartile_mean, 10 datasets × 6 seeds", lambda: tuple(round(value, 2) for value in interquartile_mean(scores[0])))
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", help="what eval or study wrote")
     parser.add_argument("--out", metavar="DIR", help="where report.html goes; default: the first folder")
     parser.add_argument("--margin", type=float, metavar="POINTS", help="differences below it do not matter; 1, or as the study declares it")
-    parser.add_argument("--family", help="what Holm's correction runs over: study, all data sets and protocols, or setting, each alone")
+    parser.add_argument("--family", help="what Holm's correction runs over: study, all datasets and protocols, or setting, each alone")
     parser.add_argument("--wandb", metavar="PROJECT", help="write a W&B Report there as well; [ENTITY/]PROJECT")
     parser.add_argument("--wandb-group", metavar="NAME", help="on the runs of this study alone")
     parser.add_argument("--verbose", action="store_true", help=VERBOSE)

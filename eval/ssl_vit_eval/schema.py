@@ -43,7 +43,7 @@ def _sentence(problem: dict[str, Any], content: Any, fields: dict[str, Any]) -> 
     give = fields.get(key, {}).get("description", "")
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f" has the unknown key {key!r}; {one_of(key, fields)}"
-    if problem["type"].startswith("missing"):
+    if problem["type"].startswith("missing") and len(problem["loc"]) == 1:  # else an item of a list
         return f" lacks the key {key!r}; add it" + (f": {give}" if give else "")
     if problem["type"] == "value_error":
         return f": {key} {problem['ctx']['error']}"

@@ -1,4 +1,4 @@
-"""Across data sets: which of them count, ranks against a plain loop, and what the sheets and figures show of it."""
+"""Across datasets: which of them count, ranks against a plain loop, and what the sheets and figures show of it."""
 
 from itertools import product
 from pathlib import Path
@@ -11,13 +11,14 @@ from ssl_vit_eval.compare.comparison import build
 from ssl_vit_eval.report.plot_datasets import ranking_plots
 from ssl_vit_eval.report.plotting import COLOURS, SOFT
 from ssl_vit_eval.report.score_tables import ranking_sheets
+from ssl_vit_eval.report.text import ranking_basis
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.stats.seeds import interquartile_mean, probability_of_improvement
 from tests.drawing import Drawing
 from tests.planted import plant, plant_random
 
 CLS, GAP, REGISTER = (Arm("dino", "toy", spec) for spec in ("cls", "gap", "register"))
-RIGHT = {  # of 100 images: [data set][arm] of two seeds
+RIGHT = {  # of 100 images: [dataset][arm] of two seeds
     "a": {"cls": (70, 74), "gap": (60, 62), "register": (71, 73)},  # cls and register tie by their means
     "b": {"cls": (40, 41), "gap": (50, 30), "register": (10, 12)},
     "c": {"cls": (90, 91), "gap": (95, 96), "register": (92, 92)},
@@ -54,7 +55,7 @@ def test_ranks_are_those_of_the_means_and_ties_share_them(tmp_path: Path) -> Non
     assert {str(arm.trained_with): places for arm, places in found.ranks.items()} == ranks
     assert ranks["cls"] == [1.5, 1.0, 3.0]
     assert list(found.ranks) == [CLS, GAP, REGISTER]  # 1.83, 2 and 2.17
-    assert "fewer than 3" not in found.basis
+    assert "fewer than 3" not in ranking_basis(found)
 
 
 def test_the_statistics_are_of_the_right_arms_in_the_right_order(tmp_path: Path) -> None:
@@ -99,15 +100,15 @@ def test_only_complete_data_sets_enter_and_the_others_are_named(tmp_path: Path) 
     assert (found.datasets, found.seeds) == (["a", "b", "c"], [0, 1])
     assert found.scores[CLS][0] == [0.70, 0.74]
     for text in ("seed 7, which not every arm has", "lacking, which lacks seeds of gap", "twice, measured in 2 versions"):
-        assert text in found.basis
+        assert text in ranking_basis(found)
     assert len(found.left_out) == 3
 
 
 def test_two_data_sets_only_describe_and_one_is_no_ranking(tmp_path: Path) -> None:
     planted(tmp_path / "two", {name: RIGHT[name] for name in "ab"})
     (found,) = of(tmp_path / "two")
-    assert "fewer than 3, so this describes these data sets and says nothing about others" in found.basis
-    assert "2 seeds of each arm on 2 data sets (a, b)" in found.basis
+    assert "fewer than 3, so this describes these datasets and says nothing about others" in ranking_basis(found)
+    assert "2 seeds of each arm on 2 datasets (a, b)" in ranking_basis(found)
     planted(tmp_path / "one", {"a": RIGHT["a"]})
     assert of(tmp_path / "one") == []
     planted(tmp_path / "arm", {name: {"cls": (50, 51)} for name in "abc"})
@@ -118,8 +119,8 @@ def test_two_data_sets_only_describe_and_one_is_no_ranking(tmp_path: Path) -> No
 def test_nothing_to_rank_is_said(tmp_path: Path) -> None:
     planted(tmp_path, {"a": RIGHT["a"], "b": {"cls": (50, 51)}})
     (found,) = of(tmp_path)
-    assert found.basis.startswith("Nothing to rank")
-    assert "b, which lacks seeds of gap, register" in found.basis
+    assert ranking_basis(found).startswith("Nothing to rank")
+    assert "b, which lacks seeds of gap, register" in ranking_basis(found)
     assert ranking_plots([found]) == []
     assert [len(sheet.frame) for sheet in ranking_sheets([found])] == [0, 0]
     assert "Nothing to rank" in ranking_sheets([found])[0].note
@@ -140,7 +141,7 @@ def test_sheets_and_figures_show_these_numbers(tmp_path: Path) -> None:
     assert list(arms.shown["trained with"]) == ["cls", "gap", "register"]
     assert list(arms.frame["mean rank"]) == pytest.approx([5.5 / 3, 6 / 3, 6.5 / 3])
     assert arms.frame["interquartile mean, %"][0] == pytest.approx(100 * found.iqm[CLS].value)
-    assert list(arms.frame["data sets"]) == [3, 3, 3]
+    assert list(arms.frame["datasets"]) == [3, 3, 3]
     assert list(pairs.shown.iloc[0])[3:6] == ["cls", "gap", "50.0"]
 
     ranks, improvement = (Drawing(plot.svg) for plot in ranking_plots([found]))

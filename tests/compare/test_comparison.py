@@ -14,11 +14,11 @@ from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Cell, Gain, build
 from ssl_vit_eval.compare.runs import find_runs, recipe_name
 from ssl_vit_eval.compare.scores import metric_of
-from ssl_vit_eval.report.score_tables import gain_text, score_text, under_text
+from ssl_vit_eval.report.score_tables import differences, gain_text, score_text, scores, trained_tables, under_text
 from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.text import signed
 from ssl_vit_eval.rows import RowStore
-from ssl_vit_eval.stats.seeds import crossed_interval
+from ssl_vit_eval.stats.seeds import accuracy_interval, crossed_interval
 from tests.planted import families, plant, plant_arm, plant_random
 
 DINO_CLS = Arm("dino", "toy", "cls")
@@ -55,7 +55,7 @@ def test_gain_is_the_paired_difference_over_the_backbones_own_initialisation(sto
     draws = [100 * difference[rng.integers(0, 400, 400)].mean() for _ in range(4000)]
     assert np.percentile(draws, [2.5, 97.5]) == pytest.approx([cell.gain.low, cell.gain.high], abs=0.6)
     classes = torch.arange(400) % 3
-    assert cell.macro == pytest.approx(np.mean([trained[classes == of].double().mean() for of in range(3)]))
+    assert cell.other == pytest.approx(np.mean([trained[classes == of].double().mean() for of in range(3)]))
 
 
 @pytest.mark.parametrize("init", [None, "not evaluated"])
@@ -103,7 +103,7 @@ def test_seeds_are_averaged_without_an_invented_interval(store: RowStore) -> Non
         gains.append(100 * (accuracies[-1] - start.double().mean().item()))
     cell = only_cell(store)
     assert (cell.seeds, cell.ci) == (3, None)
-    assert cell.top1 == pytest.approx(np.mean(accuracies))
+    assert cell.value == pytest.approx(np.mean(accuracies))
     assert cell.spread == pytest.approx(np.std(accuracies, ddof=1))
     assert cell.gain is not None
     shown = (cell.gain.points, cell.gain.low, cell.gain.high, cell.gain.seeds)
@@ -246,15 +246,26 @@ def test_a_data_set_is_judged_by_its_own_metric(store: RowStore) -> None:
         plant(store, answers(0.75), labels, **own)
         plant(store, gap, labels, read_with="gap", **own)
         plant_random(store, start, labels=labels, **own)
-    pets, pictures, counts = build([store.folder]).tables
+    comparison = build([store.folder])
+    pets, pictures, counts = comparison.tables
     assert (pets.metric, pictures.metric, counts.metric, pets.classes) == ("top1_macro", "top1", "top1_macro", 3)
     for table in (pets, pictures, counts):
         weights = torch.full((400,), 1 / 400) if table is pictures else 1 / 3 / torch.bincount(labels)[labels]
         cell = table.cells[DINO_CLS, "cls"]
         assert cell.value == pytest.approx((answers(0.75) * weights).sum().item(), rel=1e-5)
+        # not what the row says, which is planted as 0 to 1 for the mean over classes
+        assert cell.ci == accuracy_interval(answers(0.75)[:, None], None if table is pictures else labels)
         assert cell.gain is not None
         assert cell.gain.points == pytest.approx(100 * ((answers(0.75).double() - start.double()) * weights).sum().item(), rel=1e-4)
-    for family in families(build([store.folder]), "read with"):
+    metrics = {("oxford-iiit-pet", "macro top-1"), ("pictures", "top-1"), ("counts", "macro top-1")}
+    for sheet in (scores(comparison), differences("d", "D", comparison.families, comparison.rule)):
+        assert set(zip(sheet.frame["dataset"], sheet.frame["metric"], strict=True)) == metrics
+    assert [listing.sheet.title.split(" (")[0] for listing in trained_tables(comparison)] == [
+        "oxford-iiit-pet · knn: macro top-1, %",
+        "pictures · knn: top-1, %",
+        "counts · knn: macro top-1, %",
+    ]
+    for family in families(comparison, "read with"):
         (found,) = family.differences
         assert (found.points > 0) == (family.setting.dataset == "pictures")
         assert found.low < found.points < found.high
@@ -271,8 +282,8 @@ def test_controls_stand_with_what_they_control(store: RowStore) -> None:
     comparison = build([store.folder])
     (table,) = comparison.tables
     random = table.cells[DINO_CLS._replace(trained_with=None), "cls"]
-    assert random.ci == pytest.approx((random.top1 - 0.05, random.top1 + 0.05), abs=0.01)
-    assert table.cells[Arm("mae", "patches", None), "cls"].top1 < random.top1
+    assert random.ci == pytest.approx((random.value - 0.05, random.value + 0.05), abs=0.01)
+    assert table.cells[Arm("mae", "patches", None), "cls"].value < random.value
     assert comparison.others(table) == [Arm("random", "random:unused", None), Arm("timm", "timm:vit", None)]
     assert comparison.read_with == ["cls"]
     text = screen(comparison)

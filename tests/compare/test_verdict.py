@@ -7,7 +7,8 @@ import pytest
 
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule, Side, Unit, outcome_of
-from ssl_vit_eval.report.text import interval_text, line, p_text, side_name, signed, words_of
+from ssl_vit_eval.report.score_tables import differences
+from ssl_vit_eval.report.text import interval_text, p_text, rule_text, side_name, signed, words_of
 from ssl_vit_eval.rows import Setting
 
 RULE = Rule()
@@ -63,8 +64,8 @@ def test_the_rule_at_its_bounds(low: float, high: float, corrected: float, outco
 def test_the_margin_is_the_studys() -> None:
     found = difference(0.2, -0.3, 0.7, 1.0)
     assert [outcome_of(found, "seeds", Rule(margin)) for margin in (0.6, 0.7)] == ["undecided", "no difference"]
-    assert "within ±0.7 points (x" in Rule(0.7).text
-    assert "p is at most 0.05 and the 95 % interval" in RULE.text
+    assert "within ±0.7 points (x" in rule_text(Rule(0.7))
+    assert "p is at most 0.05 and the 95 % interval" in rule_text(RULE)
 
 
 def test_one_seed_decides_about_its_weights_and_not_about_readouts() -> None:
@@ -111,8 +112,8 @@ def test_the_assumption_of_students_t_stands_beside_its_verdicts() -> None:
         assert words_of(Family("trained with", SETTING, "dino (toy)", "seeds", [one]), one, rule).endswith(assumed)
     unsure = replace(found, outcome="undecided")
     assert assumed not in words_of(Family("trained with", SETTING, "dino (toy)", "seeds", [unsure]), unsure, rule)
-    assert "Student's t, declared in advance, which takes the differences of the seeds as normal" in rule.text
-    assert "exact sign-flip tests" in RULE.text
+    assert "Student's t, declared in advance, which takes the differences of the seeds as normal" in rule_text(rule)
+    assert "exact sign-flip tests" in rule_text(RULE)
 
 
 def test_what_students_t_needs_is_not_what_the_sign_flip_test_needs() -> None:
@@ -180,13 +181,13 @@ def test_signs() -> None:
     assert signed(-0.04, 2) == "−0.04"
 
 
-def test_a_line_has_everything_that_the_verdict_was_made_of() -> None:
-    found = difference(1.2, 0.3, 2.1, 0.032)
-    family = Family("trained with", SETTING, "dino (toy)", "seeds", [found])
-    assert line(family, found, RULE) == "cls − gap: +1.2 points [0.3, 2.1], p .016 (corrected .032), 8.1 % discordant, 6 seeds: better"
-    primary = line(replace(family, primary=True), replace(found, seeds=(0,)), RULE)
-    assert primary.endswith("p .016 (not corrected), 8.1 % discordant, 1 seed: better")
-    assert line(replace(family, unit="images"), found, RULE).endswith("10,000 images: better")
-    small = difference(0.06, 0.03, 0.09, 0.01)
-    assert "+0.06 points [0.03, 0.09]" in line(family, small, RULE)
-    assert "by 0.06 points [0.03, 0.09]" in words(small)
+def test_a_table_has_everything_that_the_verdict_was_made_of() -> None:
+    family = Family("trained with", SETTING, "dino (toy)", "seeds", [difference(1.2, 0.3, 2.1, 0.032)])
+    wanted = ("A", "B", "points", "low", "high", "p", "corrected p", "discordant", "seeds", "images", "verdict of A")
+    found = [differences("d", "D", [of], RULE) for of in (family, replace(family, primary=True), replace(family, unit="images"))]
+    values = [[*map(sheet.frame.loc[0].get, wanted)] for sheet in found]
+    assert values[0] == ["cls", "gap", 1.2, 0.3, 2.1, 0.016, 0.032, pytest.approx(8.1), 6, 10_000, "better"]
+    assert values[1] == [*values[0][:6], None, *values[0][7:]]  # not corrected
+    assert values[2] == [*values[0][:8], None, *values[0][9:]]
+    assert [found[0].shown.loc[0, name] for name in ("points", "p", "corrected p", "discordant")] == ["+1.2", ".016", ".032", "8.1"]
+    assert "by 0.06 points [0.03, 0.09]" in words(difference(0.06, 0.03, 0.09, 0.01))

@@ -130,10 +130,10 @@ def test_studies_that_disagree(store: RowStore) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"margin": -1}, "margin is -1; it must be a number of points"),
+        ({"margin": -1}, "margin is -1; give a number of points"),
         ({"margin": True}, "margin is True"),
-        ({"primary": {"recipe": "toy"}}, "must have the keys recipe, data, protocol, compare"),
-        ({"primary": {**PRIMARY, "compare": ["cls"]}}, "give two readouts"),
+        ({"primary": {"recipe": "toy"}}, "primary lacks the key .data."),
+        ({"primary": {**PRIMARY, "compare": ["cls"]}}, "compare is .*cls.*; give two readouts"),
         ({"primary": {**PRIMARY, "compare": ["cls", "gpa"]}}, "gpa"),
     ],
 )

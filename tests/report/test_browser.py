@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ssl_vit_eval.compare.comparison import build
-from ssl_vit_eval.report.write import write_report
+from ssl_vit_eval.report.write import chapters_of, write_report
 from tests.browser import CHROMIUM, Browser
 from tests.report.test_write import make_study
 
@@ -22,7 +22,8 @@ TABLE = "[...document.querySelectorAll('table.sortable')].find(t => t.caption &&
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     make_study(folder)
-    return write_report(build([folder]), [folder], folder / "out").resolve()
+    comparison = build([folder])
+    return write_report(comparison, chapters_of(comparison, [folder]), folder / "out").resolve()
 
 
 @pytest.fixture(scope="module")

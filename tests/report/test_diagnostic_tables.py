@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ from ssl_vit.data.images import ImageStore
 from ssl_vit.errors import Failure
 from ssl_vit.model.backbone import build_backbone
 from ssl_vit.model.readout import readout
-from ssl_vit_eval.compare.diagnostic_files import Diagnosis, find_diagnoses, maps
+from ssl_vit_eval.compare.arms import arms_and_notes
+from ssl_vit_eval.compare.diagnostic_files import Diagnosis
+from ssl_vit_eval.compare.diagnostic_files import find_diagnoses as find
 from ssl_vit_eval.diagnostics.run import examine, with_blocks
 from ssl_vit_eval.report import diagnostic_tables, plot_blocks
+from ssl_vit_eval.report.page import Figures, Text
 from ssl_vit_eval.report.plotting import COLOURS, SOFT, Plot
+from ssl_vit_eval.report.write import maps
 from ssl_vit_eval.rows import Row, RowStore
 from ssl_vit_eval.sources import Source
 from ssl_vit_eval.splits import Split
@@ -29,6 +33,10 @@ from tests.planted import plant
 SPECS = ["cls", "gap"]
 DATA = "0123456789abcdef"
 START = "abcdef0123456789"
+
+
+def find_diagnoses(folders: Sequence[Path], rows: Sequence[Row]) -> list[Diagnosis]:
+    return find(folders, rows, arms_and_notes(rows)[0])
 
 
 @pytest.fixture(scope="module")
@@ -261,15 +269,17 @@ def test_maps_of_first_seeds_as_far_as_they_fit(examined: tuple[Path, list[Row]]
     folder, rows = examined
     found = find_diagnoses([folder], rows)
     sizes = [(folder / of.found["picture"]).stat().st_size for of in found]
-    assert [picture.caption for picture in maps(found, sum(sizes))] == [
+    shown = maps(found, sum(sizes))
+    plots = [block.plots[0] for block in shown if isinstance(block, Figures)]
+    assert [plot.title for plot in plots] == [
         "dino (toy), trained with cls, toys, seed 0 of 2",
         "dino (toy), trained with gap, toys",
         "random:toy, toys",
     ]
-    assert maps(found, sum(sizes))[0].png == (folder / found[0].found["picture"]).read_bytes()
+    assert plots[0].png == (folder / found[0].found["picture"]).read_bytes()
     first, second, *_ = maps(found, sizes[0] + sizes[2] - 1)
-    assert first.png is not None
-    assert second.png is None
-    assert second.caption.endswith(f"{found[2].found['picture']} is too large to be shown here")
+    assert first == shown[0]
+    assert isinstance(second, Text)
+    assert second.text.endswith(f"{found[2].found['picture']} is too large to be shown here.")
     moved = find_diagnoses([changed(folder, tmp_path / "changed", lambda content: None)], rows)
-    assert [(picture.png, picture.caption[-8:]) for picture in maps(moved, 10**9)] == [(None, " is gone")] * 3
+    assert [block.text[-9:] for block in maps(moved, 10**9) if isinstance(block, Text)] == [" is gone."] * 3

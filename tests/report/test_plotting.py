@@ -18,7 +18,7 @@ from ssl_vit_eval.report import plot_datasets
 from ssl_vit_eval.report.plot_differences import OUTCOMES, forest, paired_seeds
 from ssl_vit_eval.report.plot_training import POINTS, training_curves
 from ssl_vit_eval.report.plotting import COLOURS, INK, SOFT, Plot, draw, legend, looks, name_of
-from ssl_vit_eval.rows import Row, RowStore, Setting
+from ssl_vit_eval.rows import RowStore, Setting
 from tests.drawing import Drawing
 from tests.planted import plant
 
@@ -133,21 +133,20 @@ def test_one_set_of_weights_has_no_dots_and_says_what_its_bars_are() -> None:
     assert "Primary comparison" in Drawing(forest(replace(FAMILY, primary=True), Rule()).svg).words()
 
 
-def scored(tmp_path: Path, right: dict[tuple[str, int], int], **changes: object) -> list[Row]:
+def scored(tmp_path: Path, right: dict[tuple[str, int], int], **changes: object) -> None:
     """100 images, of which so many are right for each arm, read as trained, and seed."""
     store = RowStore(tmp_path)
-    rows = []
     for (spec, seed), count in right.items():
         named = {"source": f"toy-{spec}-s{seed}", "seed": seed, "trained_with": spec, "read_with": spec}
-        rows += plant(store, [i < count for i in range(100)], **{**named, **changes})
-    return rows
+        plant(store, [i < count for i in range(100)], **{**named, **changes})
 
 
 def test_paired_seeds_join_what_belongs_together(tmp_path: Path) -> None:
     right = {("cls", 0): 71, ("cls", 1): 74, ("cls", 2): 80, ("gap", 0): 70, ("gap", 1): 71, ("gap", 2): 70}
-    rows = scored(tmp_path, right, dataset="cifar10")
+    scored(tmp_path, right, dataset="cifar10")
+    scores = build([tmp_path]).scores
     of = replace(FAMILY.differences[0], of_seeds=(1.0, 3.0, 10.0), points=14 / 3)
-    (plot,) = paired_seeds(replace(FAMILY, differences=[of, difference("cls", "gap", 1.0, 0.0, 2.0, "undecided", (1.0,))]), Rule(), rows)
+    (plot,) = paired_seeds(replace(FAMILY, differences=[of, difference("cls", "gap", 1.0, 0.0, 2.0, "undecided", (1.0,))]), Rule(), scores)
     drawing = Drawing(plot.svg)
     y = drawing.scale("y")
     joined = [[round(y(at), 1) for _, at in points] for stroke, width, points in drawing.lines if stroke == SOFT and width == 1.0]
@@ -158,7 +157,7 @@ def test_paired_seeds_join_what_belongs_together(tmp_path: Path) -> None:
     dots = [x(at) for fill, at, _ in drawing.marks if fill == SOFT and at > 250]
     assert dots == pytest.approx([1.0, 3.0, 10.0], abs=0.05)
     with pytest.raises(KeyError):
-        paired_seeds(FAMILY, Rule(), rows[:-2])
+        paired_seeds(FAMILY, Rule(), {side: {0: seeds[0]} for side, seeds in scores.items()})
 
 
 def test_linear_against_neighbours_seed_by_seed(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ssl_vit_eval.compare.comparison import Comparison, build
 from ssl_vit_eval.compare.runs import Run
 from ssl_vit_eval.compare.verdict import Difference, Family, Side
 from ssl_vit_eval.report.table import Sheet, frame_of
+from ssl_vit_eval.report.text import rule_text
 from ssl_vit_eval.report.wandb import write_wandb_report
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.tracking import summary_key
@@ -128,9 +129,10 @@ def test_text_has_the_primary_first_then_every_difference_the_rule_and_the_notes
     whole = "\n".join(texts)
     for question in ("norm", "trained with", "self-consistency", "read with"):
         assert f"; words of {question}." in whole
-        assert "+1.2 points [0.3, 2.1], p .031 (corrected .031), 8.1 % discordant, 2 seeds: better. In words: " in whole
+    numbers = "cls | gap | +1.2 | +0.3 | +2.1 | better | .031 | {} | 8.1 | 2 | 1.5 |"
+    assert [whole.count(numbers.format(corrected)) for corrected in (".031", "–")] == [4, 1]
     assert whole.index("the declared words") < whole.index("words of trained with")
-    assert compared.rule.text in whole
+    assert rule_text(compared.rule) in whole
     assert "half a seed." in whole
     assert "| cls\\|gap | 12 |" in whole
 
@@ -157,13 +159,21 @@ def test_run_sets_hold_the_compared_runs_of_one_recipe_by_arm(server: FakeWandb,
 
 def test_panels_show_every_data_set_with_means_over_seeds_and_their_spread(server: FakeWandb, compared: Comparison) -> None:
     datasets = ("builtin:photos", "someone/pets-1.0", *(f"set{number}" for number in range(10)))
-    tables = [replace(table, setting=table.setting._replace(dataset=dataset)) for dataset in datasets for table in compared.tables]
+    metric = {dataset: "top1_macro" if "pets" in dataset else "top1" for dataset in datasets}
+    tables = [
+        replace(table, setting=table.setting._replace(dataset=dataset), metric=metric[dataset])
+        for dataset in datasets
+        for table in compared.tables
+    ]
     write_wandb_report(replace(compared, tables=tables), "team/proj", None)
     spec = saved(server)["spec"]
     bars, curves = panels(spec, "Bar Chart"), panels(spec, "Run History Line Plot")
     recipes = 2
     assert [(config["chartTitle"], config["metrics"]) for _, config in bars] == recipes * [
-        (f"{dataset}, {protocol}: top-1", [summary_key(dataset, protocol, read, "top1") for read in ("cls", "gap")])
+        (
+            f"{dataset}, {protocol}: {'macro top-1' if 'pets' in dataset else 'top-1'}",
+            [summary_key(dataset, protocol, read, metric[dataset]) for read in ("cls", "gap")],
+        )
         for dataset in datasets
         for protocol in ("knn", "linear")
     ]
@@ -174,7 +184,8 @@ def test_panels_show_every_data_set_with_means_over_seeds_and_their_spread(serve
             assert grid.grouping == [f"config:{by}"]
             assert config["limit"] >= 100
     assert [(config["xAxis"], config["yAxis"]) for _, config in panels(spec, "Scatter Plot")] == recipes * [
-        tuple(f"summary:{summary_key(dataset, protocol, 'trained', 'top1')}" for protocol in ("knn", "linear")) for dataset in datasets
+        tuple(f"summary:{summary_key(dataset, protocol, 'trained', metric[dataset])}" for protocol in ("knn", "linear"))
+        for dataset in datasets
     ]
     assert len(panels(spec, "Run Comparer")) == recipes
     for grid in grids(spec):

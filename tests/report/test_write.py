@@ -24,7 +24,8 @@ from ssl_vit_eval.report.run_tables import frame_of_rows, selections
 from ssl_vit_eval.report.score_tables import GAIN, LOSS
 from ssl_vit_eval.report.table import csv as csv_of
 from ssl_vit_eval.report.terminal import compare, screen
-from ssl_vit_eval.report.write import write_report
+from ssl_vit_eval.report.text import rule_text
+from ssl_vit_eval.report.write import chapters_of, write_report
 from ssl_vit_eval.rows import RowStore
 from tests.planted import PRIMARY, plant, plant_arm, plant_random, words
 
@@ -109,12 +110,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     folder = tmp_path_factory.mktemp("study")
     make_study(folder)
     comparison = build([folder])
-    write_report(comparison, [folder], folder / "out")
+    write_report(comparison, chapters_of(comparison, [folder]), folder / "out")
     return folder / "out", comparison
 
 
 def written(folder: Path) -> Page:
-    return Page(write_report(build([folder]), [folder], folder / "out"))
+    comparison = build([folder])
+    return Page(write_report(comparison, chapters_of(comparison, [folder]), folder / "out"))
 
 
 def lines_of(file: Path) -> list[dict[str, str]]:
@@ -132,8 +134,8 @@ def test_the_grids_show_the_numbers_of_the_terminal(study: tuple[Path, Compariso
     assert f" {gained.split(',')[0]}* " in text
     (photos,) = [table for table in comparison.tables if table.setting.protocol == "knn"]
     for value in photos.cells.values():
-        assert any(cell.startswith(f"{100 * value.top1:.1f}") for cell in page.grid)
-        assert f"{100 * value.macro:.1f}" in page.cells  # type: ignore[operator]
+        assert any(cell.startswith(f"{100 * value.value:.1f}") for cell in page.grid)
+        assert f"{100 * value.other:.1f}" in page.cells  # type: ignore[operator]
     assert "–" in page.grid  # gap was read only with gap
 
 
@@ -145,7 +147,7 @@ def test_the_declared_comparison_leads_and_every_difference_is_in_its_table(stud
     header = page.sections[""]
     said = f"Declared before training, dino (toy), builtin:photos, knn: {words(comparison, primary.differences[0])}."
     assert header.index(said) < header.index("What to conclude.") < header.index("How sure that is.") < header.index("What to do next.")
-    assert comparison.rule.text in page.sections["findings"]
+    assert rule_text(comparison.rule) in page.sections["findings"]
     for question in ("trained with", "read with", "self-consistency", "norm"):
         of, lines = differences(comparison, question), lines_of(out / "tables" / f"differences-{question.replace(' ', '-')}.csv")
         assert len(of) == len(lines) > 0
@@ -182,7 +184,7 @@ def test_every_score_is_in_the_long_table(study: tuple[Path, Comparison]) -> Non
         for (arm, spec), cell in table.cells.items():
             line = next(lines)
             assert (line["recipe"], line["trained with"], line["read with"]) == (arm.recipe, arm.trained_with or "", spec)
-            assert (float(line["top-1, %"]), int(line["n"])) == (100 * cell.top1, cell.seeds)
+            assert (float(line["top-1, %"]), int(line["n"])) == (100 * cell.value, cell.seeds)
             assert line["deviation"] == ("" if cell.spread is None else str(100 * cell.spread))
             assert line["low"] == ("" if cell.ci is None else str(100 * cell.ci[0]))
             assert [line[name] for name in ("gain", "gain low", "gain high")] == (

@@ -295,7 +295,7 @@ def test_a_resolvable_difference_is_found_on_seeds_and_images() -> None:
 
 
 def scores(rng: np.random.Generator, better: float, shared: float) -> np.ndarray:
-    """[A and B, 4 data sets, 6 seeds]; a share of a seed's luck is the same on all data sets, half of it the same for A and B."""
+    """[A and B, 4 datasets, 6 seeds]; a share of a seed's luck is the same on all datasets, half of it the same for A and B."""
     luck = [[shared**0.5 * rng.standard_normal((1, 6)) + (1 - shared) ** 0.5 * rng.standard_normal((4, 6)) for _ in range(2)] for _ in "ab"]
     start = luck[0][1]
     return np.stack([(one[0] + start) / 2**0.5 + shift for one, shift in zip(luck, (better, 0), strict=True)])
@@ -350,7 +350,7 @@ def test_unequal_seeds_are_refused() -> None:
         interquartile_mean([[0.5, 0.6], [0.7]])
     with pytest.raises(UsageError, match=r"scores of \[2, 3\] seeds"):
         probability_of_improvement([[0.5, 0.6]], [[0.5, 0.6, 0.7]])
-    with pytest.raises(UsageError, match="2 data sets of A and 1 of B"):
+    with pytest.raises(UsageError, match="2 datasets of A and 1 of B"):
         probability_of_improvement([[0.5], [0.6]], [[0.5]])
     with pytest.raises(UsageError, match=r"scores of \[\] seeds"):
         interquartile_mean([])

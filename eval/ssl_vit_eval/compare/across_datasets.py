@@ -1,6 +1,6 @@
-"""Arms across data sets, each read as it was trained: ranks, interquartile mean, probability of improvement.
+"""Arms across datasets, each read as it was trained: ranks, interquartile mean, probability of improvement.
 
-Only data sets on which every arm has every seed enter, so that no arm is judged on easier data or luckier seeds; what is left out is said.
+Only datasets on which every arm has every seed enter, so that no arm is judged on easier data or luckier seeds; what is left out is said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,12 @@ from scipy.stats import rankdata
 
 from ssl_vit_eval.compare.arms import Arm, ordered
 from ssl_vit_eval.compare.comparison import Comparison, Table
-from ssl_vit_eval.compare.scores import scores_by_seed
 from ssl_vit_eval.rows import Setting
 from ssl_vit_eval.stats.seeds import Estimate, interquartile_mean, probability_of_improvement
 
-FEW = 3  # data sets: with fewer a rank only describes
-
 
 class Protocol(NamedTuple):
-    """A protocol as it was run, whatever the data set; parameters: hash."""
+    """A protocol as it was run, whatever the dataset; parameters: hash."""
 
     name: str
     version: int
@@ -31,13 +28,13 @@ class Protocol(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """The arms of one recipe under one protocol, best mean rank first. No arms and no data sets where none can be compared.
+    """The arms of one recipe under one protocol, best mean rank first. No arms and no datasets where none can be compared.
 
-    scores: as fractions, of each arm [data sets][seeds]. ranks: of each arm on each data set, by its mean over seeds; 1 is the best, equal
-    means share the mean of their ranks. floors: of each data set, the accuracy of the random-initialised backbone, mean over the arms'
+    scores: as fractions, of each arm [datasets][seeds]. ranks: of each arm on each dataset, by its mean over seeds; 1 is the best, equal
+    means share the mean of their ranks. floors: of each dataset, the accuracy of the random-initialised backbone, mean over the arms'
     readouts, or of chance (one over the number of classes) where not all of them have one below 100 %. iqm: interquartile mean, over data
     sets and seeds, of each arm's normalised scores, which are 0 at the floor and 1 where all is right: else it would be that of the data
-    sets of middling difficulty. improvement: the probability that a run of the first beats one of the second on a data set, mean over data
+    sets of middling difficulty. improvement: the probability that a run of the first beats one of the second on a dataset, mean over data
     sets (Agarwal et al. 2021, section 4.3, which normalises likewise).
     """
 
@@ -53,30 +50,16 @@ class Ranking:
     improvement: dict[tuple[Arm, Arm], Estimate]
     left_out: list[str]
 
-    @property
-    def title(self) -> str:
-        """Which arms, and how they were judged."""
-        return f"{self.method} ({self.recipe}) · {self.protocol.name} v{self.protocol.version}"
-
     def normalised(self, arm: Arm) -> list[list[float]]:
         """Its scores as the interquartile mean takes them."""
         return [[(value - floor) / (1 - floor) for value in of] for of, floor in zip(self.scores[arm], self.floors, strict=True)]
 
-    @property
-    def basis(self) -> str:
-        """What the ranking rests on, and what it leaves out, in sentences."""
-        if not self.datasets:
-            return ". ".join(["Nothing to rank: no two data sets have every seed of every arm", *self.left_out]) + "."
-        few = f": fewer than {FEW}, so this describes these data sets and says nothing about others" if len(self.datasets) < FEW else ""
-        seeds = f"{len(self.seeds)} seed{'' if len(self.seeds) == 1 else 's'} of each arm"
-        return ". ".join([f"{seeds} on {len(self.datasets)} data sets ({', '.join(self.datasets)}){few}", *self.left_out]) + "."
-
 
 def rankings(comparison: Comparison) -> list[Ranking]:
-    """One for each recipe and protocol by which two arms or more were read as trained, on two data sets or more; without controls."""
+    """One for each recipe and protocol by which two arms or more were read as trained, on two datasets or more; without controls."""
     scores = {
         (setting, side.arm): {seed: value for seed, value in seeds.items() if seed is not None}
-        for (setting, side), seeds in scores_by_seed(comparison.rows).items()
+        for (setting, side), seeds in comparison.scores.items()
         if side.read_with == side.arm.trained_with and not setting.control
     }
     found = []

@@ -43,11 +43,6 @@ def weights_of(row: Row) -> Weights:
     return row.checkpoint, row.transform  # raw pixels have no weights, and their size is in the transform
 
 
-def arms_of(rows: Sequence[Row]) -> dict[Weights, Arm]:
-    """As `arms_and_notes`, without the notes."""
-    return arms_and_notes(rows)[0]
-
-
 def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], list[str]]:
     """The arm of all weights, and notes on those that are kept apart.
 

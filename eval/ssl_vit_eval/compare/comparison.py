@@ -7,6 +7,7 @@ seeds instead, since an interval over images says nothing about another pretrain
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -18,16 +19,18 @@ from ssl_vit_eval.compare.preregistration import find_declared
 from ssl_vit_eval.compare.questions import ask, cells_of, null_controls
 from ssl_vit_eval.compare.runs import Run, find_runs
 from ssl_vit_eval.compare.scores import MACRO, TOP1, Answers, metric_of
-from ssl_vit_eval.compare.verdict import Family, Rule
+from ssl_vit_eval.compare.verdict import Family, Rule, Side
 from ssl_vit_eval.compare.warnings import missing, repeated, revisions
 from ssl_vit_eval.rows import Key, Row, Setting, find_rows
 from ssl_vit_eval.sources import PIXELS
 from ssl_vit_eval.stats.seeds import Crossed, crossed_interval
 
+Scores = dict[tuple[Setting, Side], dict[int | None, float]]
+
 
 @dataclass(frozen=True)
 class Gain:
-    """Points over the random-initialised backbone read the same way, by the data set's metric, paired by image and averaged over seeds.
+    """Points over the random-initialised backbone read the same way, by the dataset's metric, paired by image and averaged over seeds.
 
     low, high: 95 % interval over images and replicates for one seed, the smallest and the largest seed for several.
     """
@@ -45,12 +48,12 @@ class Gain:
 
 @dataclass(frozen=True)
 class Cell:
-    """Accuracies as fractions, means over seeds. value: by the metric of the data set, which ci, spread and gain are of too; ci: interval
-    for one seed; spread: deviation of several. pixels: best of raw pixels by the same protocol, None where they were not evaluated."""
+    """Accuracies as fractions, means over seeds. value: by the metric of the dataset, which ci, spread and gain are of too; other: by the
+    other one of top-1 and macro top-1; ci: interval for one seed; spread: deviation of several. pixels: best of raw pixels by the same
+    protocol, None where they were not evaluated."""
 
     value: float
-    top1: float
-    macro: float | None
+    other: float | None
     ci: tuple[float, float] | None
     spread: float | None
     seeds: int
@@ -64,7 +67,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """All numbers of one setting: cells by arm and read-with. classes: that have test images; metric: what the data set is judged by."""
+    """All numbers of one setting: cells by arm and read-with. classes: that have test images; metric: what the dataset is judged by."""
 
     setting: Setting
     n_test: int
@@ -99,6 +102,15 @@ class Comparison:
         """What the row is of."""
         return self.arms[weights_of(row)]
 
+    @cached_property
+    def scores(self) -> Scores:
+        """Accuracy, as a fraction, of each side in each setting by seed, in the order of the rows; None for weights without a seed."""
+        found = Scores()
+        for row in self.rows:
+            if row.metric == metric_of(row):
+                found.setdefault((Setting.of(row), Side(self.arm(row), row.read_with)), {})[row.seed] = row.value
+        return found
+
     def trained(self, table: Table) -> list[Arm]:
         """The lines of table B: every recipe with all that it was trained with, missing ones too, then its random initialisation."""
         own = [arm for arm in dict.fromkeys(self.arms.values()) if arm.trained_with]
@@ -122,9 +134,8 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
     """
     measured = find_rows(folders)
     found = list({row.id: (row, store) for row, store in measured}.values())
-    rows, answers = [row for row, _ in found], Answers(found)
-    for row in rows:
-        answers.check(row)
+    answers = Answers(found)
+    rows = [answers.checked(row) for row, _ in found]
     _complete(rows)
     arms, clashes = arms_and_notes(rows)
     tables = _tables(rows, arms, answers)
@@ -151,7 +162,7 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
 
 
 def _complete(rows: Sequence[Row]) -> None:
-    """Failure for an evaluation without the metric that its data set is judged by, or without top-1."""
+    """Failure for an evaluation without the metric that its dataset is judged by, or without top-1."""
     metrics: dict[Key, set[str]] = defaultdict(set)
     for row in rows:
         metrics[row.key].add(row.metric)
@@ -162,7 +173,7 @@ def _complete(rows: Sequence[Row]) -> None:
 
 
 def _tables(rows: Sequence[Row], names: Mapping[Weights, Arm], answers: Answers) -> list[Table]:
-    """A table for each setting, those of a data set together."""
+    """A table for each setting, those of a dataset together."""
     inits: dict[str, dict[Arm, None]] = defaultdict(dict)  # the initialisation of a shared start is shown in every recipe that has it
     for row in rows:
         if row.trained_with and row.init:
@@ -202,9 +213,8 @@ def _over_random(row: Row, starts: Mapping[Key, Row], answers: Answers) -> Cross
 
 
 def _cell(rows: Sequence[Row], starts: Mapping[Key, Row], answers: Answers, pixels: float | None) -> Cell:
-    by_metric = {metric: [row for row in rows if row.metric == metric] for metric in (TOP1, MACRO)}
-    own = by_metric[metric_of(rows[0])]
-    means = {metric: fmean(row.value for row in of) if of else None for metric, of in by_metric.items()}
+    metric = metric_of(rows[0])
+    own, others = ([row for row in rows if (row.metric == metric) == is_own] for is_own in (True, False))
     values = [row.value for row in own]
     differences = [difference for row in own if (difference := _over_random(row, starts, answers))]
     gain = None
@@ -216,8 +226,7 @@ def _cell(rows: Sequence[Row], starts: Mapping[Key, Row], answers: Answers, pixe
     one = len(values) == 1
     return Cell(
         value=fmean(values),
-        top1=means[TOP1] or 0.0,
-        macro=means[MACRO],
+        other=fmean(row.value for row in others) if others else None,
         ci=(own[0].ci_low, own[0].ci_high) if one else None,
         spread=None if one else stdev(values),
         seeds=len(values),

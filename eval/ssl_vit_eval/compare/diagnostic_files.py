@@ -1,13 +1,13 @@
-"""What `ssl-vit eval --diagnostics` wrote, found again: which arm and seed each file is of, and the pictures of its maps."""
+"""What `ssl-vit eval --diagnostics` wrote, found again: which arm and seed each file is of."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssl_vit.errors import Failure
-from ssl_vit_eval.compare.arms import Arm, arms_of, weights_of
+from ssl_vit_eval.compare.arms import Arm, Weights, weights_of
 from ssl_vit_eval.rows import Row
 
 KEYS = ("weights", "transform", "dataset", "layout", "spectra", "cka", "tokens", "attention", "picture", "readouts", "redundancy")
@@ -46,26 +46,17 @@ class Diagnosis:
         return int(self.found["layout"]["depth"])
 
 
-class Picture(NamedTuple):
-    """A picture with its caption; png is None where it did not fit or is gone, and the caption then says so."""
-
-    caption: str
-    png: bytes | None
-
-
-def find_diagnoses(folders: Sequence[str | Path], rows: Sequence[Row]) -> list[Diagnosis]:
-    """Every diagnostics file in and below the folders, by arm and seed in the order of the rows; of the same
-    weights and images the last found.
+def find_diagnoses(folders: Sequence[str | Path], rows: Sequence[Row], arms: Mapping[Weights, Arm]) -> list[Diagnosis]:
+    """Every diagnostics file in and below the folders, by arm and seed in the order of the arms; of the same weights and images the last
+    found. arms: of the weights of the rows.
 
     Failure for a file that cannot be read, and for one whose weights no row is of, since only a row knows the arm.
     """
-    arms = arms_of(rows)
     firsts = {weights_of(row): row for row in reversed(rows)}
     starts: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
     for row in rows:
         if row.init and row.trained_with:
-            arm = arms[weights_of(row)]
-            starts.setdefault((row.init, row.transform), {})[arm.method, arm.recipe] = None
+            starts.setdefault((row.init, row.transform), {})[arms[weights_of(row)][:2]] = None
     found = {}
     for file in dict.fromkeys(file for folder in folders for file in sorted(Path(folder).rglob("diagnostics-*.json"))):
         content = _read(file)
@@ -94,23 +85,6 @@ def by_arm(diagnoses: Sequence[Diagnosis]) -> dict[tuple[Place, Arm], list[Diagn
 def label(arm: Arm) -> str:
     """`dino (dino_photos), trained with cls`; what was not trained here by its own name alone."""
     return arm.name if arm.trained_with else arm.recipe
-
-
-def maps(diagnoses: Sequence[Diagnosis], budget: int) -> list[Picture]:
-    """The maps of the first seed of every arm on each data set, as many as fit into `budget` bytes."""
-    pictures = []
-    for of, *others in by_arm(diagnoses).values():
-        caption = f"{label(of.arm)}, {of.place.dataset}" + (f", seed {of.seed} of {1 + len(others)}" if others else "")
-        file = of.file.parent / of.found["picture"]
-        png = file.read_bytes() if file.is_file() else None
-        if png is None:
-            pictures.append(Picture(f"{caption}: {file.name} is gone", None))
-        elif len(png) > budget:
-            pictures.append(Picture(f"{caption}: {file.name} is too large to be shown here", None))
-        else:
-            budget -= len(png)
-            pictures.append(Picture(caption, png))
-    return pictures
 
 
 def _read(file: Path) -> dict[str, Any]:

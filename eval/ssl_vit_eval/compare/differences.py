@@ -16,7 +16,10 @@ Corrected = tuple[Question, int | None]  # what is corrected together: a questio
 
 def families_of(groups: Sequence[Group], answers: Answers, rule: Rule) -> list[Family]:
     """Measure, correct and judge the pairs of all groups. Failure for predictions that cannot be read or paired."""
-    families = [Family(group.question, group.setting, group.scope, _unit(group), [], group.primary) for group in groups]
+    families = [
+        Family(group.question, group.setting, group.scope, _unit(group), [], group.primary, metric_of(group.pairs[0].rows[0][0]))
+        for group in groups
+    ]
     together: dict[tuple[Corrected, bool], list[tuple[int, int]]] = defaultdict(list)  # number of group and of pair
     asked: dict[Corrected, int] = defaultdict(int)
     for number, (group, family) in enumerate(zip(groups, families, strict=True)):

@@ -61,7 +61,7 @@ class Asked:
 
 
 def cells_of(rows: Sequence[Row], arms: Mapping[Weights, Arm]) -> Cells:
-    """The rows, by the metric of their data set, of everything but random backbones and pixels."""
+    """The rows, by the metric of their dataset, of everything but random backbones and pixels."""
     cells: Cells = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in rows:
         if row.metric == metric_of(row) and row.method not in ("random", PIXELS):

@@ -1,7 +1,8 @@
-"""The accuracy that a data set is judged by, and the answers that it is computed from."""
+"""The accuracy that a dataset is judged by, and the answers that it is computed from."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -9,12 +10,10 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure
-from ssl_vit_eval.compare.arms import arms_of, weights_of
-from ssl_vit_eval.compare.verdict import Side
 from ssl_vit_eval.results import accuracies
-from ssl_vit_eval.rows import METRICS, Key, Row, RowStore, Setting
+from ssl_vit_eval.rows import METRICS, Key, Row, RowStore
+from ssl_vit_eval.stats.seeds import accuracy_interval
 
-Scores = dict[tuple[Setting, Side], dict[int | None, float]]
 TOP1, MACRO = METRICS
 # Kornblith et al. 2019, "Do better ImageNet models transfer better?"; by the words that they are called by
 _BY_CLASS = [{"pets"}, {"iiit", "pet"}, {"oxfordiiitpet"}, {"flowers"}, {"aircraft"}, {"fgvcaircraft"}, {"caltech"}]
@@ -29,15 +28,6 @@ def metric_of(row: Row) -> str:
     return row.dataset_metric or (MACRO if any(known <= words for known in _BY_CLASS) else TOP1)
 
 
-def scores_by_seed(rows: Sequence[Row]) -> Scores:
-    """Accuracy, as a fraction, of each side in each setting by seed, in the order of the rows; None for weights without a seed."""
-    arms, found = arms_of(rows), Scores()
-    for row in rows:
-        if row.metric == metric_of(row):
-            found.setdefault((Setting.of(row), Side(arms[weights_of(row)], row.read_with)), {})[row.seed] = row.value
-    return found
-
-
 class Answers:
     """What every evaluation got right; read when asked for."""
 
@@ -45,14 +35,17 @@ class Answers:
         self._found = {row.key: (row, store) for row, store in found}
         self._read = lru_cache(_KEPT)(self._read_now)
 
-    def check(self, row: Row) -> None:
-        """Failure for a value that is not the one of its predictions, but for rounding: 2^-52 an answer."""
+    def checked(self, row: Row) -> Row:
+        """The row with its interval computed again; Failure for a value that is not that of its predictions, but for rounding: 2^-52 an
+        answer. The oracle cannot be checked: predictions are of the settings that were chosen."""
         predictions, labels = self._predictions(row)
         scores = [accuracies(answers.contiguous(), labels) for answers in predictions.T]
         value = sum(score[METRICS.index(row.metric)] for score in scores) / len(scores)
         if abs(value - row.value) > predictions.numel() * 2.0**-52:
             file = self._found[row.key][1].folder / row.predictions
             raise Failure(f"{_called(row)}: the row says {row.metric} {row.value:.6g}, its predictions {file} {value:.6g}; evaluate again")
+        low, high = accuracy_interval(predictions == labels[:, None], labels if row.metric == MACRO else None)
+        return replace(row, ci_low=low, ci_high=high)
 
     def together(self, rows: Sequence[Row]) -> tuple[Bool[Tensor, "r k n"], Int64[Tensor, " n"]]:
         """Right answers by row, replicate and image, and the classes; Failure where these are not answers on the same test images."""

@@ -1,34 +1,24 @@
 """From paired differences to a verdict by a rule that is stated beside every verdict; the words are in report/text.py."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
+
+from pydantic import Field
 
 from ssl_vit_eval.compare.arms import Arm
-from ssl_vit_eval.rows import Setting
+from ssl_vit_eval.rows import METRICS, Setting
+from ssl_vit_eval.schema import STRICT
 
 Question = Literal["trained with", "self-consistency", "read with", "norm", "null control"]
 Outcome = Literal["better", "worse", "no difference", "undecided"]
 Unit = Literal["seeds", "images"]
 
-Test = Literal["sign-flip", "t"]
-Scope = Literal["study", "setting"]
-
-RULE = """
-A is better than B if the corrected p is at most {level:g} and the 95 % interval of A − B excludes zero. There is no difference of more than
-x points that this study could see if the corrected p of a difference beyond ±{margin:g} points is at most {level:g} and the interval lies
-within ±{margin:g} points (x is its larger bound, rounded up to 0.1). Everything else is undecided. Over several pretraining seeds, both p
-are those of {test}, and the interval is over seeds, probe seeds and images together. Where one set of weights is read in two ways, p is
-over images (McNemar's) and, where there are several, over probe seeds (Student's t); the verdict is about these weights only. Two arms of
-one seed each are two networks: undecided, whatever their difference. Both p are corrected by Holm {family}; a comparison declared before
-the training is not corrected."""
-_TESTS = {
-    "sign-flip": "exact sign-flip tests over the seeds",
-    "t": "Student's t, declared in advance, which takes the differences of the seeds as normal",
-}
-_FAMILIES = {
-    "study": "over all differences of one question in this study, whatever the data set and the protocol",
-    "setting": "within one question on one data set by one protocol",
-}
+_TESTS = Literal["sign-flip", "t"]
+_SCOPES = Literal["study", "setting"]
+Margin = Annotated[float, Field(gt=0, lt=100, description="a number of points between 0 and 100")]
+Level = Annotated[float, Field(gt=0, le=0.05, description="a number above 0, at most 0.05, the level of the intervals")]
+Test = Annotated[_TESTS, Field(description=f"one of: {', '.join(get_args(_TESTS))}")]
+Scope = Annotated[_SCOPES, Field(description=f"one of: {', '.join(get_args(_SCOPES))}")]
 
 
 @dataclass(frozen=True)
@@ -41,16 +31,11 @@ class Rule:
     over: a question in all settings of the study, or in each setting (and of each arm or recipe) alone.
     """
 
-    margin: float = 1.0
-    level: float = 0.05
+    __pydantic_config__ = STRICT
+    margin: Margin = 1.0
+    level: Level = 0.05
     test: Test = "sign-flip"
     family: Scope = "study"
-
-    @property
-    def text(self) -> str:
-        """The rule in words, to be shown wherever a verdict is."""
-        of = {"test": _TESTS[self.test], "family": _FAMILIES[self.family]}
-        return " ".join(RULE.format(level=self.level, margin=self.margin, **of).split())
 
 
 class Side(NamedTuple):
@@ -62,7 +47,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy of A minus that of B, paired by image, replicate and pretraining seed; points and shares. The accuracy is the data set's
+    """Accuracy of A minus that of B, paired by image, replicate and pretraining seed; points and shares. The accuracy is the dataset's
     own: see `metric_of`.
 
     low, high: 95 % interval, over seeds, replicates and images together, of one seed over its replicates and images. p: of no difference;
@@ -99,7 +84,8 @@ class Family:
     """Differences that answer one question in one setting.
 
     scope: what all of them are about, e.g. `dino (dino_photos)` or `dino (dino_photos), trained with cls`. unit: whether they are
-    about pretrainings ("seeds"), or about the one set of weights that was read ("images"). primary: declared before the training.
+    about pretrainings ("seeds"), or about the one set of weights that was read ("images"). primary: declared before the training. metric:
+    of the differences.
     """
 
     question: Question
@@ -108,6 +94,7 @@ class Family:
     unit: Unit
     differences: list[Difference]
     primary: bool = False
+    metric: str = METRICS[0]
 
     @property
     def is_corrected(self) -> bool:

@@ -11,8 +11,6 @@ from ssl_vit_eval.compare.questions import Cells, Group, Section
 from ssl_vit_eval.compare.scores import metric_of
 from ssl_vit_eval.rows import Key, Row, RowStore, Setting
 
-_NAMED = 4  # then their number
-
 
 def repeated(found: Sequence[tuple[Row, RowStore]]) -> list[str]:
     """Evaluations that were measured more than once, with different results."""
@@ -60,7 +58,7 @@ def missing(cells: Cells) -> list[str]:
             if lacking:
                 where = f"{next(iter(own)).section}, {_place(setting)}"
                 notes.append(
-                    f"{where}: {len(lacking)} of {len(expected)} cells are missing ({_listed(_summed_up(lacking, expected))}); "
+                    f"{where}: {len(lacking)} of {len(expected)} cells are missing ({listed(_summed_up(lacking, expected))}); "
                     "what has no partner of the same seed is in no difference"
                 )
     return notes
@@ -77,7 +75,7 @@ def revisions(groups: Iterable[Group]) -> list[str]:
             where[f"{group.scope} on {_place(group.setting)}"] = None
     if not found:
         return []
-    return [f"rows of {len(found)} revisions of the code ({_listed(key[:8] for key in found)}) are compared: {_listed(where)}"]
+    return [f"rows of {len(found)} revisions of the code ({listed(key[:8] for key in found)}) are compared: {listed(where)}"]
 
 
 def _same_answers(one: tuple[Row, RowStore], other: tuple[Row, RowStore]) -> bool:
@@ -105,9 +103,10 @@ def _summed_up(lacking: Sequence[tuple[Arm, int, str]], expected: Sequence[tuple
     return whole + partly
 
 
-def _listed(texts: Iterable[str]) -> str:
+def listed(texts: Iterable[str], most: int = 4) -> str:
+    """The first of them, then the number of the others."""
     items = list(texts)
-    return "; ".join(items[:_NAMED]) + (f" and {len(items) - _NAMED} more" if len(items) > _NAMED else "")
+    return "; ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def _place(setting: Setting) -> str:

@@ -6,7 +6,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ssl_vit_eval.compare.diagnostic_files import Diagnosis, by_arm, label
-from ssl_vit_eval.report.table import MISSING, NOTES, Sheet, frame_of
+from ssl_vit_eval.report.table import MISSING, Sheet, frame_of
+from ssl_vit_eval.report.text import NOTES
 
 Found = Iterator[tuple[tuple[str, ...], dict[str, float | None]]]  # what it is of, and the numbers of one seed
 
@@ -33,7 +34,7 @@ def sheets(diagnoses: Sequence[Diagnosis]) -> list[Sheet]:
                 for key, numbers in measure(one):
                     seeds.setdefault(key, []).append(numbers)
             for key, many in seeds.items():  # seeds with other keys are other lines
-                named = {"model": label(arm), "data set": place.dataset, **dict(zip(keys, key, strict=True)), "seeds": len(many)}
+                named = {"model": label(arm), "dataset": place.dataset, **dict(zip(keys, key, strict=True)), "seeds": len(many)}
                 means = {column: _mean([numbers[column] for numbers in many]) for column in many[0]}
                 records.append(named | {column: mean for column, (mean, _) in means.items()})
                 texts.append({column: text for column, (_, text) in means.items()})

@@ -5,30 +5,18 @@ from collections.abc import Iterable, Sequence
 from math import isinf
 
 from ssl_vit_eval.compare.comparison import Comparison
-from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question, Rule
+from ssl_vit_eval.compare.scores import TOP1
+from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule
+from ssl_vit_eval.compare.warnings import listed
 from ssl_vit_eval.report.page import Block, Bullets, Figures, Heading, Listing, Text, template
 from ssl_vit_eval.report.plot_differences import paired_seeds
 from ssl_vit_eval.report.run_tables import frame_of_rows, selection_warnings
 from ssl_vit_eval.report.score_tables import at_last
 from ssl_vit_eval.report.table import Sheet, frame_of, slug
-from ssl_vit_eval.report.text import T_SEEDS, points_text, side_name, signed, words_of
+from ssl_vit_eval.report.text import OUTCOMES, QUESTIONS, T_SEEDS, count, points_text, rule_text, side_name, signed, words_of
 from ssl_vit_eval.stats.seeds import seeds_needed
 
-SIGNS: dict[Outcome, str] = {"better": ">", "worse": "<", "no difference": "≈", "undecided": "?"}
-MEANINGS: dict[Outcome, str] = {
-    "better": "A is better",
-    "worse": "B is better",
-    "no difference": "no difference that matters",
-    "undecided": "undecided",
-}
-KEY = "; ".join(f"A {sign} B: {MEANINGS[outcome]}" for outcome, sign in SIGNS.items()) + "."
-QUESTIONS: dict[Question, str] = {
-    "trained with": "Which readout to train with (B)",
-    "null control": "Null control (B)",
-    "self-consistency": "Read as trained, or otherwise (B)",
-    "read with": "Which readout to read with (A)",
-    "norm": "Where the final norm stands (A)",
-}
+KEY = "; ".join(f"A {sign} B: {meaning}" for sign, meaning in OUTCOMES.values()) + "."
 TABLE_A: frozenset[Question] = frozenset({"read with", "norm"})
 
 
@@ -51,12 +39,12 @@ def lead(comparison: Comparison) -> list[Text]:
 def blocks(comparison: Comparison) -> list[Block]:
     """The primary comparison seed by seed, the warnings, every verdict at a glance, the rule."""
     primary = [family for family in comparison.families if family.primary]
-    drawn = [plot for family in primary for plot in paired_seeds(family, comparison.rule, comparison.rows)]
+    drawn = [plot for family in primary for plot in paired_seeds(family, comparison.rule, comparison.scores)]
     found: list[Block] = [Figures(drawn)] if drawn else []
     if notes := warnings_of(comparison):
         found += [Heading("Warnings"), Bullets([f"{note.rstrip('.')}." for note in notes], "note")]
     found += [Heading("All verdicts at a glance"), *_glances(comparison)] if comparison.families else []
-    return [*found, Text(comparison.rule.text, "soft", "The rule.")]
+    return [*found, Text(rule_text(comparison.rule), "soft", "The rule.")]
 
 
 def warnings_of(comparison: Comparison) -> list[str]:
@@ -81,11 +69,10 @@ def _below_pixels(comparison: Comparison, as_trained: bool) -> list[str]:
         }
         if low := [name for name, cell in own.items() if cell.below_pixels]:
             best = max(cell.pixels or 0.0 for cell in own.values())
-            named = "; ".join(low[:3]) + (f" and {len(low) - 3} more" if len(low) > 3 else "")
             where = f"{table.setting.dataset}, {table.setting.rule} v{table.setting.version}"
             what = "trained backbones, read as trained," if as_trained else "scores of other readouts and models"
             end = "what is compared there has not learnt to see" if as_trained else "these features tell less than the images themselves"
-            found.append(f"{where}: {len(low)} of {len(own)} {what} are below raw pixels ({100 * best:.1f} %): {named}; {end}")
+            found.append(f"{where}: {len(low)} of {len(own)} {what} are below raw pixels ({100 * best:.1f} %): {listed(low, 3)}; {end}")
     return found
 
 
@@ -93,22 +80,22 @@ def chip(family: Family, difference: Difference) -> str:
     """`cls > gap +1.2`; of a self-consistency `cls: cls > gap +1.2`."""
     own = family.question == "self-consistency"
     a, b = (side.read_with if own else side_name(family.question, side) for side in (difference.a, difference.b))
-    return f"{f'{difference.a.arm.trained_with}: ' if own else ''}{a} {SIGNS[difference.outcome]} {b} {signed(difference.points)}"
+    return f"{f'{difference.a.arm.trained_with}: ' if own else ''}{a} {OUTCOMES[difference.outcome][0]} {b} {signed(difference.points)}"
 
 
 def _compared(comparison: Comparison) -> str:
-    rows = [row for row in comparison.rows if row.metric == "top1"]
+    rows = [row for row in comparison.rows if row.metric == TOP1]
     trained = [row for row in rows if row.trained_with]
     judged = f"judged on {_and(row.dataset for row in rows)} by {_and(row.protocol for row in rows)}"
     if not trained:
-        return f"{_count(len({row.source for row in rows}), 'model')} were read with {_readouts(comparison)} and {judged}."
+        return f"{count(len({row.source for row in rows}), 'model')} were read with {_readouts(comparison)} and {judged}."
     seeds = defaultdict(set)
     for row in trained:
         seeds[comparison.arm(row)].add(row.seed)
     fewest, most = min(map(len, seeds.values())), max(map(len, seeds.values()))
-    each = _count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
+    each = count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
     return (
-        f"{_count(len({row.checkpoint for row in trained}), 'vision transformer')} were pretrained without labels "
+        f"{count(len({row.checkpoint for row in trained}), 'vision transformer')} were pretrained without labels "
         f"({_and(f'{method}: {recipe}' for method, recipe in comparison.sections)}), the loss attached to one readout at a time: "
         f"{_and(comparison.trained_with)}, {each} each. "
         f"Then they were frozen, read with {_readouts(comparison)} and {judged}."
@@ -139,11 +126,10 @@ def _outcome(comparison: Comparison) -> str:
         return "No two of them can be compared as trainings, so that this report shows numbers, and no verdict on what to train with."
     counts = Counter(of.outcome for _, of in pairs)
     decided = counts["better"] + counts["worse"]
-    text = f"Of {_count(len(pairs), 'comparison')} of two trainings, each read as it was trained, "
+    text = f"Of {count(len(pairs), 'comparison')} of two trainings, each read as it was trained, "
     text += f"{decided} found a better readout, {counts['no difference']} no difference that matters, {counts['undecided']} stay undecided."
     better = [f"{_winner(family, of)} ({about(family)})" for family, of in pairs if of.outcome in ("better", "worse")]
-    named = f" Better: {'; '.join(better[:3])}{f'; and {len(better) - 3} more' if len(better) > 3 else ''}." if better else ""
-    return text + named
+    return f"{text} Better: {listed(better, 3)}." if better else text
 
 
 def _certainty(comparison: Comparison) -> str:
@@ -156,7 +142,7 @@ def _certainty(comparison: Comparison) -> str:
         reach = f"{min(known):.1f}" + ("" if f"{min(known):.1f}" == f"{max(known):.1f}" else f" to {max(known):.1f}")
         text += f" Where the seeds suffice, a true difference of {reach} points would have been found four times in five."
     if notes := warnings_of(comparison):
-        text += f" {_count(len(notes), 'warning')} below."
+        text += f" {count(len(notes), 'warning')} below."
     return text
 
 
@@ -175,7 +161,7 @@ def next_step(comparison: Comparison) -> str:
     elif undecided:
         steps.append("add seeds where a difference that matters is undecided")
     if any(of.outcome in ("better", "worse") for _, of in _trainings(comparison)):
-        steps.append("see whether what was found holds on other data sets and with other methods")
+        steps.append("see whether what was found holds on other datasets and with other methods")
     if not steps:
         steps.append("look at the tables; trainings of several readouts and seeds are compared by ssl-vit study")
     text = "; ".join(steps)
@@ -204,7 +190,7 @@ def _glances(comparison: Comparison) -> list[Block]:
 
 def _glance(question: Question, families: Sequence[Family], rule: Rule, is_open: bool, is_first: bool) -> Listing:
     what = "trained with: read so, and with the best other" if question == "self-consistency" else "A and B"
-    head = ["of", "data set", "protocol", f"{what}; A − B in points"]
+    head = ["of", "dataset", "protocol", f"{what}; A − B in points"]
     lines, records = [], []
     for family in families:
         place = [family.scope + (", declared before training" if family.primary else ""), family.setting.dataset, family.setting.rule]
@@ -212,16 +198,12 @@ def _glance(question: Question, families: Sequence[Family], rule: Rule, is_open:
         lines.append((place, chips))
         columns = [*head, "verdict of A", "in words"]
         records += [dict(zip(columns, [*place, one["text"], one["outcome"], one["words"]], strict=True)) for one in chips]
-    title = f"{QUESTIONS[question]}: {_count(len(records), 'difference')}"
+    title = f"{QUESTIONS[question][0]}: {count(len(records), 'difference')}"
     sheet = Sheet(f"verdicts-{slug(question)}", title, frame_of(records), KEY, styles={"verdict of A": "badge"})
-    signs = SIGNS if is_first else {}
-    return Listing(sheet, html=template("glance.html", title=title, head=head, lines=lines, open=is_open, signs=signs, meanings=MEANINGS))
+    outcomes = OUTCOMES if is_first else {}
+    return Listing(sheet, html=template("glance.html", title=title, head=head, lines=lines, open=is_open, outcomes=outcomes))
 
 
 def _and(names: Iterable[str]) -> str:
     found = list(dict.fromkeys(names))
     return "".join(found) if len(found) < 2 else f"{', '.join(found[:-1])} and {found[-1]}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -6,19 +6,20 @@ The HTML is made by `templates/page.html` and `blocks.html`; the files of a repo
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from operator import methodcaller
 from pathlib import Path
 from textwrap import wrap
 from typing import ClassVar, Literal
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from ssl_vit.errors import UsageError
+from ssl_vit.files import write_atomically
 from ssl_vit_eval.compare.verdict import Outcome
 from ssl_vit_eval.report import table
 from ssl_vit_eval.report.plotting import Plot
@@ -102,11 +103,20 @@ class Chapter:
     blocks: list[Block]
 
 
+_TEMPLATES = Environment(
+    loader=PackageLoader("ssl_vit_eval.report"), autoescape=select_autoescape(["html"]), undefined=StrictUndefined, trim_blocks=True
+)
+_TEMPLATES.filters |= {
+    "slug": slug,
+    "md": escape_markdown,
+    "lines": lambda text, indent="": "\n".join(wrap(text, WIDTH, subsequent_indent=indent)),
+    "aligned": lambda frame: table.aligned([[name, *frame[name]] for name in frame]),
+}
+
+
 def template(name: str, **values: object) -> Markup:
-    """A template of this folder, filled in; every value is escaped but Markup."""
-    found = Environment(loader=PackageLoader("ssl_vit_eval.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    found.filters["slug"] = slug
-    return Markup(found.get_template(name).render(values))
+    """A template of this folder, filled in; in one of HTML every value is escaped but Markup."""
+    return Markup(_TEMPLATES.get_template(name).render(values))
 
 
 def page(title: str, lead: Sequence[Text], chapters: Sequence[Chapter]) -> str:
@@ -137,61 +147,22 @@ def _plots(chapters: Sequence[Chapter]) -> list[Plot]:
 def plot_files(chapters: Sequence[Chapter]) -> dict[str, bytes]:
     """The content of `plots/NAME.png`, and of `plots/NAME.svg` where it was drawn; ValueError for two of one name."""
     plots = _plots(chapters)
-    names = [plot.name for plot in plots]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"two plots are called {', '.join(sorted(twice))}")
+    table.check_names("plots", [plot.name for plot in plots])
     return {f"plots/{plot.name}.png": plot.png for plot in plots} | {plot.file: plot.svg.encode() for plot in plots if plot.svg}
 
 
 def markdown(title: str, lead: Sequence[Text], chapters: Sequence[Chapter]) -> str:
     """The same as Markdown; its figures are `plots/NAME.png` beside it."""
-    parts = [MARKDOWN_MARKER, f"# {escape_markdown(title)}", *map(_markdown, lead)]
-    for chapter in chapters:
-        parts += [f"## {escape_markdown(chapter.title)}", *map(_markdown, chapter.blocks)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown(block: Block) -> str:
-    match block:
-        case Text(text, style, lead):
-            words = " ".join(filter(None, [lead and f"**{escape_markdown(lead)}**", escape_markdown(text)]))
-            return f"> **{style}**: {words}" if block.is_verdict else f"> {words}" if style == "note" else words
-        case Bullets(items):
-            return "\n".join(f"- {escape_markdown(item)}" for item in items)
-        case Heading(text):
-            return f"### {escape_markdown(text)}"
-        case Listing(sheet):
-            return table.markdown(sheet)
-        case Figures(plots):
-            parts = []
-            for plot in plots:
-                parts += [f"![{escape_markdown(plot.title)}](plots/{plot.name}.png)", "" if block.note else escape_markdown(plot.note)]
-            return "\n\n".join(filter(None, [*parts, escape_markdown(block.note)]))
+    return _without_gaps(template("report.md", marker=MARKDOWN_MARKER, title=title, lead=lead, chapters=chapters, table=table.markdown))
 
 
 def text(lead: Sequence[Text], chapters: Sequence[Chapter]) -> str:
     """The same for a terminal, without its figures."""
-    parts = list(map(_text, lead))
-    for chapter in chapters:
-        parts += [f"{chapter.title}\n{'=' * len(chapter.title)}", *map(_text, chapter.blocks)]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return _without_gaps(template("report.txt", lead=lead, chapters=chapters))
 
 
-def _text(block: Block) -> str:
-    match block:
-        case Text(words, style, lead):
-            badge = f"{style.upper()}. " if block.is_verdict else ""
-            return "\n".join(wrap(f"{lead} {badge}{words}".strip(), WIDTH))
-        case Bullets(items, _, title):
-            wrapped = ["\n".join(wrap(f"- {item}", WIDTH, subsequent_indent="  ")) for item in items]
-            return "\n".join(filter(None, [title, *wrapped]))
-        case Heading(words):
-            return f"{words}\n{'-' * len(words)}"
-        case Listing(sheet):
-            columns = [[name, *sheet.shown[name]] for name in sheet.shown]
-            return "\n\n".join(filter(None, [sheet.title, table.aligned(columns), "\n".join(wrap(sheet.note, WIDTH))]))
-        case Figures(plots):
-            return "\n".join(f"[{plot.title}: {plot.file}]" for plot in plots)
+def _without_gaps(text: str) -> str:
+    return re.sub("\n{3,}", "\n\n", str(text)).strip("\n") + "\n"
 
 
 def check_out(out: Path) -> None:
@@ -211,12 +182,12 @@ def replace_files(out: Path, contents: Mapping[str, bytes]) -> None:
     before = [name for name in _before(out) if name not in contents]
     for folder in FOLDERS:
         (out / folder).mkdir(parents=True, exist_ok=True)
-    _write(out / OURS, json.dumps([*contents, *before]).encode())  # a kill leaves none unknown
+    write_atomically(out / OURS, json.dumps([*contents, *before]))  # a kill leaves none unknown
     for name, content in contents.items():
-        _write(out / name, content)
+        write_atomically(out / name, methodcaller("write", content))
     for name in before:
         (out / name).unlink(missing_ok=True)
-    _write(out / OURS, json.dumps(list(contents)).encode())
+    write_atomically(out / OURS, json.dumps(list(contents)))
 
 
 def _before(out: Path) -> list[str]:
@@ -239,9 +210,3 @@ def _is_marked(path: Path) -> bool:
     with open(path, encoding="utf-8", errors="replace") as file:
         start = file.read(1000)
     return MARKER in start or MARKDOWN_MARKER in start
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

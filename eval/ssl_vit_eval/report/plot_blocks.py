@@ -10,18 +10,20 @@ from matplotlib.ticker import MaxNLocator
 
 from ssl_vit_eval.compare.arms import Arm, ordered
 from ssl_vit_eval.compare.diagnostic_files import Diagnosis, Place, by_arm, label
+from ssl_vit_eval.compare.scores import metric_of
 from ssl_vit_eval.diagnostics.measure import at_each_block
 from ssl_vit_eval.report.diagnostic_tables import attention
 from ssl_vit_eval.report.plotting import SOFT, Look, Plot, curve, draw_panels, looks, name_of
+from ssl_vit_eval.report.text import METRIC_NAMES, NOTES
 from ssl_vit_eval.rows import Row, Setting
 
 UNTRAINED = Look(SOFT, "x", (1.2, 1.2))
 Arms = dict[Arm, list[Diagnosis]]  # with their seeds
-Curves = dict[tuple[Setting, str], dict[int, float]]  # top-1, as a fraction, of each readout by block
+Curves = dict[tuple[Setting, str], dict[int, float]]  # accuracy, as a fraction, of each readout by block
 
 
 def plots(diagnoses: Sequence[Diagnosis], rows: Sequence[Row]) -> list[Plot]:
-    """For each data set that was diagnosed: attention, accuracy by block and protocol, similarity; rows: all that were compared."""
+    """For each dataset that was diagnosed: attention, accuracy by block and protocol, similarity; rows: all that were compared."""
     drawn = []
     for place in dict.fromkeys(of.place for of in diagnoses):
         recipes = _recipes([of for of in diagnoses if of.place == place])
@@ -36,7 +38,7 @@ def block_curves(of: Diagnosis, rows: Sequence[Row]) -> Curves:
     known = {
         (Setting.of(row), row.read_with): row.value
         for row in rows
-        if (row.checkpoint, row.transform) == of.weights and row.metric == "top1" and not row.control
+        if (row.checkpoint, row.transform) == of.weights and row.metric == metric_of(row) and not row.control
     }
     curves = {}
     for setting in dict.fromkeys(setting for setting, _ in known):
@@ -86,24 +88,23 @@ def _attention(place: Place, recipes: Mapping[str, Arms]) -> list[Plot]:
             for arm, values in curves.items()
         }
 
-    note = (
-        "Entropy of CLS's attention over the n patches. 1: all patches alike, 0: a single one. Lines: mean over images, heads and seeds; "
-        "bands: ± one standard deviation over heads and seeds."
-    )
     title = f"Where CLS looks, by block: {place.dataset}"
-    return [draw_panels(name_of("entropy", place.dataset, key=place), title, shown, paint, note)] if shown else []
+    return [draw_panels(name_of("entropy", place.dataset, key=place), title, shown, paint, NOTES["entropy"])] if shown else []
 
 
 def _accuracy(place: Place, title: str, arms: Arms, rows: Sequence[Row]) -> list[Plot]:
     """A figure for each protocol, in it a panel for each arm, a line for each readout."""
     curves = {arm: [block_curves(one, rows) for one in of] for arm, of in arms.items()}
     settings = dict.fromkeys(setting for seeds in curves.values() for of in seeds for setting, _ in of)
+    metrics = {Setting.of(row): metric_of(row) for row in rows}
     return [
-        _by_readout(setting, title, curves) for setting in settings if setting.dataset == place.dataset and setting.data[:8] == place.data
+        _by_readout(setting, metrics[setting], title, curves)
+        for setting in settings
+        if setting.dataset == place.dataset and setting.data[:8] == place.data
     ]
 
 
-def _by_readout(setting: Setting, recipe: str, curves: Mapping[Arm, list[Curves]]) -> Plot:
+def _by_readout(setting: Setting, metric: str, recipe: str, curves: Mapping[Arm, list[Curves]]) -> Plot:
     found = {arm: ordered(spec for of in seeds for known, spec in of if known == setting) for arm, seeds in curves.items()}
     panels: dict[str, dict[str, pd.DataFrame]] = {}  # share of right answers [seed, block], by arm and readout
     left_out = []
@@ -116,15 +117,11 @@ def _by_readout(setting: Setting, recipe: str, curves: Mapping[Arm, list[Curves]
     look = looks(ordered(spec for of in panels.values() for spec in of))
 
     def paint(axes: Axes, readouts: Mapping[str, pd.DataFrame]) -> dict[str, Artist]:
-        axes.set_ylabel("top-1, %")
+        axes.set_ylabel(f"{METRIC_NAMES[metric]}, %")
         return {f"read {spec}": _by_block(axes, look[spec], 100 * of.dropna(axis="columns")) for spec, of in readouts.items()}
 
     title = f"Accuracy by block: {recipe} · {setting.dataset} · {setting.rule}"
-    note = (
-        "Blocks count from 0; each is read behind the final norm, unless the readout says otherwise. Lines: mean over seeds; bands: ± "
-        "their standard deviation."
-    )
-    note += f" Left out, since a seed lacks it: {', '.join(left_out)}." if left_out else ""
+    note = NOTES["blocks"] + (f" Left out, since a seed lacks it: {', '.join(left_out)}." if left_out else "")
     return draw_panels(name_of("blocks", recipe, setting.dataset, setting.protocol, key=setting), title, panels, paint, note)
 
 
@@ -145,9 +142,8 @@ def _similarity(place: Place, recipe: str, arms: Arms) -> list[Plot]:
         return {}
 
     title = f"Similarity of the readouts (debiased linear CKA): {recipe} · {place.dataset}"
-    note = "At the last block, mean over seeds. 1: the same up to rotation and scale. The null of shuffled images is in the table."
     name = name_of("cka", recipe, place.dataset, key=place)
-    return [draw_panels(name, title, matrices, paint, note, height=3.0, share=False)] if matrices else []
+    return [draw_panels(name, title, matrices, paint, NOTES["cka"], height=3.0, share=False)] if matrices else []
 
 
 def _matrix(of: Sequence[Diagnosis]) -> pd.DataFrame | None:

@@ -1,4 +1,4 @@
-"""Figures across data sets and protocols: ranks of the arms, and whether a linear probe agrees with k-NN."""
+"""Figures across datasets and protocols: ranks of the arms, and whether a linear probe agrees with k-NN."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -13,9 +13,9 @@ from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.across_datasets import Ranking
 from ssl_vit_eval.compare.arms import ordered
 from ssl_vit_eval.compare.comparison import Comparison
-from ssl_vit_eval.compare.scores import scores_by_seed
 from ssl_vit_eval.compare.verdict import Side
 from ssl_vit_eval.report.plotting import INK, SOFT, Plot, bar, draw, draw_panels, looks, name_of, wrapped
+from ssl_vit_eval.report.text import METRIC_NAMES, ranking_basis, ranking_title
 from ssl_vit_eval.rows import Setting
 from ssl_vit_eval.sources import PIXELS
 from ssl_vit_eval.stats.seeds import Estimate
@@ -25,11 +25,12 @@ NEIGHBOURS, LINEAR = "knn", ("logreg", "linear")  # how the names of protocols b
 
 
 def agreement_plots(comparison: Comparison) -> list[Plot]:
-    """A figure for each data set and pair of k-NN and linear protocol; readouts of other blocks than the last are left out."""
+    """A figure for each dataset and pair of k-NN and linear protocol; readouts of other blocks than the last are left out."""
     by_setting: dict[Setting, dict[Side, dict[int | None, float]]] = {}
-    for (setting, side), seeds in scores_by_seed(comparison.rows).items():
+    for (setting, side), seeds in comparison.scores.items():
         if side.read_with != PIXELS and not setting.control and ReadoutSpec.parse(side.read_with).blocks == (-1,):
             by_setting.setdefault(setting, {})[side] = seeds
+    metrics = {table.setting: table.metric for table in comparison.tables}
     drawn = []
     for x, across in by_setting.items():
         for y, up in by_setting.items():
@@ -40,11 +41,11 @@ def agreement_plots(comparison: Comparison) -> list[Plot]:
                     if both:
                         points.setdefault(side.arm.section if side.arm.trained_with else "not trained here", {})[side] = sorted(both)
                 if points:
-                    drawn.append(_scatter(x, y, points))
+                    drawn.append(_scatter(x, y, metrics[x], points))
     return drawn
 
 
-def _scatter(x: Setting, y: Setting, points: Points) -> Plot:
+def _scatter(x: Setting, y: Setting, metric: str, points: Points) -> Plot:
     arms = ordered(str(side.arm.trained_with) for of in points.values() for side in of if side.arm.trained_with)
     specs = ordered(side.read_with for of in points.values() for side in of)
     colours, markers = looks(arms), looks(specs)
@@ -59,8 +60,8 @@ def _scatter(x: Setting, y: Setting, points: Points) -> Plot:
             fill = colour if arm.trained_with else "none"
             xs, ys = zip(*seeds, strict=True)
             axes.scatter(xs, ys, s=26, marker=markers[spec].marker, facecolor=fill, edgecolor=colour, alpha=0.8)
-        axes.set_xlabel(f"{x.protocol}, top-1, %")
-        axes.set_ylabel(f"{y.protocol}, top-1, %")
+        axes.set_xlabel(f"{x.protocol}, {METRIC_NAMES[metric]}, %")
+        axes.set_ylabel(f"{y.protocol}, {METRIC_NAMES[metric]}, %")
         return key
 
     title = f"Linear probe against k-NN: {x.dataset} · {y.protocol} v{y.version} against {x.protocol} v{x.version}"
@@ -88,14 +89,14 @@ def _ranks(of: Ranking) -> Plot:
         left.set_xlim(0.7, len(of.ranks) + 0.3)
         left.set_xticks(range(1, len(of.ranks) + 1))
         left.set_xlabel("rank, 1 is the best")
-        left.set_title("mean rank; dots: a data set each")
+        left.set_title("mean rank; dots: a dataset each")
         left.set_yticks(range(len(of.ranks)), [wrapped(str(arm.trained_with), 1.6) for arm in of.ranks])
         left.set_ylim(len(of.ranks) - 0.5, -0.5)
-        right.set_xlabel("interquartile mean of top-1, %")
-        right.set_title("over data sets and seeds")
+        right.set_xlabel("interquartile mean, normalised, %")
+        right.set_title("over datasets and seeds")
 
     name = name_of("ranks", of.recipe, of.protocol.name, key=(of.method, of.recipe, of.protocol))
-    return draw(name, f"Across data sets: {of.title}", (8.0, 0.9 + 0.45 * len(of.ranks)), paint, of.basis)
+    return draw(name, f"Across datasets: {ranking_title(of)}", (8.0, 0.9 + 0.45 * len(of.ranks)), paint, ranking_basis(of))
 
 
 def _pairs(of: Ranking) -> Plot:
@@ -110,8 +111,8 @@ def _pairs(of: Ranking) -> Plot:
         axes.set_ylim(len(of.improvement) - 0.5, -0.5)
 
     name = name_of("improvement", of.recipe, of.protocol.name, key=(of.method, of.recipe, of.protocol))
-    title = f"Probability of improvement across data sets: {of.title}"
-    return draw(name, title, (8.0, 0.7 + 0.34 * len(of.improvement)), paint, f"Mean over data sets, ties count half. {of.basis}")
+    title = f"Probability of improvement across datasets: {ranking_title(of)}"
+    return draw(name, title, (8.0, 0.7 + 0.34 * len(of.improvement)), paint, f"Mean over datasets, ties count half. {ranking_basis(of)}")
 
 
 def _estimate(axes: Axes, of: Estimate, y: int, colour: str, marker: str) -> None:

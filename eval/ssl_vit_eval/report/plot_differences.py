@@ -9,11 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ssl_vit_eval.compare.scores import Scores, scores_by_seed
+from ssl_vit_eval.compare.comparison import Scores
 from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Rule
 from ssl_vit_eval.report.plotting import INK, SOFT, Plot, bar, draw, legend, name_of, wrapped
-from ssl_vit_eval.report.text import interval_text, points_text, side_name, signed
-from ssl_vit_eval.rows import Row
+from ssl_vit_eval.report.text import METRIC_NAMES, NOTES, interval_text, points_text, side_name, signed
 
 OUTCOMES: dict[Outcome, tuple[str, str]] = {  # colour and marker; undecided is hollow
     "better": ("#0072b2", ">"),
@@ -40,7 +39,7 @@ def forest(family: Family, rule: Rule) -> Plot:
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("first − second, points of top-1")
+        axes.set_xlabel(f"first − second, points of {METRIC_NAMES[family.metric]}")
         beside = axes.secondary_yaxis("right")
         beside.set_yticks(range(len(names)), [_numbers(difference, rule) for difference in family.differences])
         beside.tick_params(length=0)
@@ -50,14 +49,13 @@ def forest(family: Family, rule: Rule) -> Plot:
     question = f"primary comparison, {family.question}" if family.primary else family.question
     title = f"{question[0].upper()}{question[1:]}: {family.scope} · {family.setting.dataset} · {family.setting.rule}"
     name = name_of("forest", family.question, family.setting.dataset, family.setting.protocol, key=(family.scope, *_where(family)))
-    note = f"{_about_bars(family)} Grey band: differences that the study called too small to matter."
-    return draw(name, title, (8.4, FRAME + INCHES * sum(1 + 0.4 * name.count("\n") for name in names)), paint, note)
+    height = FRAME + INCHES * sum(1 + 0.4 * name.count("\n") for name in names)
+    return draw(name, title, (8.4, height), paint, NOTES[f"bars, {family.unit}"])
 
 
-def paired_seeds(family: Family, rule: Rule, rows: Sequence[Row]) -> list[Plot]:
+def paired_seeds(family: Family, rule: Rule, scores: Scores) -> list[Plot]:
     """For each difference over several seeds: both scores of every seed, joined by a line, and beside them the seeds' differences
-    with their mean and interval. Meant for the primary comparison; KeyError where `rows` lack a score of a difference."""
-    scores = scores_by_seed(rows)
+    with their mean and interval. Meant for the primary comparison; KeyError where `scores` lack one of a difference."""
     several = [difference for difference in family.differences if len(difference.seeds) > 1]
     return [_pairs(family, difference, rule, scores) for difference in several]
 
@@ -75,7 +73,7 @@ def _pairs(family: Family, difference: Difference, rule: Rule, scores: Scores) -
         left.plot([0, 1], means, color=INK, linewidth=2.4, marker="D", markersize=6)
         left.set_xlim(-0.35, 1.35)
         left.set_xticks([0, 1], [wrapped(name, 1.2) for name in names])
-        left.set_ylabel("top-1, %")
+        left.set_ylabel(f"{METRIC_NAMES[family.metric]}, %")
         left.set_title("a line for each seed; bold: mean")
         _ground(right, rule)
         count = len(lines)
@@ -85,13 +83,12 @@ def _pairs(family: Family, difference: Difference, rule: Rule, scores: Scores) -
         right.set_yticks(range(count + 1), [*(f"seed {seed}" for seed in difference.seeds), "mean"])
         right.tick_params(axis="y", length=0)
         right.set_title(_numbers(difference, rule))
-        right.set_xlabel(f"{_label(family, difference)}, points of top-1")
+        right.set_xlabel(f"{_label(family, difference)}, points of {METRIC_NAMES[family.metric]}")
         legend(figure, _key([difference.outcome], rule))
 
     title = f"{_label(family, difference)}: {family.scope} · {family.setting.dataset} · {family.setting.rule}"
     name = name_of("seeds", *names, family.setting.dataset, family.setting.protocol, key=(sides, family.scope, *_where(family)))
-    note = f"{_about_bars(family)} Grey band: differences that the study called too small to matter."
-    return draw(name, title, (7.6, 1.5 + 0.24 * len(lines)), paint, note)
+    return draw(name, title, (7.6, 1.5 + 0.24 * len(lines)), paint, NOTES[f"bars, {family.unit}"])
 
 
 def _where(family: Family) -> tuple[object, ...]:
@@ -104,12 +101,6 @@ def _label(family: Family, difference: Difference) -> str:
 
 def _numbers(difference: Difference, rule: Rule) -> str:
     return f"{signed(difference.points)} {interval_text(difference.low, difference.high, rule)}  {difference.outcome}"
-
-
-def _about_bars(family: Family) -> str:
-    if family.unit == "images":
-        return "Bars: 95 % intervals over test images, of these weights only."
-    return "Bars: 95 % intervals over pretraining seeds and test images, of one seed over its images. Dots: the seeds."
 
 
 def _ground(axes: Axes, rule: Rule) -> None:

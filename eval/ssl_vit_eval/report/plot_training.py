@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from ssl_vit_eval.compare.runs import Run
 from ssl_vit_eval.report.plotting import Plot, curve, draw, legend, looks, name_of
+from ssl_vit_eval.report.text import count
 
 CURVES = {  # drawn where a method logs them
     "loss": ("loss", "Losses do not compare between methods."),
@@ -27,7 +28,7 @@ def training_curves(runs: Sequence[Run]) -> list[Plot]:
         for key, (text, note) in CURVES.items():
             logged = [(run.recipe["readout"], [(step["step"], step[key]) for step in run.metrics if key in step]) for run in of]
             if curves := [(spec, points) for spec, points in logged if points]:
-                note = f"{len(curves)} run{'s' if len(curves) > 1 else ''}, a line each. {note}"
+                note = f"{count(len(curves), 'run')}, a line each. {note}"
                 drawn.append(_curves(name_of("curve", method, name, key), f"{method} ({name}): {text}", curves, note))
     return drawn
 

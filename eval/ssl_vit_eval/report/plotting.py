@@ -60,14 +60,9 @@ class Look(NamedTuple):
 
 def looks(specs: Iterable[str]) -> dict[str, Look]:
     """A look for each spec (or other name), in their order behind cls, gap and register, which always have their own."""
-    names = list(dict.fromkeys(specs))
-    others = [name for name in names if name not in FIRST]
-    place = {name: i for i, name in enumerate((*FIRST, *others))}
-    return {
-        name: Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
-        for name, i in place.items()
-        if name in names
-    }
+    names = set(given := list(specs))
+    order = enumerate(dict.fromkeys([*FIRST, *given]))
+    return {name: Look(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)]) for i, name in order if name in names}
 
 
 def name_of(kind: str, *words: str, key: object = None) -> str:

@@ -1,4 +1,4 @@
-"""What was run, as tables: pretrainings and their costs, data sets, what the protocols selected, and every number."""
+"""What was run, as tables: pretrainings and their costs, datasets, what the protocols selected, and every number."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,16 +9,21 @@ import pandas as pd
 
 from ssl_vit_eval.compare.comparison import Comparison
 from ssl_vit_eval.compare.runs import Run
-from ssl_vit_eval.report.table import MISSING, NOTES, Forms, Sheet, frame_of
-from ssl_vit_eval.report.text import signed
+from ssl_vit_eval.compare.scores import MACRO, TOP1
+from ssl_vit_eval.compare.warnings import listed
+from ssl_vit_eval.report.table import MISSING, Forms, Sheet, frame_of
+from ssl_vit_eval.report.text import NOTES, signed
 from ssl_vit_eval.rows import Row, Setting
 
 _WHERE = ["rule", "protocol_version", "dataset"]
 
 
 def frame_of_rows(rows: Sequence[Row]) -> pd.DataFrame:
-    """A line for each top-1, a column for each field of a row; rule: the protocol and its control; points and bias in %."""
-    records: list[dict[str, Any]] = [vars(row) | {"rule": Setting.of(row).rule} for row in rows if row.metric == "top1"]
+    """A line for each top-1, a column for each field of a row; rule: the protocol and its control; macro: its macro top-1; shares in %."""
+    macro = {row.key: 100 * row.value for row in rows if row.metric == MACRO}
+    records: list[dict[str, Any]] = [
+        vars(row) | {"rule": Setting.of(row).rule, "macro": macro.get(row.key)} for row in rows if row.metric == TOP1
+    ]
     for record in records:
         percent = {name: None if record[name] is None else 100 * record[name] for name in ("value", "ci_low", "ci_high", "oracle")}
         record |= percent | {"bias": None if record["oracle"] is None else 100 * (record["oracle"] - record["value"])}
@@ -57,7 +62,7 @@ def costs(comparison: Comparison) -> Sheet:
     arms: dict[tuple[str, str, str], list[Run]] = {}
     for run in comparison.runs:
         arms.setdefault((run.recipe["method"], run.name, run.recipe["readout"]), []).append(run)
-    rows = [row for row in comparison.rows if row.metric == "top1"]
+    rows = [row for row in comparison.rows if row.metric == TOP1]
     rules = list(dict.fromkeys(row.protocol for row in rows))
     records = []
     for (method, name, trained_with), runs in arms.items():
@@ -84,14 +89,14 @@ def costs(comparison: Comparison) -> Sheet:
 
 
 def datasets(rows: pd.DataFrame) -> Sheet:
-    """One line a data set and its content."""
+    """One line a dataset and its content."""
     found = rows[["dataset", "data", "n_train", "n_test"]].drop_duplicates().assign(data=rows["data"].map(_hash))
     found.columns = pd.Index(["name", "content hash", "train images", "test images"])
-    return Sheet("data", "Data sets", found, "", {"train images": "{:,}", "test images": "{:,}"}, _code("content hash"))
+    return Sheet("data", "Datasets", found, "", {"train images": "{:,}", "test images": "{:,}"}, _code("content hash"))
 
 
 def selections(rows: pd.DataFrame) -> Sheet:
-    """One line a protocol and data set: what its evaluations selected, how often at the edge of the grid, and what the oracle would add."""
+    """One line a protocol and dataset: what its evaluations selected, how often at the edge of the grid, and what the oracle would add."""
     records, at_edge = [], []
     for (rule, version, dataset), of in rows.groupby(_WHERE, sort=False):
         first = of.iloc[0]
@@ -104,7 +109,7 @@ def selections(rows: pd.DataFrame) -> Sheet:
             {
                 "protocol": rule,
                 "version": version,
-                "data set": dataset,
+                "dataset": dataset,
                 "evaluations": len(of),
                 "grid": "; ".join(dict.fromkeys(map(_grid, of.grid, of.selected))),
                 "selected": ", ".join(f"{value} ({count}×)" for value, count in sorted(values.items())),
@@ -129,22 +134,21 @@ def selection_warnings(rows: pd.DataFrame) -> list[str]:
             found.append(f"{where}: choosing on test would have added up to {bias:.1f} points to a number")
         cut = of[[selected.get("converged") is False for selected in of.selected]]
         if names := [f"{source} read with {spec}" for source, spec in zip(cut.source, cut.read_with, strict=True)]:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            found.append(f"{where}: {len(names)} of {len(of)} probes did not converge: {', '.join(names[:4])}{more}")
+            found.append(f"{where}: {len(names)} of {len(of)} probes did not converge: {listed(names)}")
     return found
 
 
 def evaluations(rows: pd.DataFrame) -> Sheet:
-    """Every top-1, with what was selected for it and its hashes."""
+    """Every top-1 and macro top-1, with what was selected for it and its hashes."""
     edges = [", edge of the grid" if edge else "" for edge in rows.edge_of_grid]
     selected = [_named(of, list(of)) + edge for of, edge in zip(rows.selected, edges, strict=True)]
-    columns = {"dataset": "data set", "rule": "protocol", "source": "source", "trained_with": "trained", "read_with": "read"}
-    columns |= {"seed": "seed", "value": "top-1, %", "ci_low": "low", "ci_high": "high", "selected": "selected", "oracle": "oracle, %"}
-    columns |= {"seconds": "seconds", "checkpoint": "weights", "git": "git"}
+    columns = {"dataset": "dataset", "rule": "protocol", "source": "source", "trained_with": "trained", "read_with": "read", "seed": "seed"}
+    columns |= {"value": "top-1, %", "ci_low": "low", "ci_high": "high", "macro": "macro top-1, %", "selected": "selected"}
+    columns |= {"oracle": "oracle, %", "seconds": "seconds", "checkpoint": "weights", "git": "git"}
     rules = [f"{rule} v{version}" for rule, version in zip(rows.rule, rows.protocol_version, strict=True)]
     hashes = {name: rows[name].map(_hash) for name in ("checkpoint", "git")}
     frame = rows.assign(rule=rules, selected=selected, **hashes)[list(columns)].rename(columns=columns)
-    forms = dict.fromkeys(("top-1, %", "low", "high", "oracle, %", "seconds"), "{:.1f}")
+    forms = dict.fromkeys(("top-1, %", "low", "high", "macro top-1, %", "oracle, %", "seconds"), "{:.1f}")
     return Sheet("evaluations", f"Every number ({len(frame)} evaluations)", frame, "", forms, _code("weights", "git"))
 
 

@@ -1,11 +1,13 @@
-"""What came out, as tables: tables A and B of every setting, coloured by gain; every score, every difference, ranks across data sets.
+"""What came out, as tables: tables A and B of every setting, coloured by gain; every score, every difference, ranks across datasets.
 
 And one score as text, the same in the terminal and in the report.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.across_datasets import Ranking
@@ -14,8 +16,8 @@ from ssl_vit_eval.compare.comparison import Cell, Comparison, Gain, Table
 from ssl_vit_eval.compare.scores import MACRO
 from ssl_vit_eval.compare.verdict import Family, Rule
 from ssl_vit_eval.report.page import Listing, template
-from ssl_vit_eval.report.table import MISSING, NOTES, Form, Forms, Sheet, frame_of, slug
-from ssl_vit_eval.report.text import p_text, side_name, signed
+from ssl_vit_eval.report.table import MISSING, Form, Forms, Sheet, frame_of, slug
+from ssl_vit_eval.report.text import METRIC_NAMES, NOTES, p_text, ranking_basis, ranking_title, side_name, signed
 from ssl_vit_eval.sources import PIXELS
 from ssl_vit_eval.stats.seeds import Estimate
 
@@ -26,7 +28,7 @@ NORMS = {"post": "norm, then pool (post)", "pre": "no norm (pre)", "pooled": "po
 
 
 def score_text(cell: Cell) -> str:
-    """Top-1 in %, over several seeds with their standard deviation and number: `71.2`, `71.2 ± 0.4, n = 3`."""
+    """In %, over several seeds with their standard deviation and number: `71.2`, `71.2 ± 0.4, n = 3`."""
     spread = "" if cell.spread is None else f" ± {100 * cell.spread:.1f}, n = {cell.seeds}"
     return f"{100 * cell.value:.1f}{spread}"
 
@@ -67,13 +69,13 @@ def post_hoc_tables(comparison: Comparison) -> list[Listing]:
 def _tables(comparison: Comparison, kind: str) -> list[Listing]:
     gains = [abs(cell.gain.points) for table in comparison.tables for cell in table.cells.values() if cell.gain]
     scale = max(5.0, *gains) if gains else 0.0  # of full colour, the same in all; no trifle is painted as a gain
-    names: list[str] = []
+    names = Counter[str]()
     found: list[Listing] = []
     for table in comparison.tables:
         name = slug(kind, table.setting.dataset, table.setting.rule)  # settings can differ in what is not in it: the later are numbered
-        count = sum(other == name or other.startswith(f"{name}--") for other in names)
-        names.append(f"{name}--{count + 1}" if count else name)
-        if listing := _table(comparison, table, names[-1], kind == "trained-with", scale, is_first=not found):
+        names[name] += 1
+        numbered = f"{name}--{names[name]}" if names[name] > 1 else name
+        if listing := _table(comparison, table, numbered, kind == "trained-with", scale, is_first=not found):
             found.append(listing)
     return found
 
@@ -94,27 +96,27 @@ def _table(comparison: Comparison, table: Table, name: str, trained: bool, scale
     if not lines:
         return None
     about = f"protocol version {setting.version}, {table.n_test:,} test images, {setting.transform}, data {setting.data[:16]}"
-    about += "; gains and large numbers: mean over classes" if table.metric == MACRO else ""
     about += f"; not measured here: {', '.join(absent)}" if absent else ""
     if blocks := len(specs - set(columns)):
         about += f"; {blocks} readouts of other blocks: see the curves by block, and tables/scores.csv"
 
-    what, where = "trained with" if trained else "model", f"{setting.dataset} · {setting.rule}"
+    what, where, metric = "trained with" if trained else "model", f"{setting.dataset} · {setting.rule}", METRIC_NAMES[table.metric]
     labels = {arm: arm.trained_with or ("random init" if trained and arm.method != PIXELS else None) for arm in lines}
     records, texts = [], []
     for arm, cells in lines.items():
         named = {"method": arm.method, "recipe": arm.recipe, what: labels[arm]}
-        records.append(named | {f"read {spec}": cell and 100 * cell.top1 for spec, cell in zip(columns, cells, strict=True)})
+        records.append(named | {f"read {spec}": cell and 100 * cell.value for spec, cell in zip(columns, cells, strict=True)})
         texts.append([_whole_text(cell) if cell else MISSING for cell in cells])
     forms = {f"read {spec}": list(of) for spec, of in zip(columns, zip(*texts, strict=True), strict=True)}
     html = template(
         "scores.html",
-        **{"title": where, "about": about, "what": what, "columns": columns, "lines": lines, "labels": labels, "pixels": PIXELS},
+        **{"title": where, "metric": metric, "about": about, "what": what, "pixels": PIXELS, "missing": MISSING},
+        **{"columns": columns, "lines": lines, "labels": labels},
         sections={section: [arm for arm in lines if arm[:2] == section] for section in dict.fromkeys(arm[:2] for arm in lines)},
         **{"score": score_text, "under": under_text, "is_low": lambda cell: cell.below_pixels, "floor": FLOOR, "zero": ZERO},
-        **{"legend": trained and scale and is_first, "scale": scale, "colour": lambda points: _colour(points, scale), "missing": MISSING},
+        **{"legend": trained and scale and is_first, "scale": scale, "colour": lambda points: _colour(points, scale)},
     )
-    return Listing(Sheet(name, f"{where}: top-1, % ({about})", frame_of(records), "", forms), html=html)
+    return Listing(Sheet(name, f"{where}: {metric}, % ({about})", frame_of(records), "", forms), html=html)
 
 
 def _whole_text(cell: Cell) -> str:
@@ -139,9 +141,9 @@ def scores(comparison: Comparison) -> Sheet:
         setting = table.setting
         for (arm, spec), cell in table.cells.items():
             gain, (low, high) = cell.gain, cell.ci or (None, None)
-            place: dict[str, str | None] = {"data set": setting.dataset, "protocol": setting.rule, "method": arm.method}
-            place |= {"recipe": arm.recipe, "trained with": arm.trained_with, "read with": spec}
-            shares = {"top-1, %": cell.top1, "deviation": cell.spread, "n": None, "low": low, "high": high, "macro top-1, %": cell.macro}
+            place = {**_place(table), "method": arm.method, "recipe": arm.recipe, "trained with": arm.trained_with, "read with": spec}
+            top1, macro = (cell.other, cell.value) if table.metric == MACRO else (cell.value, cell.other)
+            shares = {"top-1, %": top1, "deviation": cell.spread, "n": None, "low": low, "high": high, "macro top-1, %": macro}
             gains = {"gain": gain.points, "gain low": gain.low, "gain high": gain.high} if gain else dict.fromkeys(GAINS)
             about = {"test images": table.n_test, "version": setting.version, "transform": setting.transform, "data": setting.data[:16]}
             percent = {name: None if share is None else 100 * share for name, share in shares.items()}
@@ -157,12 +159,12 @@ def differences(name: str, title: str, families: Sequence[Family], rule: Rule) -
     """One line for each difference of the families."""
     records = []
     for family in families:
-        setting, own = family.setting, family.question == "self-consistency"
+        own = family.question == "self-consistency"
         for of in family.differences:
             a, b = (side.read_with if own else side_name(family.question, side) for side in (of.a, of.b))
             records.append(
                 {
-                    **{"of": of.a.arm.name if own else family.scope, "data set": setting.dataset, "protocol": setting.rule, "A": a, "B": b},
+                    **{"of": of.a.arm.name if own else family.scope, **_place(family), "A": a, "B": b},
                     **{"points": of.points, "low": of.low, "high": of.high, "verdict of A": of.outcome},
                     **{"p": of.p, "corrected p": of.corrected if family.is_corrected else None, "discordant": 100 * of.discordance},
                     **{"seeds": len(of.seeds) if family.unit == "seeds" else None, "images": of.images, "resolvable": of.resolvable},
@@ -174,6 +176,10 @@ def differences(name: str, title: str, families: Sequence[Family], rule: Rule) -
     return Sheet(name, title, frame_of(records), NOTES["differences"], forms, {"verdict of A": "badge"}, only_in_files=("images",))
 
 
+def _place(of: Table | Family) -> dict[str, Any]:
+    return {"dataset": of.setting.dataset, "metric": METRIC_NAMES[of.metric], "protocol": of.setting.rule}
+
+
 def norms(comparison: Comparison) -> Sheet:
     """Readouts that were read in several places of the final norm, one line each and the places side by side."""
     records, texts = [], []
@@ -183,11 +189,11 @@ def norms(comparison: Comparison) -> Sheet:
             if placed := _placed(spec):
                 found.setdefault((arm, placed[0]), {})[NORMS[placed[1]]] = cell
         for (arm, spec), of in ((key, of) for key, of in found.items() if len(of) > 1):
-            named = {"data set": table.setting.dataset, "protocol": table.setting.rule, "backbone": arm.name, "readout": spec}
-            records.append(named | {norm: 100 * of[norm].top1 if norm in of else None for norm in NORMS.values()})
+            named = {**_place(table), "backbone": arm.name, "readout": spec}
+            records.append(named | {norm: 100 * of[norm].value if norm in of else None for norm in NORMS.values()})
             texts.append({norm: score_text(of[norm]) if norm in of else MISSING for norm in NORMS.values()})
     forms = {norm: [of[norm] for of in texts] for norm in NORMS.values()}
-    return Sheet("norms", "Where the final norm stands: top-1, %", frame_of(records), "", forms)
+    return Sheet("norms", "Where the final norm stands: accuracy, %", frame_of(records), "", forms)
 
 
 def _placed(spec: str) -> tuple[str, str] | None:
@@ -206,17 +212,17 @@ def ranking_sheets(found: Sequence[Ranking]) -> list[Sheet]:
         size = [len(of.datasets), len(of.seeds)]
         arms += [[*place, arm.trained_with, fmean(ranks), *_percent(of.iqm[arm]), *size] for arm, ranks in of.ranks.items()]
         pairs += [[*place, a.trained_with, b.trained_with, *_percent(p), *size] for (a, b), p in of.improvement.items()]
-    note = " ".join(f"{of.title}: {of.basis}" for of in found)
-    told = "Intervals (95 %) over seeds, of these data sets."
-    first, last = ["method", "recipe", "protocol"], ["low", "high", "data sets", "seeds"]
+    note = " ".join(f"{ranking_title(of)}: {ranking_basis(of)}" for of in found)
+    told = "Intervals (95 %) over seeds, of these datasets."
+    first, last = ["method", "recipe", "protocol"], ["low", "high", "datasets", "seeds"]
     forms: Forms = dict.fromkeys(("interquartile mean, %", "P(A > B), %", "low", "high"), "{:.1f}") | {"mean rank": "{:.2f}"}
     ranked = frame_of(arms, [*first, "trained with", "mean rank", "interquartile mean, %", *last])
     about = f"Rank 1 is the best, by the mean over seeds. {told} {note}"
     improved = frame_of(pairs, [*first, "A", "B", "P(A > B), %", *last])
-    ties = f"Mean over data sets, ties count half; 50 % is no improvement. {told}"
+    ties = f"Mean over datasets, ties count half; 50 % is no improvement. {told}"
     sheets = [
-        Sheet("rankings", "Across data sets, each arm read as it was trained", ranked, about, forms),
-        Sheet("improvement", "Across data sets: the probability that a run of A beats a run of B", improved, ties, forms),
+        Sheet("rankings", "Across datasets, each arm read as it was trained", ranked, about, forms),
+        Sheet("improvement", "Across datasets: the probability that a run of A beats a run of B", improved, ties, forms),
     ]
     return sheets if found else []
 

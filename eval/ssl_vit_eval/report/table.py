@@ -5,26 +5,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.resources import files
 from typing import Any, Literal
 
 import pandas as pd
-import yaml
 
-WORDS: dict[str, Any] = yaml.safe_load(files("ssl_vit_eval.report").joinpath("templates/words.yaml").read_text(encoding="utf-8"))
-NOTES: dict[str, str] = WORDS["notes"]  # below tables
+from ssl_vit_eval.report.text import WORDS
+
 MISSING = "–"
 Form = str | Callable[[Any], str] | list[str]
 Forms = Mapping[str, Form]
-
-# what pdflatex would take for commands, lacks in its text fonts, or reads as an option behind the end of a line
-LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"},
-    **{"<": r"\textless{}", ">": r"\textgreater{}", "[": "{[}", "]": "{]}", "*": "{*}"},
-    **{"–": "--", "…": r"\ldots{}", "·": r"\textperiodcentered{}", "±": r"$\pm$", "−": r"$-$", "×": r"$\times$", "○": r"$\circ$"},
-    **{"≈": r"$\approx$", "∞": r"$\infty$", "→": r"$\rightarrow$", "↓": r"$\downarrow$", "α": r"$\alpha$", "≤": r"$\leq$"},
-}
+LATEX = str.maketrans(WORDS["latex"])
 
 
 def frame_of(records: Sequence[Mapping[str, Any]] | Sequence[Sequence[Any]], columns: Iterable[str] = ()) -> pd.DataFrame:
@@ -117,9 +107,14 @@ def latex(sheet: Sheet) -> str:
 
 def table_files(sheets: Sequence[Sheet]) -> dict[str, str]:
     """The content of `tables/NAME.csv` and `tables/NAME.tex` of every sheet; ValueError for two of one name."""
-    if twice := {sheet.name for sheet in sheets if sum(other.name == sheet.name for other in sheets) > 1}:
-        raise ValueError(f"two tables are called {', '.join(sorted(twice))}")
+    check_names("tables", [sheet.name for sheet in sheets])
     return {f"tables/{sheet.name}.{ending}": write(sheet) for sheet in sheets for ending, write in (("csv", csv), ("tex", latex))}
+
+
+def check_names(what: str, names: Sequence[str]) -> None:
+    """ValueError for files that would be written over each other."""
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two {what} are called {', '.join(sorted(twice))}")
 
 
 def escape_markdown(text: str) -> str:
@@ -127,7 +122,7 @@ def escape_markdown(text: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
+    return " ".join(text.split()).translate(LATEX)
 
 
 def is_missing(value: object) -> bool:

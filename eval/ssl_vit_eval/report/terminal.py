@@ -15,16 +15,14 @@ from ssl_vit_eval.compare.comparison import Comparison, build
 from ssl_vit_eval.compare.scores import MACRO
 from ssl_vit_eval.compare.verdict import Outcome
 from ssl_vit_eval.report import first_page, page
-from ssl_vit_eval.report.first_page import QUESTIONS, about, chip, families_of
+from ssl_vit_eval.report.first_page import about, chip, families_of
 from ssl_vit_eval.report.score_tables import FLOOR, at_last, pixels_of, scores
-from ssl_vit_eval.report.text import interval_text, points_text, words_of
+from ssl_vit_eval.report.text import METRIC_NAMES, QUESTIONS, WORDS, interval_text, points_text, words_of
 from ssl_vit_eval.report.wandb import write_wandb_report
-from ssl_vit_eval.report.write import chapters_of, write_chapters
+from ssl_vit_eval.report.write import chapters_of, write_report
 from ssl_vit_eval.sources import PIXELS
 
 SHOWN = {"trained with": 8}  # differences that were found, of other questions 2; the report has all
-LEGEND = f"Top-1 in %, mean ± deviation over seeds. * read as trained, {FLOOR} below raw pixels. random: before training."
-HINT = "The report has intervals, gains and every verdict with its reasons; --verbose prints them."
 
 
 def compare(
@@ -53,7 +51,7 @@ def compare(
     if verbose:
         print(page.text(first_page.lead(comparison), chapters))
     print(screen(comparison))
-    path = write_chapters(comparison, chapters, folder)
+    path = write_report(comparison, chapters, folder)
     print(f"report: {path}")
     if wandb is not None:
         print(f"W&B Report: {write_wandb_report(comparison, wandb, group, [scores(comparison)])}")
@@ -67,11 +65,11 @@ def screen(comparison: Comparison) -> str:
     others = len(first_page.warnings_of(comparison)) - len(floors)
     parts = ["\n".join(line for note in floors for line in wrap(f"warning: {note}", width, subsequent_indent="  "))]
     parts += [_tables(comparison, dataset, width) for dataset in dict.fromkeys(table.setting.dataset for table in comparison.tables)]
-    parts.append(LEGEND)
+    parts.append(WORDS["legend"])
     verdicts = [f"verdicts, at a margin of {points_text(comparison.rule.margin)}", *_verdicts(comparison)]
     verdicts += wrap(f"next: {first_page.next_step(comparison)}", width, subsequent_indent="  ")
     parts.append("\n".join(verdicts))
-    parts.append(HINT + (f" Warnings there: {others}." if others else ""))
+    parts.append(WORDS["hint"] + (f" Warnings there: {others}." if others else ""))
     return "\n\n".join(filter(None, parts))
 
 
@@ -82,7 +80,7 @@ def _tables(comparison: Comparison, dataset: str, width: int) -> str:
     lines, cells = dict[Arm, str](), dict[tuple[str, str], dict[Arm, str]]()
     for table in tables:
         named = [table.setting.rule, f"v{table.setting.version}", *([table.setting.transform, table.setting.data[:4]] if several else [])]
-        named += ["mean over classes"] * (table.metric == MACRO)
+        named += [METRIC_NAMES[table.metric]] * (table.metric == MACRO)
         specs = [spec for spec in comparison.read_with if at_last(spec) in (spec, None) and any(spec == of for _, of in table.cells)]
         specs = [spec for spec in specs if "/" not in spec or spec in comparison.trained_with] or specs
         columns = {spec: cells.setdefault((" ".join(named), f"read {spec}"), {}) for spec in specs or [PIXELS]}
@@ -103,7 +101,7 @@ def _verdicts(comparison: Comparison) -> list[str]:
     rule, lines = comparison.rule, []
     for family in (family for family in comparison.families if family.primary):
         lines += [f"  declared: {about(family)}: {words_of(family, of, rule)}" for of in family.differences]
-    for question, title in QUESTIONS.items():
+    for question, (title, _) in QUESTIONS.items():
         pairs = [(family, of) for family in families_of(comparison, question) if not family.primary for of in family.differences]
         outcomes = Counter(of.outcome for _, of in pairs)
         found = [

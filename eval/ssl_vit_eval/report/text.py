@@ -1,19 +1,48 @@
 """Differences and verdicts as text: signs, bounds, p-values and sentences, the same in the terminal, the report and W&B."""
 
 import math
+from importlib.resources import files
+from typing import Any
 
-from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule, Side, Unit, excludes_zero, within_margin
+import yaml
+
+from ssl_vit_eval.compare.across_datasets import Ranking
+from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question, Rule, Side, Unit, excludes_zero, within_margin
 from ssl_vit_eval.stats.seeds import seeds_needed, smallest_p
 
-TITLES = {
-    "trained with": "Trained with: arms of one recipe, each read as it was trained",
-    "self-consistency": "Self-consistency: read as trained, minus the best other readout",
-    "read with": "Read with, post hoc: one backbone, read in several ways",
-    "norm": "Norm: the same readout with the final norm at another place",
-    "null control": "Null control: cls and the only register are exchangeable",
-}
+WORDS: dict[str, Any] = yaml.safe_load(files("ssl_vit_eval.report").joinpath("templates/words.yaml").read_text(encoding="utf-8"))
+METRIC_NAMES: dict[str, str] = WORDS["metrics"]  # as columns and axes have them
+NOTES: dict[str, str] = WORDS["notes"]  # below tables and plots
+QUESTIONS: dict[Question, tuple[str, str]] = WORDS["questions"]  # a short title and a long one
+OUTCOMES: dict[Outcome, tuple[str, str]] = WORDS["outcomes"]  # a sign and what it means
 T_SEEDS = 3  # the fewest to advise for Student's t: with two, 95 % are 13 standard errors
+FEW = 3  # datasets: with fewer a rank only describes
 _MOST_DIGITS = 6
+
+
+def rule_text(rule: Rule) -> str:
+    """The rule in words, to be shown wherever a verdict is."""
+    return str(
+        WORDS["rule"].format(level=rule.level, margin=rule.margin, test=WORDS["tests"][rule.test], family=WORDS["families"][rule.family])
+    )
+
+
+def ranking_title(of: Ranking) -> str:
+    """Which arms, and how they were judged."""
+    return f"{of.method} ({of.recipe}) · {of.protocol.name} v{of.protocol.version}"
+
+
+def ranking_basis(of: Ranking) -> str:
+    """What the ranking rests on, and what it leaves out, in sentences."""
+    if not of.datasets:
+        return ". ".join(["Nothing to rank: no two datasets have every seed of every arm", *of.left_out]) + "."
+    few = f": fewer than {FEW}, so this describes these datasets and says nothing about others" if len(of.datasets) < FEW else ""
+    return (
+        ". ".join(
+            [f"{count(len(of.seeds), 'seed')} of each arm on {len(of.datasets)} datasets ({', '.join(of.datasets)}){few}", *of.left_out]
+        )
+        + "."
+    )
 
 
 def signed(points: float, digits: int = 1) -> str:
@@ -35,10 +64,10 @@ def interval_text(low: float, high: float, rule: Rule) -> str:
 
 def digits_of(low: float, high: float, rule: Rule) -> int:
     """Decimals to show: one, or more where one would tell another story of zero, of the margin or of the largest difference left."""
-    truth, digits = _facts(low, high, rule), 1
-    while digits < _MOST_DIGITS and truth != _facts(round(low, digits), round(high, digits), rule):
-        digits += 1
-    return digits
+    truth = _facts(low, high, rule)
+    return next(
+        (digits for digits in range(1, _MOST_DIGITS) if truth == _facts(round(low, digits), round(high, digits), rule)), _MOST_DIGITS
+    )
 
 
 def p_text(p: float, rule: Rule) -> str:
@@ -47,15 +76,19 @@ def p_text(p: float, rule: Rule) -> str:
         return "< .001"
     if p > 0.9995:
         return "1"
-    digits = 3
-    while digits < _MOST_DIGITS and (round(p, digits) <= rule.level) != (p <= rule.level):
-        digits += 1
+    same = (digits for digits in range(3, _MOST_DIGITS) if (round(p, digits) <= rule.level) == (p <= rule.level))
+    digits = next(same, _MOST_DIGITS)
     return f"{p:.{digits}f}".removeprefix("0")
 
 
-def points_text(points: float) -> str:
+def count(number: float | int, what: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
+
+
+def points_text(points: float | int) -> str:
     """`1 point`, `1.2 points`."""
-    return f"{points:g} point{'' if points == 1 else 's'}"
+    return count(points, "point")
 
 
 def side_name(question: Question, side: Side) -> str:
@@ -63,18 +96,6 @@ def side_name(question: Question, side: Side) -> str:
     if question in ("trained with", "null control"):
         return str(side.arm.trained_with)
     return f"{side.arm.trained_with} read with {side.read_with}" if question == "self-consistency" else side.read_with
-
-
-def line(family: Family, difference: Difference, rule: Rule) -> str:
-    """`cls − gap: +1.2 points [0.3, 2.1], p .031 (corrected .031), 8.1 % discordant, 6 seeds: better`."""
-    a, b = (side_name(family.question, side) for side in (difference.a, difference.b))
-    corrected = f"corrected {p_text(difference.corrected, rule)}" if family.is_corrected else "not corrected"
-    count = len(difference.seeds)
-    of = f"{difference.images:,} images" if family.unit == "images" else f"{count} seed{'' if count == 1 else 's'}"
-    return (
-        f"{a} − {b}: {estimate_text(difference.points, difference.low, difference.high, rule)}, "
-        f"p {p_text(difference.p, rule)} ({corrected}), {100 * difference.discordance:.1f} % discordant, {of}: {difference.outcome}"
-    )
 
 
 def words_of(family: Family, difference: Difference, rule: Rule) -> str:
@@ -120,8 +141,7 @@ def _verdict(question: Question, unit: Unit, d: Difference, rule: Rule) -> str:
     if math.isinf(d.resolvable):
         if rule.test == "t" or unit == "images":
             few = "the replicates" if unit == "images" else f"{len(d.seeds)} seeds"
-            count = f"{d.comparisons} comparison{'' if d.comparisons == 1 else 's'}"
-            return f"{interval}; no difference is resolvable by Student's t: {few} are too few for {count}"
+            return f"{interval}; no difference is resolvable by Student's t: {few} are too few for {count(d.comparisons, 'comparison')}"
         reach = p_text(min(1.0, d.comparisons * smallest_p(len(d.seeds))), rule)
         return f"{interval}; no difference is resolvable: the best corrected p of {len(d.seeds)} seeds is {reach}, {needs}"
     return f"{interval}; a true difference of {d.resolvable:.1f} points would have been found four times in five"

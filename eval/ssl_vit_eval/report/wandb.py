@@ -1,6 +1,6 @@
 """`ssl-vit compare --wandb`: the verdict as a W&B Report, beside panels of the runs that pretrain, eval and study logged.
 
-Its pictures, of the findings and of what MAE fills in, are logged as a run of their own, of job_type `report`.
+Its figures, of the findings and of what MAE fills in, are logged as a run of their own, of job_type `report`.
 """
 
 import re
@@ -19,13 +19,12 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit.train.tracking import TrackedRun, Tracking
 from ssl_vit_eval.compare.comparison import Comparison
 from ssl_vit_eval.report import first_page
-from ssl_vit_eval.report.first_page import QUESTIONS, families_of
 from ssl_vit_eval.report.page import Block, Bullets, Figures, Heading, Listing, Text
 from ssl_vit_eval.report.plotting import Plot
 from ssl_vit_eval.report.table import Sheet, markdown
-from ssl_vit_eval.report.text import line, words_of
+from ssl_vit_eval.report.text import QUESTIONS
 from ssl_vit_eval.report.wandb_panels import Panels
-from ssl_vit_eval.report.write import reconstructions
+from ssl_vit_eval.report.write import difference_blocks, reconstructions
 
 
 def write_wandb_report(comparison: Comparison, target: str, group: str | None, tables: Sequence[Sheet] = ()) -> str:
@@ -56,7 +55,10 @@ def write_wandb_report(comparison: Comparison, target: str, group: str | None, t
                 f"W&B has no project {tracking.path} that is yours: log the runs to it first, with --wandb of study, pretrain and eval"
             )
         filled, listings = reconstructions(comparison.runs), [Listing(sheet) for sheet in tables]
-        first: list[Block] = [*first_page.lead(comparison), *first_page.blocks(comparison), *_verdicts(comparison)]
+        first: list[Block] = [*first_page.lead(comparison), *first_page.blocks(comparison)]
+        for question, (heading, _) in QUESTIONS.items():
+            of = difference_blocks(comparison, question)
+            first += [Heading(heading), *of] if of else []
         last: list[Block] = [Heading("What MAE fills in"), Figures(filled)] if filled else []
         last += [Heading("Tables"), *listings] if listings else []
         title = "Readouts compared " + re.sub(r"[^\w.-]+", "-", group or tracking.project)[:80]  # it becomes a part of the address
@@ -85,19 +87,6 @@ def write_wandb_report(comparison: Comparison, target: str, group: str | None, t
             raise UsageError("--wandb needs a W&B account: run `wandb login`, or set WANDB_API_KEY") from error
         raise Failure(f"the W&B Report could not be written: {text}; all else is complete, the same command tries again") from error
     return quote(report.url, safe=":/")
-
-
-def _verdicts(comparison: Comparison) -> list[Block]:
-    """Every difference, question by question."""
-    rule, blocks = comparison.rule, list[Block]()
-    for question, title in QUESTIONS.items():
-        families = families_of(comparison, question)
-        blocks += [Heading(title)] if families else []
-        for family in families:
-            setting, declared = family.setting, ", declared before training" if family.primary else ""
-            items = [f"{line(family, of, rule)}. In words: {words_of(family, of, rule)}." for of in family.differences]
-            blocks.append(Bullets(items, title=f"{family.scope}: {setting.dataset}, {setting.rule} v{setting.version}{declared}"))
-    return blocks
 
 
 def _shown(panels: Panels, block: Block) -> list[Any]:

@@ -12,31 +12,32 @@ from typing import Any
 from ssl_vit.train.tracking import STEP, Tracking
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Comparison
+from ssl_vit_eval.report.text import METRIC_NAMES, WORDS
 from ssl_vit_eval.tracking import RESULTS, TRAINED, summary_key
 
 COLUMNS = 24  # of a grid of panels
 ALL = 1000  # W&B shows the first ten runs of a panel; a mean over seeds must not leave any out
 CURVES = ("loss", "teacher_information", "knn_top1")
 KNN, LINEAR = "knn", ("linear", "logreg")  # the first of these that there is is set against k-NN
-Keys = dict[tuple[str, str], dict[str, str]]  # of the summary, by data set and rule and then by read-with
+Keys = dict[tuple[str, str], dict[str, str]]  # of the summary, by dataset and rule and then by read-with
 
 
 @dataclass(frozen=True)
 class Panels:
-    """wr: wandb_workspaces.reports.v2. tracking: where the runs are. pictures: id of the run that has them, None if there are none."""
+    """wr: wandb_workspaces.reports.v2. tracking: where the runs are. figures: id of the run that has them, None if there are none."""
 
     wr: Any
     comparison: Comparison
     tracking: Tracking
-    pictures: str | None
+    figures: str | None
 
     def blocks(self) -> list[Any]:
         """Section by section, then what was not trained here: never in one panel with what was."""
         return [block for section in self.comparison.sections for block in self._trained(*section)] + self._others()
 
     def media(self, key: str) -> Any:
-        """The pictures that are logged under this key."""
-        runs = {**self._project(), "name": "pictures", "filters": f"Metric('ID') == {_literal(str(self.pictures))}"}
+        """The figures that are logged under this key."""
+        runs = {**self._project(), "name": "figures", "filters": f"Metric('ID') == {_literal(str(self.figures))}"}
         return self._grid(runs, [self.wr.MediaBrowser(media_keys=[key], num_columns=1)], width=COLUMNS, height=14)
 
     def _trained(self, method: str, recipe: str) -> list[Any]:
@@ -56,16 +57,13 @@ class Panels:
         pretrained = self._runs("pretrainings", "pretrain", "SummaryMetric", checkpoints)
         return [
             wr.H1(arms[0].section),
-            wr.P(
-                "Bars: top-1 as a share, mean over seeds ± standard deviation. A bar's name says what the backbone was trained with, its "
-                "metric what it was read with; the one without a name is the random initialisation."
-            ),
+            wr.P(WORDS["panels"]["bars"]),
             self._grid({**evaluated, "groupby": ["config.trained_with"]}, self._bars(keys, "trained_with"), width=12, height=8),
-            wr.P("Curves: mean over seeds ± standard deviation. Losses are not comparable between methods."),
+            wr.P(WORDS["panels"]["curves"]),
             self._grid({**pretrained, "groupby": ["config.readout"]}, curves, width=8, height=7),
-            wr.P("Run by run: a linear probe against k-NN, each backbone read as it was trained, and every number."),
+            wr.P(WORDS["panels"]["runs"]),
             self._grid(evaluated, [*self._scatters(keys), wr.WeavePanelSummaryTable(table_name=RESULTS)], width=12, height=8),
-            wr.P("What differs between the pretrainings. Of one recipe, nothing but the readout and the seed should."),
+            wr.P(WORDS["panels"]["recipes"]),
             self._grid(pretrained, [wr.RunComparer(diff_only="split")], width=COLUMNS, height=10),
         ]
 
@@ -87,13 +85,14 @@ class Panels:
             setting = table.setting
             for spec in self.comparison.read_with:
                 if any((arm, spec) in table.cells for arm in arms):
-                    keys.setdefault((setting.dataset, setting.rule), {})[spec] = summary_key(setting.dataset, setting.rule, spec, "top1")
+                    key = summary_key(setting.dataset, setting.rule, spec, table.metric)
+                    keys.setdefault((setting.dataset, setting.rule), {})[spec] = key
         return keys
 
     def _bars(self, keys: Keys, by: str) -> list[Any]:
-        limits = {"max_runs_to_show": ALL, "max_bars_to_show": ALL}
+        style = {"max_runs_to_show": ALL, "max_bars_to_show": ALL, **self._averaged(by)}
         return [
-            self.wr.BarPlot(title=f"{dataset}, {rule}: top-1", metrics=list(of.values()), **limits, **self._averaged(by))
+            self.wr.BarPlot(title=f"{dataset}, {rule}: {METRIC_NAMES[self._metrics[dataset]]}", metrics=list(of.values()), **style)
             for (dataset, rule), of in keys.items()
         ]
 
@@ -103,9 +102,14 @@ class Panels:
         for dataset in dict.fromkeys(dataset for dataset, _ in keys):
             rules = [KNN, *(rule for rule in LINEAR if (dataset, rule) in keys)][:2]
             if (dataset, KNN) in keys and len(rules) == 2:
-                x, y = (self.wr.SummaryMetric(summary_key(dataset, rule, TRAINED, "top1")) for rule in rules)
+                x, y = (self.wr.SummaryMetric(summary_key(dataset, rule, TRAINED, self._metrics[dataset])) for rule in rules)
                 panels.append(self.wr.ScatterPlot(title=f"{dataset}: {rules[1]} (y) against {KNN} (x)", x=x, y=y))
         return panels
+
+    @property
+    def _metrics(self) -> dict[str, str]:
+        """Of each dataset."""
+        return {table.setting.dataset: table.metric for table in self.comparison.tables}
 
     def _averaged(self, by: str) -> dict[str, Any]:
         return {"groupby": self.wr.Config(by), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}

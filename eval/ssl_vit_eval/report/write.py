@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ssl_vit_eval.compare.across_datasets import rankings
 from ssl_vit_eval.compare.comparison import Comparison
-from ssl_vit_eval.compare.diagnostic_files import find_diagnoses, maps
+from ssl_vit_eval.compare.diagnostic_files import Diagnosis, by_arm, find_diagnoses, label
 from ssl_vit_eval.compare.runs import Run
 from ssl_vit_eval.compare.verdict import Question
 from ssl_vit_eval.report import diagnostic_tables, first_page, page, plot_blocks, plot_datasets
@@ -17,20 +17,10 @@ from ssl_vit_eval.report.plot_training import training_curves
 from ssl_vit_eval.report.plotting import Plot
 from ssl_vit_eval.report.run_tables import costs, datasets, evaluations, frame_of_rows, pretrainings, selection_warnings, selections
 from ssl_vit_eval.report.score_tables import differences, norms, post_hoc_tables, ranking_sheets, scores, trained_tables
-from ssl_vit_eval.report.table import WORDS, slug, table_files
-from ssl_vit_eval.report.text import TITLES, words_of
+from ssl_vit_eval.report.table import slug, table_files
+from ssl_vit_eval.report.text import QUESTIONS, WORDS, words_of
 
-DRAWN: tuple[Question, ...] = ("trained with", "null control")
 FEW, MANY = 4, 40  # more plots, or more lines of a table, are folded
-
-
-def write_report(comparison: Comparison, folders: Sequence[str | Path], out: Path) -> Path:
-    """Write `report.html`, `report.md`, `tables/` and `plots/` into `out`; the path of the first. folders: what was compared.
-
-    What an earlier report left there is replaced, or removed if this one has no such part. Failure and UsageError as `find_diagnoses`
-    and `page.replace_files`.
-    """
-    return write_chapters(comparison, chapters_of(comparison, folders), out)
 
 
 def chapters_of(comparison: Comparison, folders: Sequence[str | Path]) -> list[Chapter]:
@@ -41,7 +31,7 @@ def chapters_of(comparison: Comparison, folders: Sequence[str | Path]) -> list[C
         "findings": first_page.blocks(comparison),
         "trained": _trained(comparison),
         "post-hoc": _post_hoc(comparison),
-        "data-sets": _across(comparison),
+        "datasets": _across(comparison),
         "inside": _inside(comparison, folders),
         "pretraining": _pretraining(comparison.runs),
         "costs": [Listing(costs(comparison))],
@@ -53,8 +43,11 @@ def chapters_of(comparison: Comparison, folders: Sequence[str | Path]) -> list[C
     return [Chapter(anchor, titles[anchor][0], titles[anchor][1], blocks) for anchor, blocks in contents.items() if blocks]
 
 
-def write_chapters(comparison: Comparison, chapters: Sequence[Chapter], out: Path) -> Path:
-    """As `write_report`, of chapters that are there already."""
+def write_report(comparison: Comparison, chapters: Sequence[Chapter], out: Path) -> Path:
+    """Write `report.html`, `report.md`, `tables/` and `plots/` into `out`; the path of the first.
+
+    What an earlier report left there is replaced, or removed if this one has no such part. UsageError as `page.replace_files`.
+    """
     lead = first_page.lead(comparison)
     tables = [block.sheet for chapter in chapters for block in chapter.blocks if isinstance(block, Listing)]
     contents: dict[str, bytes] = {
@@ -82,9 +75,11 @@ def _trained(comparison: Comparison) -> list[Block]:
         Text(WORDS["reading"], lead="How to read a cell."),
         Bullets([WORDS[name] for name, needed in cautions.items() if needed], "soft"),
         *tables,
-        *_differences(comparison, "trained with"),
-        *_differences(comparison, "null control"),
-        *_differences(comparison, "self-consistency", WORDS["otherwise"]),
+        *difference_blocks(comparison, "trained with"),
+        *_forests(comparison, "trained with"),
+        *difference_blocks(comparison, "null control"),
+        *_forests(comparison, "null control"),
+        *difference_blocks(comparison, "self-consistency", WORDS["otherwise"]),
     ]
 
 
@@ -92,25 +87,26 @@ def _post_hoc(comparison: Comparison) -> list[Block]:
     placed = norms(comparison)
     return [
         *post_hoc_tables(comparison),
-        *_differences(comparison, "read with"),
+        *difference_blocks(comparison, "read with"),
         *([Listing(placed)] if len(placed.frame) else []),
-        *_differences(comparison, "norm"),
+        *difference_blocks(comparison, "norm"),
     ]
 
 
-def _differences(comparison: Comparison, question: Question, text: str = "") -> list[Block]:
+def difference_blocks(comparison: Comparison, question: Question, text: str = "") -> list[Block]:
+    """Every difference of a question, as numbers and in words; `text` leads the note."""
     families = families_of(comparison, question)
     if not families:
         return []
-    sheet = differences(f"differences-{slug(question)}", TITLES[question], families, comparison.rule)
+    sheet = differences(f"differences-{slug(question)}", QUESTIONS[question][1], families, comparison.rule)
     words = [f"{about(family)}: {words_of(family, of, comparison.rule)}." for family in families for of in family.differences]
-    forests = [forest(family, comparison.rule) for family in families] if question in DRAWN else []
-    drawn = [Figures(forests, f"Drawn ({len(forests)})" if len(forests) > FEW else "")] if forests else []
-    return [
-        Listing(replace(sheet, note=f"{text} {sheet.note}".strip()), len(sheet.frame) > MANY),
-        Bullets(words, title=f"In words ({len(words)})"),
-        *drawn,
-    ]
+    listing = Listing(replace(sheet, note=f"{text} {sheet.note}".strip()), len(sheet.frame) > MANY)
+    return [listing, Bullets(words, title=f"In words ({len(words)})")]
+
+
+def _forests(comparison: Comparison, question: Question) -> list[Block]:
+    forests = [forest(family, comparison.rule) for family in families_of(comparison, question)]
+    return [Figures(forests, f"Drawn ({len(forests)})" if len(forests) > FEW else "")] if forests else []
 
 
 def _across(comparison: Comparison) -> list[Block]:
@@ -122,15 +118,27 @@ def _across(comparison: Comparison) -> list[Block]:
 
 def _inside(comparison: Comparison, folders: Sequence[str | Path]) -> list[Block]:
     """Of what was evaluated with --diagnostics."""
-    found = find_diagnoses(folders, comparison.rows)
+    found = find_diagnoses(folders, comparison.rows, comparison.arms)
     if not found:
         return []
     blocks: list[Block] = [Text(WORDS["story"]), Bullets([f"{text}." for text in diagnostic_tables.sentences(found)])]
     blocks += [Figures(plot_blocks.plots(found, comparison.rows)), *map(Listing, diagnostic_tables.sheets(found))]
     blocks += [Heading("Where it looks"), Text(WORDS["maps"], "soft")]
-    for place, (caption, png) in enumerate(maps(found, STORED_BYTES // 2)):
-        shown = Figures([Plot(f"maps-{place}-{slug(caption)}", caption, "", png)]) if png else Text(f"{caption}.", "soft")
-        blocks.append(shown)
+    return [*blocks, *maps(found, STORED_BYTES // 2)]
+
+
+def maps(diagnoses: Sequence[Diagnosis], budget: int) -> list[Block]:
+    """The maps of the first seed of every arm on each dataset, as many as fit into `budget` bytes; of the others it is said."""
+    blocks: list[Block] = []
+    for of, *others in by_arm(diagnoses).values():
+        caption = f"{label(of.arm)}, {of.place.dataset}" + (f", seed {of.seed} of {1 + len(others)}" if others else "")
+        file = of.file.parent / of.found["picture"]
+        png = file.read_bytes() if file.is_file() else b""
+        if png and len(png) <= budget:
+            budget -= len(png)
+            blocks.append(Figures([Plot(f"maps-{len(blocks)}-{slug(caption)}", caption, "", png)]))
+        else:
+            blocks.append(Text(f"{caption}: {file.name} is {'too large to be shown here' if png else 'gone'}.", "soft"))
     return blocks
 
 

@@ -95,26 +95,16 @@ def imaginary(
     return resampled_sums(np.append(np.zeros(n), [1.0, -1.0]), rng) * largest_weight(groups)
 
 
-class McNemar(NamedTuple):
-    """only_a, only_b: images that just one of the two answers rightly; discordance: their share, a fraction; p: two-sided."""
-
-    only_a: int
-    only_b: int
-    discordance: float
-    p: float
-
-
-def mcnemar(correct_a: Bool[Tensor, " n"], correct_b: Bool[Tensor, " n"]) -> McNemar:
-    """Whether A and B are right equally often on the same images (McNemar 1947): exact below 25 discordant images, else chi-square with
-    continuity correction."""
+def mcnemar(correct_a: Bool[Tensor, " n"], correct_b: Bool[Tensor, " n"]) -> float:
+    """Two-sided p that A and B are right equally often on the same images (McNemar 1947): exact below 25 discordant images, else chi-square
+    with continuity correction."""
     from statsmodels.stats.contingency_tables import mcnemar as test
 
     if len(correct_a) == 0:
         raise UsageError("there are no images to compare: McNemar's test needs at least one")
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
     discordant = only_a + only_b
-    p = test([[0, only_a], [only_b, 0]], exact=discordant < FEW, correction=True).pvalue if discordant else 1.0
-    return McNemar(only_a, only_b, discordant / len(correct_a), float(p))
+    return float(test([[0, only_a], [only_b, 0]], exact=discordant < FEW, correction=True).pvalue) if discordant else 1.0
 
 
 def paired_p(share_a: Float[Tensor, " n"], share_b: Float[Tensor, " n"], classes: Int64[Tensor, " n"] | None = None) -> float:
@@ -125,7 +115,7 @@ def paired_p(share_a: Float[Tensor, " n"], share_b: Float[Tensor, " n"], classes
     the other. McNemar's exact test is this test for 0 and 1, and images of equal weight."""
     a, b = share_a.double().cpu().numpy(), share_b.double().cpu().numpy()
     if classes is None and np.isin([a, b], [0.0, 1.0]).all():
-        return mcnemar(share_a == 1, share_b == 1).p
+        return mcnemar(share_a == 1, share_b == 1)
     differences = a - b
     for group in strata(len(a), classes):
         differences[group] /= len(group)

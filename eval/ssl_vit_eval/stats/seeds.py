@@ -56,7 +56,7 @@ class Crossed(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A number over data sets and seeds with its 95 % interval over seeds, None for one seed, in the unit of what it is of."""
+    """A number over datasets and seeds with its 95 % interval over seeds, None for one seed, in the unit of what it is of."""
 
     value: float
     low: float | None
@@ -189,17 +189,17 @@ def _errors_resolved(seeds: int, level: float, power: float) -> float:
 
 
 def probability_of_improvement(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Estimate:
-    """P(A > B) + P(A = B) / 2 for a seed of each, mean over the data sets (Agarwal et al. 2021, section 4.3); a fraction.
+    """P(A > B) + P(A = B) / 2 for a seed of each, mean over the datasets (Agarwal et al. 2021, section 4.3); a fraction.
 
-    a, b: scores [data sets][seeds]. A seed is one pretraining that all data sets saw: the bootstrap draws seeds once for all data sets, and
+    a, b: scores [datasets][seeds]. A seed is one pretraining that all datasets saw: the bootstrap draws seeds once for all datasets, and
     for A and B each, as in the paper; equal starts in A and B make the interval a little wide, while drawing pairs made it too narrow. It
     is Wilson's, of as many pairs as would have the bootstrap's standard error (where all pairs agree, of as many as there are seeds), with
-    Student's t: unlike the bootstrap's it does not end where one arm always wins. The data sets are fixed: it says nothing about others.
-    UsageError where a data set lacks a seed.
+    Student's t: unlike the bootstrap's it does not end where one arm always wins. The datasets are fixed: it says nothing about others.
+    UsageError where a dataset lacks a seed.
     """
     scores = _rectangle([*a, *b])
     if len(a) != len(b):
-        raise UsageError(f"{len(a)} data sets of A and {len(b)} of B: compare them on the same ones")
+        raise UsageError(f"{len(a)} datasets of A and {len(b)} of B: compare them on the same ones")
     first, second = scores[: len(a)], scores[len(a) :]
     seeds = scores.shape[1]
     wins = (np.sign(first[:, :, None] - second[:, None, :]) / 2 + 0.5).mean(axis=0)  # [seed of A, seed of B]
@@ -215,17 +215,17 @@ def probability_of_improvement(a: Sequence[Sequence[float]], b: Sequence[Sequenc
 
 
 def interquartile_mean(scores: Sequence[Sequence[float]]) -> Estimate:
-    """Mean of the middle half of all scores [data sets][seeds] (Agarwal et al. 2021, section 4.3), in their unit.
+    """Mean of the middle half of all scores [datasets][seeds] (Agarwal et al. 2021, section 4.3), in their unit.
 
-    Interval: Student's t with the standard error of a bootstrap that draws seeds, the same for all data sets. The data sets are fixed.
-    UsageError where a data set lacks a seed.
+    Interval: Student's t with the standard error of a bootstrap that draws seeds, the same for all datasets. The datasets are fixed.
+    UsageError where a dataset lacks a seed.
     """
     values = _rectangle(scores)
     seeds = values.shape[1]
     value = float(trim_mean(values, 0.25, axis=None))
     if seeds == 1:
         return Estimate(value, None, None)
-    drawn = values[:, np.random.default_rng(0).integers(seeds, size=(DRAWS, seeds))]  # [data sets, draws, seeds]
+    drawn = values[:, np.random.default_rng(0).integers(seeds, size=(DRAWS, seeds))]  # [datasets, draws, seeds]
     means = trim_mean(drawn.swapaxes(0, 1).reshape(DRAWS, -1), 0.25, axis=1)
     half = t.ppf(0.5 + CONFIDENCE / 2, seeds - 1) * _unbiased(means, seeds) ** 0.5
     return Estimate(value, float(value - half), float(value + half))
@@ -234,7 +234,7 @@ def interquartile_mean(scores: Sequence[Sequence[float]]) -> Estimate:
 def _rectangle(scores: Sequence[Sequence[float]]) -> Float64[np.ndarray, "k s"]:
     numbers = sorted({len(of) for of in scores})
     if len(numbers) != 1 or numbers == [0]:
-        raise UsageError(f"scores of {numbers} seeds: every data set needs the same seeds, at least one; leave out those that one lacks")
+        raise UsageError(f"scores of {numbers} seeds: every dataset needs the same seeds, at least one; leave out those that one lacks")
     return np.asarray(scores, dtype=np.float64)
 
 

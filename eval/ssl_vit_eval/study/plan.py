@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import AfterValidator, Field
@@ -14,7 +14,8 @@ from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.folders import local_path
 from ssl_vit.errors import UsageError, one_of
 from ssl_vit.model.readout import ReadoutSpec
-from ssl_vit_eval.compare.verdict import Scope, Test
+from ssl_vit_eval.compare.preregistration import Primary
+from ssl_vit_eval.compare.verdict import Level, Margin, Rule, Scope, Test
 from ssl_vit_eval.controls import check_controls
 from ssl_vit_eval.protocols import Protocol, load_protocols
 from ssl_vit_eval.schema import STRICT, checked, unique
@@ -55,23 +56,12 @@ class Study:
     tokens: Annotated[list[_TokenSet], _UNIQUE, Field(description=_TOKEN_SETS)] = field(default_factory=list)
     controls: _Names = field(default_factory=list)
     diagnostics: Annotated[bool, Field(description="true or false")] = False
-    margin: Annotated[float, Field(gt=0, lt=100, description="a number of points between 0 and 100")] = 1.0
-    level: Annotated[float, Field(gt=0, le=0.05, description="a number above 0, at most 0.05")] = 0.05
-    test: Annotated[Test, Field(description=f"one of: {', '.join(get_args(Test))}")] = "sign-flip"
-    family: Annotated[Scope, Field(description=f"one of: {', '.join(get_args(Scope))}")] = "study"
+    margin: Margin = Rule.margin
+    level: Level = Rule.level
+    test: Test = Rule.test
+    family: Scope = Rule.family
     primary: Annotated[dict[str, Any] | None, Field(description="KEY: VALUE pairs in braces")] = None
     slurm: Annotated[dict[str, Any], Field(description="KEY: VALUE pairs in braces")] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Declared:
-    """What `primary` holds: two arms of a recipe, as cells call it, each read as it was trained."""
-
-    __pydantic_config__ = STRICT
-    recipe: str
-    data: str
-    protocol: str
-    compare: Annotated[tuple[str, str], Field(description="two readouts in brackets")]
 
 
 class Start(NamedTuple):
@@ -194,20 +184,17 @@ class Plan:
         where = f"study {self.name}: primary"
         if self.study.primary is None:
             return
-        declared = checked(Declared, self.study.primary, where)
-        arms = [str(ReadoutSpec.parse(spec)) for spec in declared.compare]
+        declared = Primary.read(self.study.primary, where)
         read = {str(ReadoutSpec.parse(spec)) for spec in self.read_with}
         known = {
             "recipe": ({declared.recipe}, {start.name for start in self.starts}),
             "data": ({declared.data}, {row_name(dataset) for dataset in self.data}),
             "protocol": ({declared.protocol}, {rule.name for rule in self.rules}),
-            "compare": (set(arms), read & {cell.readout for cell in self.cells}),
+            "compare": (set(declared.compare), read & {cell.readout for cell in self.cells}),
         }
         for key, (named, there) in known.items():
             if strange := sorted(named - there):
                 raise UsageError(f"{where}.{key} {strange[0]!r} is not in the study; {one_of(strange[0], there)}")
-        if arms[0] == arms[1]:
-            raise UsageError(f"{where}.compare names {arms[0]!r} twice; name two arms")
 
 
 def start_source(start: Start) -> Source:
