@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from ssl_vit.cli import run
+from ssl_vit.methods import METHODS
+from ssl_vit.train.pretrain import LIKELY, recipe_parser
 from ssl_vit.weights.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
@@ -100,6 +102,21 @@ def test_help_starts_with_what_is_changed_most(capsys: pytest.CaptureFixture[str
     first = capsys.readouterr().out.splitlines()[:14]
     for option, value in (("readout", "(gap)"), ("data.source", "(./pictures)"), ("data.batch_size", "(8)"), ("optim.lr", "(0.02)")):
         assert any(line.startswith(f"  --{option} ") and line.endswith(value) for line in first)
+    assert not any(line.endswith(")") for line in first if line.startswith(("  --resume ", "  --accumulate ")))  # the recipe says nothing
+
+
+def test_help_of_a_recipe_that_lacks_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("begun.yaml").write_text("method: mae\nreadout: gap\ntrainer: {max_epochs: 1}\n")
+    assert run(["pretrain", "begun.yaml", "--help"]) == 0
+    printed, error = capsys.readouterr()
+    assert "--readout             what the loss is attached to: cls, gap, register, ... (gap)\n" in printed
+    assert "--data.source SOURCE" in printed  # the whole list
+    assert error == ""
+
+
+def test_what_is_changed_most_are_options() -> None:
+    for method in METHODS.values():
+        assert LIKELY.keys() <= {*recipe_parser(method).get_defaults().keys()}
 
 
 def test_checkpoints_that_are_none() -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import glob
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -46,10 +45,20 @@ CANNOT_HONOUR: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 # what a recipe is likely to change
-LIKELY = (
-    *("readout", "seed", "out", "resume", "data.source", "data.batch_size", "accumulate", "backbone.registers", "optim.lr"),
-    *("trainer.max_epochs", "trainer.devices", "trainer.strategy", "trainer.precision"),
-)
+LIKELY = {
+    "readout": "what the loss is attached to: cls, gap, register, ...",
+    "seed": "of weights, order and views",
+    "out": "the run's folder; default: runs/RECIPE",
+    "resume": "go on in that folder; auto: start where there is no run",
+    "data.source": "images: a local folder, a Hugging Face id or builtin:NAME",
+    "data.batch_size": "images in a step, over all devices",
+    "accumulate": "micro-batches that each device cuts its share into",
+    "backbone.registers": "register tokens",
+    "optim.lr": "the learning rate",
+    "trainer.max_epochs": "how long; or --trainer.max_steps",
+    "trainer.devices": "GPUs of a machine; above 1 with --trainer.strategy ddp",
+    "trainer.precision": "bf16-mixed on recent GPUs",
+}
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy")
 
@@ -80,13 +89,13 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
 
 
 def likely_options(recipe: str) -> str:
-    """The options that are changed most, with what the recipe says: the head of `--help`, whose whole list has hundreds of lines."""
-    parser, config = parse_recipe(recipe, [])
+    """The options that are changed most, with what the recipe says: the head of `--help`, whose whole list has hundreds of lines.
+
+    Of a recipe that lacks something or is wrong as well: only that it is YAML is asked."""
+    said = _flatten(read_yaml(find_asset("recipes", recipe)))
     lines = [f"what is changed most (in parentheses: what {recipe} says):"]
-    meanings = {action.dest: " ".join((action.help or "").split()) for action in parser._actions}
-    for option in LIKELY:
-        first, value = re.split(r"(?<!et al)\. |\.$", meanings[option])[0], config[option]
-        lines.append(f"  --{option:20}{first}" + (f" ({value})" if value is not None else ""))
+    for option, meaning in LIKELY.items():
+        lines.append(f"  --{option:20}{meaning}" + (f" ({said[option]})" if said.get(option) is not None else ""))
     return "\n".join(lines) + "\n"
 
 
