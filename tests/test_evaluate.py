@@ -308,6 +308,7 @@ def test_a_readout_that_diverges_in_a_joint_run_costs_no_other(monkeypatch: pyte
 def test_the_copy_of_the_width_control_is_counted_before_it_is_made(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or the GPU's memory is asked
     width, n, m = 2 * 24, 30, 12
     copied, fitted = 4 * (n + m) * width, 28 * n * width
     for protocol, most in (("logreg", copied + fitted), ("linear-dino", copied)):
