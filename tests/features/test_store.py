@@ -114,6 +114,25 @@ def test_a_full_disk_is_an_error_and_no_file(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fails_at_the_start_leaves_no_file_and_the_next_writing_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = FeatureFile(tmp_path, KEY)
+
+    def fails() -> None:
+        assert len(list(tmp_path.iterdir())) == 1  # what was begun
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ssl_vit_eval.features.store.barrier", fails)
+        with pytest.raises(OSError, match="No space left"), file.writing():
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with file.writing():
+        file.write(0, VALUES)
+    assert file.is_whole()
+
+
 def test_more_files_are_written_at_once_than_can_be_open(tmp_path: Path) -> None:
     files = [FeatureFile(tmp_path, replace(KEY, spec=str(number))) for number in range(40)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -95,8 +95,8 @@ class FeatureFile:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Around the writes of every process; the file gets its name at the end, and is gone if there is no end, or it was abandoned."""
-        self.begin()
         try:
+            self.begin()
             yield
         except BaseException:
             self.abandon()
@@ -108,6 +108,7 @@ class FeatureFile:
         """Make room for the rows; called by every process, as is `finish`."""
         # a name of its own: another evaluation may write the same features at the same time
         self._partial = self.path.with_suffix(f".{gather_objects(uuid4().hex[:12])[0]}.partial")
+        self._abandoned = False
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             for left in self.path.parent.glob(f"{self.key.digest}.*.partial"):
