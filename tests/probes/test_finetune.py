@@ -194,6 +194,19 @@ def test_the_seed_alone_decides_what_is_drawn() -> None:
     assert drawn[0][1] != drawn[2][1]
 
 
+def test_a_run_that_fails_gives_the_generators_back() -> None:
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+
+    def fail() -> None:
+        torch.rand(1), np.random.rand()
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError), finetune._seeded(5):
+        fail()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]  # type: ignore[union-attr]
+
+
 def test_start_of_a_network(backbone: Backbone) -> None:
     torch.nn.init.normal_(backbone.norm.weight)  # type: ignore[arg-type]
     kept, fresh = (Network(backbone, ReadoutSpec.parse("gap"), 2, 0.0, fresh) for fresh in (False, True))

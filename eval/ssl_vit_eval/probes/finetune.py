@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from lightning.pytorch.utilities.seed import isolate_rng
 from timm.data.mixup import Mixup, mixup_target
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
@@ -182,8 +181,13 @@ def set_drop_path(backbone: Backbone, rate: float) -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Weights, drop path and mixup (timm draws it from numpy's global generator) by the seed; the generators' states are given back."""
-    with isolate_rng():
+    """Weights, drop path and mixup (timm draws it from numpy's global generator) by the seed; the generators get their states
+    back, also where memory runs out."""
+    state = np.random.get_state()
+    with torch.random.fork_rng(devices=[device().index] if device().type == "cuda" else []):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
