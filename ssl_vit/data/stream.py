@@ -95,9 +95,13 @@ class WorkerStream(Stream):
             generator=torch.Generator(),  # or it would draw from the run's
         )
         self._made: Iterator[Cropped | Failure] | None = None
+        self._next: int | None = self.consumed  # what the workers give next; None once they are ended
 
     def batch(self, number: int) -> Batch:
-        """UsageError and Failure in one line: of the images, and for a worker that the system ended."""
+        """In order; RuntimeError else. UsageError and Failure in one line: of the images, and for a worker that the system ended."""
+        if number != self._next:
+            raise RuntimeError(f"micro-batch {number} is asked of workers whose next one is {self._next}")
+        self._next += 1
         if self._made is None:
             self._made = iter(self._loader)
         with told_of_lost_workers():
@@ -114,7 +118,7 @@ class WorkerStream(Stream):
 
     def close(self) -> None:
         """End the workers."""
-        self._made = iter(())
+        self._made, self._next = iter(()), None
 
 
 class ImageData(lightning.LightningDataModule):

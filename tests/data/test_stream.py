@@ -130,6 +130,18 @@ def test_the_position_saved_is_the_one_consumed() -> None:
 
 
 @pytest.mark.usefixtures("jpegs")
+def test_workers_are_asked_in_order() -> None:
+    stream = WorkerStream(dataset(), 0, step=2)
+    for number in (0, 3):
+        with pytest.raises(RuntimeError, match=f"micro-batch {number} is asked of workers whose next one is 2"):
+            stream.batch(number)
+    assert same(stream.batch(2), take(WorkerStream(dataset(), 0), 3)[2])
+    stream.close()
+    with pytest.raises(RuntimeError, match="micro-batch 3 is asked of workers whose next one is None"):
+        stream.batch(3)
+
+
+@pytest.mark.usefixtures("jpegs")
 def test_boxes_and_pixels_are_those_of_the_device_path() -> None:
     """No reduction at these sizes: rounding to 8 bits between the directions and at the end is all that differs."""
     crops = MultiCrop(global_size=64, local_size=32, n_local=3)
