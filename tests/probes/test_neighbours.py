@@ -31,6 +31,18 @@ def test_neighbours_are_those_of_scikit_learn(chunk: int, n: int, m: int, k: int
     np.testing.assert_allclose(single.numpy(), 1 - distance, atol=1e-6)
 
 
+def test_one_bar_goes_over_all_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    def progress(parts: list[tuple[int, int]], title: str) -> list[tuple[int, int]]:
+        steps.append(len(parts))
+        return parts
+
+    monkeypatch.setattr("ssl_vit_eval.probes.neighbours.progress", progress)
+    search(torch.randn(512, 16), torch.randn(5000, 16), 5, 2**15)
+    assert steps == [3 * 4]  # panels of 2,048 queries, parts of 128 rows
+
+
 @pytest.mark.parametrize("chunk", [2**24, 2**15, 2**12])
 def test_of_equal_rows_the_earlier_are_nearer(chunk: int) -> None:
     bank = torch.eye(4).repeat(256, 1)

@@ -47,23 +47,25 @@ def neighbours(
     width = max(1, min(n, chunk // height, 2 * chunk // d))
     panel = max(1, chunk // d // height) * height  # queries that meet a part of the bank before the next part is read
     buffer = torch.empty((k + width) * height, dtype=dtype, device=on)
-    for top in range(0, len(queries.rows), panel):
-        Q = queries.read(top, top + panel, on, dtype)
-        similarity = torch.empty(k, len(Q), dtype=dtype, device=on)
-        place = torch.empty(k, len(Q), dtype=torch.int64, device=on)
-        for start in progress(range(0, n, width), "nearest neighbours, parts of the bank"):
-            B = bank.read(start, start + width, on, dtype)
-            known = min(k, start)  # neighbours that the parts before have given: they stand above this part's rows, and compete
-            best = min(k, start + len(B))
-            for first in range(0, len(Q), height):
-                q = slice(first, min(first + height, len(Q)))
-                block = buffer[: (known + len(B)) * (q.stop - first)].view(known + len(B), -1)
-                block[:known] = similarity[:known, q]
-                torch.mm(B, Q[q].T, out=block[known:])
-                similarity[:best, q], rows = _largest(block, best)
-                new = rows + (start - known)
-                place[:best, q] = torch.where(rows < known, place[:, q].gather(0, rows.clamp(max=k - 1)), new) if known else new
-        yield similarity.T, place.T
+    parts = [(top, start) for top in range(0, len(queries.rows), panel) for start in range(0, n, width)]
+    for top, start in progress(parts, "nearest neighbours, parts of queries and bank"):
+        if start == 0:
+            Q = queries.read(top, top + panel, on, dtype)
+            similarity = torch.empty(k, len(Q), dtype=dtype, device=on)
+            place = torch.empty(k, len(Q), dtype=torch.int64, device=on)
+        B = bank.read(start, start + width, on, dtype)
+        known = min(k, start)  # neighbours that the parts before have given: they stand above this part's rows, and compete
+        best = min(k, start + len(B))
+        for first in range(0, len(Q), height):
+            q = slice(first, min(first + height, len(Q)))
+            block = buffer[: (known + len(B)) * (q.stop - first)].view(known + len(B), -1)
+            block[:known] = similarity[:known, q]
+            torch.mm(B, Q[q].T, out=block[known:])
+            similarity[:best, q], rows = _largest(block, best)
+            new = rows + (start - known)
+            place[:best, q] = torch.where(rows < known, place[:, q].gather(0, rows.clamp(max=k - 1)), new) if known else new
+        if start + width >= n:
+            yield similarity.T, place.T
 
 
 def _largest(x: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "k m"], Int64[Tensor, "k m"]]:
