@@ -125,7 +125,7 @@ def test_what_students_t_needs_is_not_what_the_sign_flip_test_needs() -> None:
         for of in (one, two)
     ]
     assert said[0].endswith("says nothing about the readouts; Student's t needs 3 seeds or more")
-    assert said[1].endswith("; no difference is resolvable by Student's t: 2 seeds are too few for 1000 comparisons")
+    assert said[1].endswith("; no difference is resolvable by Student's t: 2 seeds are too few for 1,000 comparisons")
     weights = words(replace(one, outcome="undecided"), comparisons=1, question="read with", unit="images")
     assert weights.endswith("no difference is resolvable by Student's t: the replicates are too few for 1 comparison")
 

@@ -24,7 +24,7 @@ from ssl_vit_eval.report.run_tables import frame_of_rows, selections
 from ssl_vit_eval.report.score_tables import GAIN, LOSS
 from ssl_vit_eval.report.table import csv as csv_of
 from ssl_vit_eval.report.terminal import compare, screen
-from ssl_vit_eval.report.text import rule_text
+from ssl_vit_eval.report.text import count, rule_text
 from ssl_vit_eval.report.write import chapters_of, write_report
 from ssl_vit_eval.rows import RowStore
 from tests.planted import PRIMARY, plant, plant_arm, plant_random, words
@@ -176,6 +176,11 @@ def test_two_sentences_say_what_was_compared_and_what_came_out(study: tuple[Path
     assert "5 of the undecided could not be decided with so few seeds" in header
     assert "Train 8 seeds of each arm, or 6 and declare one primary comparison before the training; see whether" in header
     assert "Better: cls over gap (dino (toy), builtin:photos, knn)." in header
+
+
+def test_counts_are_written_in_full() -> None:
+    said = [count(1, "seed"), count(0, "seed"), count(1_234_567, "image"), count(1.0, "point"), count(1.5, "point")]
+    assert said == ["1 seed", "0 seeds", "1,234,567 images", "1 point", "1.5 points"]
 
 
 def test_every_score_is_in_the_long_table(study: tuple[Path, Comparison]) -> None:

@@ -82,8 +82,9 @@ def p_text(p: float, rule: Rule) -> str:
 
 
 def count(number: float | int, what: str) -> str:
-    """`1 seed`, `2 seeds`."""
-    return f"{number:g} {what}{'' if number == 1 else 's'}"
+    """`1 seed`, `2 seeds`, `2,000,000 seeds`."""
+    text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{text} {what}{'' if number == 1 else 's'}"
 
 
 def points_text(points: float | int) -> str:
