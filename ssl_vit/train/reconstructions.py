@@ -1,4 +1,4 @@
-"""What a masked autoencoder makes of masked images, as a picture."""
+"""What a masked autoencoder makes of masked images, as a figure."""
 
 from pathlib import Path
 from typing import Any
