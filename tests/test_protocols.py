@@ -9,10 +9,10 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from ssl_vit.assets import find_asset, list_assets
 from ssl_vit.errors import UsageError
+from ssl_vit_eval.metrics import accuracies
 from ssl_vit_eval.probes.logreg import select_and_fit
 from ssl_vit_eval.probes.selection import Found, choose, points, stratified_slice
 from ssl_vit_eval.protocols import KINDS, PRESET, Protocol, load_protocol, load_protocols
-from ssl_vit_eval.results import accuracies
 
 KNN = """\
 version: 2

@@ -15,7 +15,7 @@ ROOMS = {
         *("study", "report", "compare"),
         *("evaluate", "evaluation", "results", "tracking", "diagnostics", "protocols", "probes", "features"),
         *("suites", "splits", "lazy_images", "stats", "sources", "controls"),
-        *("rows", "memory", "distributed", "schema"),
+        *("metrics", "rows", "memory", "distributed", "schema"),
     ),
 }
 MODULES = [

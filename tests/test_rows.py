@@ -65,12 +65,23 @@ def test_rows_and_predictions_come_back(tmp_path: Path) -> None:
     )
 
 
+def test_a_metric_declared_later_is_added_to_the_rows_of_the_data(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    store.append([row()], PREDICTIONS, LABELS)
+    store.append([row(data="other")], PREDICTIONS, LABELS)
+    known = store.known()
+    for _ in range(2):  # the second time there is nothing to add
+        store.declare(row().data, "top1_macro")
+    assert [(one.data, one.dataset_metric) for one in store.rows()] == [(row().data, "top1_macro"), ("other", None)]
+    assert len(store.measured()) == 3
+    assert store.known() == known
+
+
 def test_what_is_there_is_known(tmp_path: Path) -> None:
     store = RowStore(tmp_path)
     assert store.known() == set()
     (written,) = store.append([row()], PREDICTIONS, LABELS)
     assert store.known() == {(row(value=0.1, seconds=9.0).key, "top1")}
-    assert store.known("top1_macro") == set()  # declared since then
     for name in ("checkpoint", "data", "transform", "protocol", "protocol_hash", "read_with", "control"):
         assert row(**{name: "other"}).key != row().key
     assert row(protocol_version=2).key != row().key

@@ -19,10 +19,11 @@ from ssl_vit_eval.distributed import agreed, gather_objects, in_memory, rank, wo
 from ssl_vit_eval.features.extract import Reading
 from ssl_vit_eval.features.tokens import open_tokens
 from ssl_vit_eval.memory import place_for
+from ssl_vit_eval.metrics import METRICS
 from ssl_vit_eval.probes.selection import Diverged, Found
 from ssl_vit_eval.protocols import KINDS, Protocol
 from ssl_vit_eval.results import make_rows, sentence
-from ssl_vit_eval.rows import METRICS, Key, RowStore
+from ssl_vit_eval.rows import Key, RowStore
 from ssl_vit_eval.sources import Source, on_device
 from ssl_vit_eval.splits import Split
 from ssl_vit_eval.suites import Dataset
@@ -116,7 +117,9 @@ class Evaluation:
             specs = {rule.name: blocks if rule.kind == "knn" and self.plain else specs[rule.name] for rule in referee.rules}
             if not self.plain:
                 referee.say(f"{self.name}: diagnostics need a readout without parameters; none was asked for")
-        known = gather_objects(referee.store.known(images.test.metric) if rank() == 0 else set())[0] | images.planned
+        known = gather_objects(referee.store.known() if rank() == 0 else set())[0] | images.planned
+        if known and images.test.metric and rank() == 0:
+            referee.store.declare(images.data, images.test.metric)
         tasks = [task for rule in referee.rules for task in self.missing(rule, specs[rule.name], known)]
         if not tasks:
             referee.say(f"{self.name}: done before")

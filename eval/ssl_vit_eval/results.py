@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
 from ssl_vit.provenance import git_revision
+from ssl_vit_eval.metrics import METRICS, accuracies
 from ssl_vit_eval.probes.selection import Found
-from ssl_vit_eval.rows import METRICS, Key, Row
+from ssl_vit_eval.rows import Key, Row
 from ssl_vit_eval.sources import PIXELS, Source
 from ssl_vit_eval.splits import Split
 from ssl_vit_eval.stats.seeds import accuracy_interval
@@ -48,11 +47,3 @@ def sentence(row: Row) -> str:
     if row.edge_of_grid:
         text += "  warning: the selected value is on the edge of its grid, a better one may lie beyond"
     return text
-
-
-def accuracies(predictions: Int64[Tensor, " m"], labels: Int64[Tensor, " m"]) -> tuple[float, float]:
-    """Micro and macro top-1 accuracy, fractions. Macro is the mean over the classes that have test images."""
-    right = (predictions == labels).double()
-    _, place, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    of_class = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, place, right) / counts
-    return right.mean().item(), of_class.mean().item()

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from ssl_vit.errors import Failure, UsageError, reason
 from ssl_vit.files import locked, write_atomically
 from ssl_vit_eval.schema import STRICT, checked
 
-METRICS = ("top1", "top1_macro")  # accuracy over images, and the mean over classes
 FORMAT = 1  # of a line; one with a higher number was written by a later version
 REMOVE = "remove this line and the other one of its evaluation, which belong together"
 
@@ -104,7 +104,6 @@ class Setting(NamedTuple):
     version: int
     parameters: str  # hash
     control: str
-    metric: str | None = None  # declared for the dataset
 
     @property
     def rule(self) -> str:
@@ -113,9 +112,7 @@ class Setting(NamedTuple):
 
     @classmethod
     def of(cls, row: Row) -> "Setting":
-        return cls(
-            row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.protocol_hash, row.control, row.dataset_metric
-        )
+        return cls(row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.protocol_hash, row.control)
 
 
 class RowStore:
@@ -143,17 +140,16 @@ class RowStore:
         draws = predictions.reshape(len(labels), -1).T.tolist()
         columns = {"image": range(len(labels)), "label": labels.tolist()}
         columns |= {f"prediction{number or ''}": answers for number, answers in enumerate(draws)}
-        lines = [json.dumps({"format": FORMAT, "id": row.id, **asdict(row)}, allow_nan=False) + "\n" for row in rows]
-        with locked(self.folder / "rows.lock"):  # not the rows themselves: over NFS, closing a file that is read gives its locks back
+        with self._locked():
             table = pa.table({column: pa.array(values, pa.int64()) for column, values in columns.items()})
             write_atomically(path, lambda file: pq.write_table(table, file))
-            text, cut = self._read()
-            with open(self.file, "ab") as file:
-                file.truncate(len(text) - len(cut))
-                file.write("".join(lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
+            self._add(rows)
         return rows
+
+    def declare(self, data: str, metric: str) -> None:
+        """Repeat the rows on this data that do not say yet that its suite declares this metric: nothing has to be measured again for it."""
+        with self._locked():
+            self._add([replace(row, dataset_metric=metric) for row in self.rows() if row.data == data and row.dataset_metric != metric])
 
     def rows(self) -> list[Row]:
         """Every row, the last of those with the same id; Failure for a line that is not a row of a known format."""
@@ -169,10 +165,9 @@ class RowStore:
         """A sentence about a last line that a kill has cut; empty where there is none."""
         return f"{self.file}: the last line was cut short and is ignored; evaluate again to have it back" if self._read()[1] else ""
 
-    def known(self, dataset_metric: str | None = None) -> set[tuple[Key, str]]:
-        """The evaluations and metrics that are there with their predictions, of datasets for which this metric is declared."""
-        rows = (row for row in self.rows() if row.dataset_metric == dataset_metric)
-        return {(row.key, row.metric) for row in rows if (self.folder / row.predictions).is_file()}
+    def known(self) -> set[tuple[Key, str]]:
+        """The evaluations and metrics that are there, with their predictions."""
+        return {(row.key, row.metric) for row in self.rows() if (self.folder / row.predictions).is_file()}
 
     def predictions(self, row: Row) -> tuple[Int64[Tensor, "n draws"], Int64[Tensor, " n"]]:
         """Predicted (a column a draw) and true classes of the test images, in their order; Failure where the file is gone or corrupt."""
@@ -185,6 +180,19 @@ class RowStore:
             why = reason(error) if path.exists() else "there is no such file"
             raise Failure(f"cannot read the predictions {path}: {why}; remove the row or evaluate again") from error
         return torch.stack(draws, dim=1), label
+
+    def _locked(self) -> AbstractContextManager[bool]:
+        """Not on the rows themselves: over NFS, closing a file that is read gives its locks back."""
+        return locked(self.folder / "rows.lock")
+
+    def _add(self, rows: Sequence[Row]) -> None:
+        lines = [json.dumps({"format": FORMAT, "id": row.id, **asdict(row)}, allow_nan=False) + "\n" for row in rows]
+        text, cut = self._read()
+        with open(self.file, "ab") as file:
+            file.truncate(len(text) - len(cut))
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def _read(self) -> tuple[bytes, bytes]:
         """The file's bytes, and the end of them that follows the last complete line."""

@@ -11,7 +11,7 @@ from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.sources import check_source
 from ssl_vit_eval.distributed import rank
 from ssl_vit_eval.lazy_images import CROP, EvalTransform
-from ssl_vit_eval.rows import METRICS
+from ssl_vit_eval.metrics import METRICS
 from ssl_vit_eval.schema import STRICT, checked
 from ssl_vit_eval.splits import Split, load_train_test
 

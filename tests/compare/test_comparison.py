@@ -13,7 +13,7 @@ from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Cell, Gain, build
 from ssl_vit_eval.compare.runs import find_runs, recipe_name
-from ssl_vit_eval.compare.scores import metric_of
+from ssl_vit_eval.metrics import metric_of
 from ssl_vit_eval.report.score_tables import differences, gain_text, score_text, scores, trained_tables, under_text
 from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.text import signed
@@ -236,6 +236,20 @@ def test_the_metric_is_known_by_whole_words_of_the_name_unless_it_is_declared(st
     assert judged_by(*others) == {"top1"}
     assert judged_by(*others, dataset_metric="top1_macro") == {"top1_macro"}
     assert judged_by(*by_class, dataset_metric="top1") == {"top1"}
+
+
+def test_one_declaration_goes_for_all_rows_of_a_dataset(store: RowStore) -> None:
+    plant(store, answers(0.75))
+    plant(store, answers(0.5), read_with="gap", dataset_metric="top1_macro")
+    comparison = build([store.folder])
+    (table,) = comparison.tables
+    assert (table.metric, len(table.cells)) == ("top1_macro", 2)
+    assert {family.metric for family in comparison.families} == {"top1_macro"}
+    assert not any("declared" in note for note in comparison.notes)
+    plant(store, answers(0.75), read_with="register", dataset_metric="top1")
+    comparison = build([store.folder])
+    assert [table.metric for table in comparison.tables] == ["top1"]
+    assert "builtin:photos: the metrics top1_macro and top1 are declared for it; top1 counts, the last" in comparison.notes
 
 
 def test_a_data_set_is_judged_by_its_own_metric(store: RowStore) -> None:

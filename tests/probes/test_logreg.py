@@ -231,7 +231,7 @@ def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_answers() -> None:
     X, y = features(500)
-    host, device = (fit_path(X.to(where), y.to(where), [0.01, 1.0], 1000, 1e-5)[1] for where in ("cpu", "cuda"))
+    host, device = (fit_path(X.to(where), y.to(where), [0.01, 1000.0], 1000, 1e-5)[1] for where in ("cpu", "cuda"))
     torch.testing.assert_close(device.coef_.cpu(), host.coef_, atol=1e-3, rtol=0)
     found = select_and_fit(X.cuda(), y.cuda(), X.cuda(), y.cuda(), [0.01, 1.0], [stratified_slice(y)])
     assert found.predictions.tolist() == select_and_fit(X, y, X, y, [0.01, 1.0], [stratified_slice(y)]).predictions.tolist()

@@ -13,14 +13,15 @@ from statistics import fmean, stdev
 
 from ssl_vit.errors import Failure
 from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit_eval.compare.answers import Answers, with_metrics
 from ssl_vit_eval.compare.arms import Arm, Weights, arms_and_notes, ordered, weights_of
 from ssl_vit_eval.compare.differences import families_of
 from ssl_vit_eval.compare.preregistration import find_declared
 from ssl_vit_eval.compare.questions import ask, cells_of, null_controls
 from ssl_vit_eval.compare.runs import Run, find_runs
-from ssl_vit_eval.compare.scores import MACRO, TOP1, Answers, metric_of
 from ssl_vit_eval.compare.verdict import Family, Rule, Side
 from ssl_vit_eval.compare.warnings import missing, repeated, revisions
+from ssl_vit_eval.metrics import MACRO, TOP1, metric_of
 from ssl_vit_eval.rows import Key, Row, Setting, find_rows
 from ssl_vit_eval.sources import PIXELS
 from ssl_vit_eval.stats.seeds import Crossed, crossed_interval
@@ -132,7 +133,7 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
     UsageError for folders without rows and for a study file that is wrong, Failure where predictions cannot be read or paired, for a row
     whose value is not that of its predictions, and for an evaluation that lacks one of its lines.
     """
-    measured = find_rows(folders)
+    measured, declarations = with_metrics(find_rows(folders))
     found = list({row.id: (row, store) for row, store in measured}.values())
     answers = Answers(found)
     rows = [answers.checked(row) for row, _ in found]
@@ -146,7 +147,7 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
     families = null_controls(runs)
     asked = ask(cells, {arms[weights_of(row)][:2] for row in rows if row.family in families}, declared.primary)
     cut = [line for store in {store.file: store for _, store in measured}.values() if (line := store.cut_line())]
-    notes = [*cut, *repeated(measured), *clashes, *_notes(tables), *missing(cells)]
+    notes = [*cut, *repeated(measured), *declarations, *clashes, *_notes(tables), *missing(cells)]
     return Comparison(
         tables,
         sections=list(dict.fromkeys(arm[:2] for arm in trained)),

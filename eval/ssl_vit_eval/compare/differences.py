@@ -5,9 +5,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ssl_vit_eval.compare.answers import Answers
 from ssl_vit_eval.compare.questions import Group, Pair
-from ssl_vit_eval.compare.scores import MACRO, Answers, metric_of
 from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule, Unit, outcome_of
+from ssl_vit_eval.metrics import MACRO, metric_of
 from ssl_vit_eval.stats.images import holm, paired_p, resolvable_images, sign_flip
 from ssl_vit_eval.stats.seeds import crossed_interval, means_of_seeds, resolvable_seeds, resolvable_t, sign_flip_within, t_test
 

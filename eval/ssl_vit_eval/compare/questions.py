@@ -17,8 +17,8 @@ from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.arms import Arm, Weights, ordered, weights_of
 from ssl_vit_eval.compare.preregistration import Primary
 from ssl_vit_eval.compare.runs import Run
-from ssl_vit_eval.compare.scores import metric_of
 from ssl_vit_eval.compare.verdict import Question, Side
+from ssl_vit_eval.metrics import metric_of
 from ssl_vit_eval.rows import Row, Setting
 from ssl_vit_eval.sources import PIXELS
 

@@ -6,7 +6,8 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from pydantic import Field
 
 from ssl_vit_eval.compare.arms import Arm
-from ssl_vit_eval.rows import METRICS, Setting
+from ssl_vit_eval.metrics import METRICS
+from ssl_vit_eval.rows import Setting
 from ssl_vit_eval.schema import STRICT
 
 Question = Literal["trained with", "self-consistency", "read with", "norm", "null control"]

@@ -8,7 +8,7 @@ import torch
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.questions import Cells, Group, Section
-from ssl_vit_eval.compare.scores import metric_of
+from ssl_vit_eval.metrics import metric_of
 from ssl_vit_eval.rows import Key, Row, RowStore, Setting
 
 

@@ -36,7 +36,7 @@ class LinearProbe(Probe):
         max_iter: the most L-BFGS iterations; `converged_` is False when they did not suffice.
         tol: the fit ends when the gradient's norm is at most this share of the penalty's part in it (both scaled). At the minimum
             that part balances the data's, so that the share means the same for every C: at 1e-3, about 1 of 1000 answers differs from
-            those of the exact minimum.
+            those of the exact minimum. It also ends where the loss falls by less than float64 shows, which comes first where C is large.
 
     After `fit`: `coef_ [c d]` and `intercept_ [c]`, for standardised features; `mean_` and `scale_ [d]`, `classes_ [c]`, `n_iter_`,
     `converged_`.
@@ -120,7 +120,7 @@ def _minimum(
 
     while not converged and n_iter < max_iter and stalled < 2:
         small = W.numel() <= _WHOLE
-        scaling = Scaling(Z, W, penalty, whole=small and n_iter >= patience)
+        scaling = Scaling(Z, W, penalty, whole=small and (n_iter >= patience or stalled > 0))
 
         def objective(flat: np.ndarray, scaling: Scaling = scaling) -> tuple[float, np.ndarray]:
             nonlocal converged
@@ -239,8 +239,8 @@ def run(
 
 
 def memory(n: int, d: int) -> int:
-    """Bytes that a fit on n rows of d features takes: the rows themselves, and three times in float64."""
-    return (3 * 8 + 4) * n * d
+    """Bytes that a fit on n rows of d features takes: the rows themselves, three times in float64, and the whole Hessian."""
+    return (3 * 8 + 4) * n * d + 4 * 8 * _WHOLE**2
 
 
 def select_and_fit(

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from math import isinf
 
 from ssl_vit_eval.compare.comparison import Comparison
-from ssl_vit_eval.compare.scores import TOP1
 from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule
 from ssl_vit_eval.compare.warnings import listed
+from ssl_vit_eval.metrics import TOP1
 from ssl_vit_eval.report.page import Block, Bullets, Figures, Heading, Listing, Text, template
 from ssl_vit_eval.report.plot_differences import paired_seeds
 from ssl_vit_eval.report.run_tables import frame_of_rows, selection_warnings

@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ssl_vit_eval.compare.arms import Arm, ordered
 from ssl_vit_eval.compare.diagnostic_files import Diagnosis, Place, by_arm, label
-from ssl_vit_eval.compare.scores import metric_of
 from ssl_vit_eval.diagnostics.measure import at_each_block
+from ssl_vit_eval.metrics import metric_of
 from ssl_vit_eval.report.diagnostic_tables import attention
 from ssl_vit_eval.report.plotting import SOFT, Look, Plot, curve, draw_panels, looks, name_of
 from ssl_vit_eval.report.text import METRIC_NAMES, NOTES

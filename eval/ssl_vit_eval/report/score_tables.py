@@ -13,8 +13,8 @@ from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.across_datasets import Ranking
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Cell, Comparison, Gain, Table
-from ssl_vit_eval.compare.scores import MACRO
 from ssl_vit_eval.compare.verdict import Family, Rule
+from ssl_vit_eval.metrics import MACRO
 from ssl_vit_eval.report.page import Listing, template
 from ssl_vit_eval.report.table import MISSING, Form, Forms, Sheet, frame_of, slug
 from ssl_vit_eval.report.text import METRIC_NAMES, NOTES, p_text, ranking_basis, ranking_title, side_name, signed

@@ -12,8 +12,8 @@ import pandas as pd
 from ssl_vit.errors import UsageError
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Comparison, build
-from ssl_vit_eval.compare.scores import MACRO
 from ssl_vit_eval.compare.verdict import Outcome
+from ssl_vit_eval.metrics import MACRO
 from ssl_vit_eval.report import first_page, page
 from ssl_vit_eval.report.first_page import about, chip, families_of
 from ssl_vit_eval.report.score_tables import FLOOR, at_last, pixels_of, scores

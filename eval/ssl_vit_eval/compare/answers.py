@@ -1,6 +1,5 @@
-"""The accuracy that a dataset is judged by, and the answers that it is computed from."""
+"""The answers that accuracies and their differences are computed from."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,22 +9,29 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure
-from ssl_vit_eval.results import accuracies
-from ssl_vit_eval.rows import METRICS, Key, Row, RowStore
+from ssl_vit_eval.metrics import MACRO, METRICS, accuracies
+from ssl_vit_eval.rows import Key, Row, RowStore
 from ssl_vit_eval.stats.seeds import accuracy_interval
 
-TOP1, MACRO = METRICS
-# Kornblith et al. 2019, "Do better ImageNet models transfer better?"; by the words that they are called by
-_BY_CLASS = [{"pets"}, {"iiit", "pet"}, {"oxfordiiitpet"}, {"flowers"}, {"aircraft"}, {"fgvcaircraft"}, {"caltech"}]
-_WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # `OxfordIIITPet`, `oxford_flowers102`, `FGVC-Aircraft`
 _KEPT = 512  # evaluations in memory: more than one setting has, whose cells are all paired with each other
 
 
-def metric_of(row: Row) -> str:
-    """What a row's dataset is judged by: what its suite declares, else the mean over classes for Pets, Flowers, Aircraft and Caltech, whose
-    classes differ in size, by whole words of its name; else top-1. Gains, differences and their tests are of this."""
-    words = {word.lower() for word in _WORD.findall(row.dataset)}
-    return row.dataset_metric or (MACRO if any(known <= words for known in _BY_CLASS) else TOP1)
+def with_metrics(found: Sequence[tuple[Row, RowStore]]) -> tuple[list[tuple[Row, RowStore]], list[str]]:
+    """The rows, all those of a dataset with the metric that any of them declares for it; and where several are declared, of which the last
+    counts, a sentence."""
+    declared: dict[tuple[str, str], dict[str, None]] = {}
+    for row, _ in found:
+        if metric := row.dataset_metric:
+            of = declared.setdefault((row.dataset, row.data), {})
+            of.pop(metric, None)
+            of[metric] = None
+    last = {dataset: list(metrics)[-1] for dataset, metrics in declared.items()}
+    notes = [
+        f"{dataset}: the metrics {' and '.join(metrics)} are declared for it; {last[dataset, data]} counts, the last"
+        for (dataset, data), metrics in declared.items()
+        if len(metrics) > 1
+    ]
+    return [(replace(row, dataset_metric=last.get((row.dataset, row.data))), store) for row, store in found], notes
 
 
 class Answers:
