@@ -17,6 +17,7 @@ from ssl_vit.model.readout import available, readout
 from ssl_vit_eval import evaluation, lazy_images, memory
 from ssl_vit_eval.features.extract import Reading, read_all
 from ssl_vit_eval.features.tokens import TokenReader
+from ssl_vit_eval.probes import logreg
 from ssl_vit_eval.probes.knn import KNNProbe
 from ssl_vit_eval.probes.selection import Diverged
 from ssl_vit_eval.protocols import KINDS
@@ -177,11 +178,11 @@ def test_memory_that_runs_out_costs_the_run_that_asked_for_it(monkeypatch: pytes
 
 
 def test_what_memory_is_too_small_for_is_refused_before_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 30 * 24 * 28 - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: logreg.memory(30, 24) - 1)
     assert run([*EVAL, "--protocols", "logreg"]) == 1
-    assert "logreg of cls works on 0.0 GiB" in errors(capsys)[0]
+    assert "logreg of cls works on 0.5 GiB" in errors(capsys)[0]
     assert not Path("out").exists()
-    monkeypatch.setattr(memory, "available_memory", lambda: 30 * 24 * 28)
+    monkeypatch.setattr(memory, "available_memory", lambda: logreg.memory(30, 24))
     assert run([*EVAL, "--protocols", "logreg"]) == 0
 
 
@@ -310,7 +311,7 @@ def test_the_copy_of_the_width_control_is_counted_before_it_is_made(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or the GPU's memory is asked
     width, n, m = 2 * 24, 30, 12
-    copied, fitted = 4 * (n + m) * width, 28 * n * width
+    copied, fitted = 4 * (n + m) * width, logreg.memory(n, width)
     for protocol, most in (("logreg", copied + fitted), ("linear-dino", copied)):
         for free in (most, most - 1):
             monkeypatch.setattr("ssl_vit_eval.memory.available_memory", lambda free=free: free)

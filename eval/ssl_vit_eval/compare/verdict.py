@@ -16,7 +16,7 @@ Unit = Literal["seeds", "images"]
 
 _TESTS = Literal["sign-flip", "t"]
 _SCOPES = Literal["study", "setting"]
-Margin = Annotated[float, Field(gt=0, lt=100, description="a number of points between 0 and 100")]
+Margin = Annotated[float, Field(gt=0, lt=100, description="a number of points above 0 and below 100")]
 Level = Annotated[float, Field(gt=0, le=0.05, description="a number above 0, at most 0.05, the level of the intervals")]
 Test = Annotated[_TESTS, Field(description=f"one of: {', '.join(get_args(_TESTS))}")]
 Scope = Annotated[_SCOPES, Field(description=f"one of: {', '.join(get_args(_SCOPES))}")]
