@@ -147,7 +147,7 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--suite", metavar="S", help="a list of data: a name or a YAML file")
     parser.add_argument("--protocols", nargs="+", default=["knn", "logreg"], metavar="P", help="names or YAML files (default: knn logreg)")
     parser.add_argument("--readouts", nargs="+", metavar="R", help="specs, or 'trained' (default: every single one that the source has)")
-    parser.add_argument("--controls", nargs="+", default=[], metavar="C", help="shuffled (labels), width (wide readouts projected)")
+    parser.add_argument("--controls", nargs="+", default=[], metavar="C", help="shuffled (labels), width (A+B, half of other images)")
     parser.add_argument("--diagnostics", action="store_true", help="spectra, attention, norms and maps too, and accuracy by block")
     parser.add_argument("--image-size", type=int, metavar="PX", help="another side than the source's own; positions are interpolated")
     parser.add_argument("--out", default="runs/eval", metavar="DIR", help="default: runs/eval")

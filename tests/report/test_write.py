@@ -127,6 +127,17 @@ def differences(comparison: Comparison, question: str) -> list[Difference]:
     return [of for family in comparison.families if family.question == question for of in family.differences]
 
 
+def test_a_pipe_that_is_closed_early_does_not_cost_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> str:
+        raise BrokenPipeError
+
+    plant(RowStore(tmp_path), [1, 0, 1, 1])
+    monkeypatch.setattr("ssl_vit_eval.report.terminal.screen", closed)
+    with pytest.raises(BrokenPipeError):
+        compare([tmp_path], tmp_path / "report")
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
 def test_the_grids_show_the_numbers_of_the_terminal(study: tuple[Path, Comparison]) -> None:
     out, comparison = study
     page, text = Page(out / "report.html"), screen(comparison)

@@ -48,10 +48,10 @@ def compare(
     page.check_out(folder)
     comparison = build(folders, margin, family)
     chapters = chapters_of(comparison, folders)
+    path = write_report(comparison, chapters, folder)  # before anything is printed, which `head` or `less` may not take
     if verbose:
         print(page.text(first_page.lead(comparison), chapters))
     print(screen(comparison))
-    path = write_report(comparison, chapters, folder)
     print(f"report: {path}")
     if wandb is not None:
         print(f"W&B Report: {write_wandb_report(comparison, wandb, group, [scores(comparison)])}")
