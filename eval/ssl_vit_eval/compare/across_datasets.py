@@ -32,10 +32,10 @@ class Ranking:
 
     scores: as fractions, of each arm [datasets][seeds]. ranks: of each arm on each dataset, by its mean over seeds; 1 is the best, equal
     means share the mean of their ranks. floors: of each dataset, the accuracy of the random-initialised backbone, mean over the arms'
-    readouts, or of chance (one over the number of classes) where not all of them have one below 100 %. iqm: interquartile mean, over data
-    sets and seeds, of each arm's normalised scores, which are 0 at the floor and 1 where all is right: else it would be that of the data
-    sets of middling difficulty. improvement: the probability that a run of the first beats one of the second on a dataset, mean over data
-    sets (Agarwal et al. 2021, section 4.3, which normalises likewise).
+    readouts, or of chance (one over the number of classes) where not all of them have one below 100 %. iqm: interquartile mean, over
+    datasets and seeds, of each arm's normalised scores, which are 0 at the floor and 1 where all is right: else it would be that of the
+    datasets of middling difficulty. improvement: the probability that a run of the first beats one of the second on a dataset, mean over
+    datasets (Agarwal et al. 2021, section 4.3, which normalises likewise).
     """
 
     method: str

@@ -19,19 +19,16 @@ _KEPT = 512  # evaluations in memory: more than one setting has, whose cells are
 def with_metrics(found: Sequence[tuple[Row, RowStore]]) -> tuple[list[tuple[Row, RowStore]], list[str]]:
     """The rows, all those of a dataset with the metric that any of them declares for it; and where several are declared, of which the last
     counts, a sentence."""
-    declared: dict[tuple[str, str], dict[str, None]] = {}
+    declared: dict[tuple[str, str], list[str]] = {}
     for row, _ in found:
-        if metric := row.dataset_metric:
-            of = declared.setdefault((row.dataset, row.data), {})
-            of.pop(metric, None)
-            of[metric] = None
-    last = {dataset: list(metrics)[-1] for dataset, metrics in declared.items()}
+        if row.dataset_metric:
+            declared.setdefault((row.dataset, row.data), []).append(row.dataset_metric)
     notes = [
-        f"{dataset}: the metrics {' and '.join(metrics)} are declared for it; {last[dataset, data]} counts, the last"
-        for (dataset, data), metrics in declared.items()
-        if len(metrics) > 1
+        f"{dataset}: the metrics {' and '.join(dict.fromkeys(metrics))} are declared for it; {metrics[-1]} counts, the last"
+        for (dataset, _), metrics in declared.items()
+        if len(set(metrics)) > 1
     ]
-    return [(replace(row, dataset_metric=last.get((row.dataset, row.data))), store) for row, store in found], notes
+    return [(replace(row, dataset_metric=declared.get((row.dataset, row.data), [None])[-1]), store) for row, store in found], notes
 
 
 class Answers:

@@ -78,9 +78,9 @@ def find_declared(folders: Sequence[str | Path], margin: float | None = None, fa
         for file, found in rules.items():
             if key in asked and found[key] != value:
                 raise UsageError(f"{file} declared the {key} {found[key]} before the training, so --{key} {value} comes too late")
-        different = {found[key] for found in rules.values()}
-        rule[key] = different.pop() if len(different) == 1 else value
-        if different:
+        declared = {found[key] for found in rules.values()}
+        rule[key] = next(iter(declared)) if len(declared) == 1 else value
+        if len(declared) > 1:
             said = ", ".join(f"{file.parent.name} {found[key]}" for file, found in rules.items())
             notes.append(f"the studies declare different values of {key} ({said}): {value} is taken")
     primaries = {

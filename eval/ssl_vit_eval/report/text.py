@@ -34,15 +34,11 @@ def ranking_title(of: Ranking) -> str:
 
 def ranking_basis(of: Ranking) -> str:
     """What the ranking rests on, and what it leaves out, in sentences."""
-    if not of.datasets:
-        return ". ".join(["Nothing to rank: no two datasets have every seed of every arm", *of.left_out]) + "."
-    few = f": fewer than {FEW}, so this describes these datasets and says nothing about others" if len(of.datasets) < FEW else ""
-    return (
-        ". ".join(
-            [f"{count(len(of.seeds), 'seed')} of each arm on {len(of.datasets)} datasets ({', '.join(of.datasets)}){few}", *of.left_out]
-        )
-        + "."
-    )
+    first = "Nothing to rank: no two datasets have every seed of every arm"
+    if of.datasets:
+        few = f": fewer than {FEW}, so this describes these datasets and says nothing about others" if len(of.datasets) < FEW else ""
+        first = f"{count(len(of.seeds), 'seed')} of each arm on {len(of.datasets)} datasets ({', '.join(of.datasets)}){few}"
+    return ". ".join([first, *of.left_out]) + "."
 
 
 def signed(points: float, digits: int = 1) -> str:
