@@ -238,5 +238,6 @@ def test_files_of_older_code_are_measured_again(backbone: Backbone, tmp_path: Pa
 def test_a_gpu_gives_the_same_numbers(backbone: Backbone, tmp_path: Path) -> None:
     images = ImageStore.stacked(torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8))
     result = diagnose(source_of(backbone), images, ["cls"], tmp_path)
-    X = source_of(backbone.cpu()).features(images.batch(torch.arange(12))[0], ["cls"])["cls"]
+    with torch.no_grad():
+        X = source_of(backbone.cpu()).features(images.batch(torch.arange(12))[0], ["cls"])["cls"]
     assert result["spectra"]["readouts"][-1]["rankme"] == pytest.approx(rankme(X), rel=1e-3)

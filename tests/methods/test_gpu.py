@@ -29,6 +29,7 @@ def cuda_batch(side: int = 16) -> Batch:
     return Batch(images.cuda(), torch.full((8, 2), side).cuda(), torch.arange(8).cuda(), 0)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("build", [dino, mae])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_whole_step_does_not_wait(build: Any, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

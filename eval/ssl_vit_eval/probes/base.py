@@ -117,4 +117,5 @@ class Probe(ABC):
 
     def score(self, X: Float[Tensor, "m d"], y: Int64[Tensor, " m"]) -> float:
         """Top-1 accuracy in [0, 1]."""
-        return (self.predict(X) == y.to(X.device)).double().mean().item()
+        predicted = self.predict(X)
+        return (predicted == y.to(predicted.device)).double().mean().item()
