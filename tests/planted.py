@@ -8,7 +8,7 @@ import yaml
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.comparison import Comparison, build
 from ssl_vit_eval.compare.verdict import Difference, Family
-from ssl_vit_eval.report.text import words_of
+from ssl_vit_eval.report.text import note_text, words_of
 from ssl_vit_eval.rows import Row, RowStore
 from ssl_vit_eval.stats.seeds import accuracy_interval
 
@@ -80,6 +80,11 @@ def first(count: int, of: int) -> torch.Tensor:
 
 def compared(store: RowStore, margin: float | None = None) -> Comparison:
     return build([store.folder.parent], margin)
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What it warns of, in words."""
+    return [note_text(note) for note in comparison.notes]
 
 
 def families(comparison: Comparison, question: str, primary: bool = False) -> list[Family]:

@@ -110,6 +110,11 @@ class Setting(NamedTuple):
         """The protocol, and what was changed of it on purpose."""
         return self.protocol + (f", {self.control}" if self.control else "")
 
+    @property
+    def name(self) -> str:
+        """`cifar10, knn v1`."""
+        return f"{self.dataset}, {self.rule} v{self.version}"
+
     @classmethod
     def of(cls, row: Row) -> "Setting":
         return cls(row.dataset, row.data, row.transform, row.protocol, row.protocol_version, row.protocol_hash, row.control)

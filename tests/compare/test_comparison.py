@@ -19,7 +19,7 @@ from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.text import signed
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.stats.seeds import accuracy_interval, crossed_interval
-from tests.planted import families, plant, plant_arm, plant_random
+from tests.planted import families, notes, plant, plant_arm, plant_random
 
 DINO_CLS = Arm("dino", "toy", "cls")
 
@@ -64,7 +64,7 @@ def test_without_its_baseline_a_cell_has_no_gain_and_that_is_said(store: RowStor
     plant_random(store, answers(0.6))
     comparison = build([store.folder])
     assert comparison.tables[0].cells[DINO_CLS, "cls"].gain is None
-    assert any("1 of 1 trained cells have no gain" in note for note in comparison.notes)
+    assert any("1 of 1 trained cells have no gain" in note for note in notes(comparison))
 
 
 def test_what_was_not_measured_is_shown_as_missing(store: RowStore) -> None:
@@ -90,7 +90,7 @@ def test_different_settings_are_different_tables(store: RowStore, change: dict[s
     plant(store, answers(0.5), seed=1, source="toy-cls-s1", **change)
     comparison = build([store.folder])
     assert [table.cells[DINO_CLS, "cls"].seeds for table in comparison.tables] == [1, 1]
-    assert f"2 tables that differ in {said}: never averaged" in comparison.notes[0]
+    assert f"2 tables that differ in {said}: never averaged" in notes(comparison)[0]
 
 
 def test_seeds_are_averaged_without_an_invented_interval(store: RowStore) -> None:
@@ -120,7 +120,7 @@ def test_a_seed_without_its_baseline_is_said(store: RowStore) -> None:
     plant_random(store, answers(0.6), start="start0")
     comparison = build([store.folder])
     assert comparison.tables[0].cells[DINO_CLS, "cls"].gain.seeds == 1  # type: ignore[union-attr]
-    assert any("gain over fewer seeds" in note for note in comparison.notes)
+    assert any("gain over fewer seeds" in note for note in notes(comparison))
 
 
 def test_different_recipes_and_equal_seeds_are_not_averaged(store: RowStore) -> None:
@@ -132,9 +132,9 @@ def test_different_recipes_and_equal_seeds_are_not_averaged(store: RowStore) -> 
     assert {cell.seeds for cell in comparison.tables[0].cells.values()} == {1}
     slow = [("dino", "slow slower weights-"), ("dino", "slow slower another"), ("dino", "slow slowest")]
     assert comparison.sections == [("dino", "toy"), *slow]
-    assert "dino (slow): 2 recipes of this name differ in more than readout and seed" in comparison.notes
+    assert "dino (slow): 2 recipes of this name differ in more than readout and seed" in notes(comparison)
     again = "dino (slow slower), trained with cls: 2 checkpoints of seed 0 (weights-, another); each of its checkpoints stands alone"
-    assert again in comparison.notes
+    assert again in notes(comparison)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_arms_are_joined_by_what_the_rows_hold_and_not_by_the_folder(store: RowS
         f"dino ({name})" for _, name in comparison.sections
     }
     assert comparison.sections[0] == ("dino", recipe)
-    assert not any("are they" in note or "stands alone" in note for note in comparison.notes)
+    assert not any("are they" in note or "stands alone" in note for note in notes(comparison))
 
 
 @pytest.mark.parametrize(("dataset", "lost"), [("builtin:photos", "top1"), ("oxford-iiit-pet", "top1"), ("oxford-iiit-pet", "top1_macro")])
@@ -245,11 +245,11 @@ def test_one_declaration_goes_for_all_rows_of_a_dataset(store: RowStore) -> None
     (table,) = comparison.tables
     assert (table.metric, len(table.cells)) == ("top1_macro", 2)
     assert {family.metric for family in comparison.families} == {"top1_macro"}
-    assert not any("declared" in note for note in comparison.notes)
+    assert not any("declared" in note for note in notes(comparison))
     plant(store, answers(0.75), read_with="register", dataset_metric="top1")
     comparison = build([store.folder])
     assert [table.metric for table in comparison.tables] == ["top1"]
-    assert "builtin:photos: the metrics top1_macro and top1 are declared for it; top1 counts, the last" in comparison.notes
+    assert "builtin:photos: the metrics top1_macro and top1 are declared for it; top1 counts, the last" in notes(comparison)
 
 
 def test_a_data_set_is_judged_by_its_own_metric(store: RowStore) -> None:

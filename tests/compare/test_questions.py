@@ -21,6 +21,7 @@ from tests.planted import (
     families,
     first,
     noisy,
+    notes,
     only,
     plant,
     plant_arm,
@@ -55,8 +56,8 @@ def test_seeds_that_do_not_overlap_make_no_difference(store: RowStore) -> None:
     declare(store, primary=PRIMARY)
     comparison = compared(store)
     assert families(comparison, "trained with") == families(comparison, "trained with", primary=True) == []
-    assert any("have no seed in common" in note for note in comparison.notes)
-    assert any("the primary comparison, cls − gap of toy on builtin:photos by knn" in note for note in comparison.notes)
+    assert any("have no seed in common" in note for note in notes(comparison))
+    assert any("the primary comparison, cls − gap of toy on builtin:photos by knn" in note for note in notes(comparison))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_arms_that_differ_in_more_than_the_readout_are_not_paired(store: RowStor
     plant_arm(store, "gap", range(2), right(130), **change)
     comparison = compared(store)
     assert families(comparison, "trained with") == []
-    assert any(note.startswith(said) for note in comparison.notes)
+    assert any(note.startswith(said) for note in notes(comparison))
 
 
 def test_settings_are_never_mixed(store: RowStore) -> None:
@@ -112,7 +113,7 @@ def test_self_consistency_is_against_the_best_by_the_slice(store: RowStore) -> N
     assert found.points == pytest.approx(5.0)
     assert found.seeds == (0, 1, 2)
     assert words(comparison, found).endswith("; gap was picked on the slice of train")
-    assert "dino (toy), trained with cls: max lacks seeds, and is not among the readouts that it is compared with" in comparison.notes
+    assert "dino (toy), trained with cls: max lacks seeds, and is not among the readouts that it is compared with" in notes(comparison)
 
 
 def test_another_norm_is_no_other_readout(store: RowStore) -> None:

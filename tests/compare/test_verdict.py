@@ -6,7 +6,7 @@ from math import inf
 import pytest
 
 from ssl_vit_eval.compare.arms import Arm
-from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule, Side, Unit, outcome_of
+from ssl_vit_eval.compare.verdict import Difference, Family, Question, Remark, Rule, Side, Unit, outcome_of
 from ssl_vit_eval.report.score_tables import differences
 from ssl_vit_eval.report.text import interval_text, p_text, rule_text, side_name, signed, words_of
 from ssl_vit_eval.rows import Setting
@@ -78,7 +78,9 @@ def test_one_seed_decides_about_its_weights_and_not_about_readouts() -> None:
     assert sentence.endswith("; a family of 3 comparisons needs 7 seeds")
 
 
-def words(found: Difference, comparisons: int = 1, remark: str = "", question: Question = "trained with", unit: Unit = "seeds") -> str:
+def words(
+    found: Difference, comparisons: int = 1, remark: Remark | None = None, question: Question = "trained with", unit: Unit = "seeds"
+) -> str:
     found = replace(found, comparisons=comparisons, remark=remark)
     return words_of(Family(question, SETTING, "dino (toy)", unit, [found]), found, RULE)
 
@@ -89,8 +91,8 @@ def test_words() -> None:
     assert words(difference(0.5, 0.2, 0.8, 0.03)) == "cls is better than gap by 0.5 points [0.2, 0.8], by less than the margin of 1 point"
     assert words(difference(-0.5, -0.8, -0.2, 0.03)).endswith("by less than the margin of 1 point")
     assert words(difference(0.1, -0.42, 0.3, 1.0)) == "no difference between cls and gap of more than 0.5 points that this study could see"
-    assert words(difference(0.1, -0.1, 0.3, 1.0), remark="why") == (
-        "no difference between cls and gap of more than 0.3 points that this study could see; why"
+    assert words(difference(0.1, -0.1, 0.3, 1.0), remark="the only other") == (
+        "no difference between cls and gap of more than 0.3 points that this study could see; gap is the only other readout"
     )
     assert words(difference(0.2, -0.9, 1.3, 0.3)) == (
         "undecided: cls − gap lies in [−0.9, 1.3]; a true difference of 1.5 points would have been found four times in five"

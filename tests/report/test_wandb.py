@@ -22,6 +22,7 @@ from PIL import Image
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Comparison, build
+from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.compare.runs import Run
 from ssl_vit_eval.compare.verdict import Difference, Family, Side
 from ssl_vit_eval.report.table import Sheet, frame_of
@@ -69,12 +70,12 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return build([folder])
 
 
-def family(comparison: Comparison, remark: str, **changes: Any) -> Family:
+def family(comparison: Comparison, scope: str = "dino (toy)", **changes: Any) -> Family:
     arms = [Arm("dino", "toy", spec) for spec in ("cls", "gap")]
     sides = [Side(arm, str(arm.trained_with)) for arm in arms]
     numbers = {"points": 1.2, "low": 0.3, "high": 2.1, "p": 0.031, "corrected": 0.031, "discordance": 0.081, "resolvable": 1.5}
-    difference = Difference(*sides, **numbers, seeds=(0, 1), of_seeds=(1.0, 1.4), images=40, outcome="better", remark=remark)
-    values: dict[str, Any] = {"question": "trained with", "setting": comparison.tables[0].setting, "scope": "dino (toy)", "unit": "seeds"}
+    difference = Difference(*sides, **numbers, seeds=(0, 1), of_seeds=(1.0, 1.4), images=40, outcome="better")
+    values: dict[str, Any] = {"question": "trained with", "setting": comparison.tables[0].setting, "scope": scope, "unit": "seeds"}
     return Family(**values | changes, differences=[difference])
 
 
@@ -88,8 +89,8 @@ def evaluation(checkpoint: str, trained_with: str | None, group: str = "study") 
 
 
 def test_saved_report_is_the_snapshot(server: FakeWandb, compared: Comparison) -> None:
-    families = [family(compared, "undecided: too few seeds"), family(compared, "cls is better than gap", primary=True)]
-    comparison = replace(compared, sections=compared.sections[:1], notes=["one seed is missing"], families=families)
+    families = [family(compared), family(compared, primary=True)]
+    comparison = replace(compared, sections=compared.sections[:1], notes=[Note("cut", {"line": "one seed is missing"})], families=families)
     url = write_wandb_report(comparison, "team/proj", "study", [TABLE])
     view = saved(server)
     assert url == f"{server.url}/team/proj/reports/Readouts-compared-study--VIEW"
@@ -121,14 +122,14 @@ def test_text_has_the_primary_first_then_every_difference_the_rule_and_the_notes
         for question in ("norm", "trained with", "self-consistency", "read with")
     ]
     families = [*others, family(compared, "the declared words", primary=True)]
-    write_wandb_report(replace(compared, notes=["half a seed"], families=families), "team/proj", "study", [TABLE])
+    write_wandb_report(replace(compared, notes=[Note("cut", {"line": "half a seed"})], families=families), "team/proj", "study", [TABLE])
     texts = [text_of(block) for block in saved(server)["spec"]["blocks"] if block["type"] != "panel-grid"]
-    first = next(number for number, text in enumerate(texts) if "the declared words." in text)
+    first = next(number for number, text in enumerate(texts) if "the declared words, " in text)
     assert texts[first].startswith("BETTER. Declared before training, ")
     assert not any("words of" in text for text in texts[:first])
     whole = "\n".join(texts)
     for question in ("norm", "trained with", "self-consistency", "read with"):
-        assert f"; words of {question}." in whole
+        assert f"words of {question}, " in whole
     numbers = "cls | gap | +1.2 | +0.3 | +2.1 | better | .031 | {} | 8.1 | 2 | 1.5 |"
     assert [whole.count(numbers.format(corrected)) for corrected in (".031", "–")] == [4, 1]
     assert whole.index("the declared words") < whole.index("words of trained with")

@@ -27,7 +27,7 @@ from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.text import count, rule_text
 from ssl_vit_eval.report.write import chapters_of, write_report
 from ssl_vit_eval.rows import RowStore
-from tests.planted import PRIMARY, plant, plant_arm, plant_random, words
+from tests.planted import PRIMARY, notes, plant, plant_arm, plant_random, words
 
 SEEDS = range(6)
 ACCURACY = {"cls": 0.8, "gap": 0.74, "register": 0.79, "cls+gap": 0.76}
@@ -230,8 +230,8 @@ def test_post_hoc_and_trained_with_are_never_in_one_table(study: tuple[Path, Com
 
 def test_warnings_come_before_the_numbers(study: tuple[Path, Comparison]) -> None:
     findings = Page(study[0] / "report.html").sections["findings"]
-    assert study[1].notes
-    for note in study[1].notes:
+    assert notes(study[1])
+    for note in notes(study[1]):
         assert note in findings
     assert "builtin:photos, logreg v1: 1 of 1 choices lie at the edge of the grid" in findings
     assert "builtin:photos, logreg v1: 1 of 1 probes did not converge: toy-cls-s0 read with cls" in findings

@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 
 from ssl_vit_eval.compare.arms import Arm, ordered
 from ssl_vit_eval.compare.comparison import Comparison, Table
+from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.rows import Setting
 from ssl_vit_eval.stats.seeds import Estimate, interquartile_mean, probability_of_improvement
 
@@ -48,7 +49,7 @@ class Ranking:
     ranks: dict[Arm, list[float]]
     iqm: dict[Arm, Estimate]
     improvement: dict[tuple[Arm, Arm], Estimate]
-    left_out: list[str]
+    left_out: list[Note]
 
     def normalised(self, arm: Arm) -> list[list[float]]:
         """Its scores as the interquartile mean takes them."""
@@ -81,17 +82,15 @@ def _ranking(
 ) -> Ranking:
     had = {arm: {seed for (_, other), seeds in of.items() if other == arm for seed in seeds} for arm in arms}
     seeds = sorted(set.intersection(*had.values()))
-    left_out = []
+    left_out = list[Note]()
     if extra := sorted(set.union(*had.values()) - set(seeds)):
-        left_out.append(f"Left out: seed {', '.join(map(str, extra))}, which not every arm has")
+        left_out.append(Note("seeds left out", {"seeds": extra}))
     datasets: dict[str, Setting] = {}
     for name in dict.fromkeys(setting.dataset for setting, _ in of):
         variants = list(dict.fromkeys(setting for setting, _ in of if setting.dataset == name))
-        lacking = [str(arm.trained_with) for arm in arms if not set(seeds) <= of.get((variants[0], arm), {}).keys()]
-        if len(variants) > 1:
-            left_out.append(f"Left out: {name}, measured in {len(variants)} versions of its data or transform")
-        elif lacking or not seeds:
-            left_out.append(f"Left out: {name}, which lacks seeds of {', '.join(lacking) or 'every arm'}")
+        lacking = [arm.trained_with for arm in arms if not set(seeds) <= of.get((variants[0], arm), {}).keys()]
+        if len(variants) > 1 or lacking or not seeds:
+            left_out.append(Note("dataset left out", {"dataset": name, "versions": len(variants), "lacking": lacking}))
         else:
             datasets[name] = variants[0]
     if len(datasets) < 2:

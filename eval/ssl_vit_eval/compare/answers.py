@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure
+from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.metrics import MACRO, METRICS, accuracies
 from ssl_vit_eval.rows import Key, Row, RowStore
 from ssl_vit_eval.stats.seeds import accuracy_interval
@@ -16,15 +17,15 @@ from ssl_vit_eval.stats.seeds import accuracy_interval
 _KEPT = 512  # evaluations in memory: more than one setting has, whose cells are all paired with each other
 
 
-def with_metrics(found: Sequence[tuple[Row, RowStore]]) -> tuple[list[tuple[Row, RowStore]], list[str]]:
-    """The rows, all those of a dataset with the metric that any of them declares for it; and where several are declared, of which the last
-    counts, a sentence."""
+def with_metrics(found: Sequence[tuple[Row, RowStore]]) -> tuple[list[tuple[Row, RowStore]], list[Note]]:
+    """The rows, all those of a dataset with the metric that any of them declares for it, of several the last; and a note of those
+    datasets."""
     declared: dict[tuple[str, str], list[str]] = {}
     for row, _ in found:
         if row.dataset_metric:
             declared.setdefault((row.dataset, row.data), []).append(row.dataset_metric)
     notes = [
-        f"{dataset}: the metrics {' and '.join(dict.fromkeys(metrics))} are declared for it; {metrics[-1]} counts, the last"
+        Note("other metrics", {"dataset": dataset, "metrics": list(dict.fromkeys(metrics)), "last": metrics[-1]})
         for (dataset, _), metrics in declared.items()
         if len(set(metrics)) > 1
     ]

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.compare.runs import common_name, recipe_name
 from ssl_vit_eval.rows import Row
 
@@ -43,7 +44,7 @@ def weights_of(row: Row) -> Weights:
     return row.checkpoint, row.transform  # raw pixels have no weights, and their size is in the transform
 
 
-def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], list[str]]:
+def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], list[Note]]:
     """The arm of all weights, and notes on those that are kept apart.
 
     Runs are of one recipe where method and `family` are equal, whatever their folders are called; seeds are those of the rows. Two
@@ -55,24 +56,17 @@ def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], list[str]]:
         network = _recipe(row)[2]
         recipes[_recipe(row)].append(recipe_name(row.source, row.trained_with, row.seed).removesuffix(network))
     names = {recipe: common_name(of, recipe[1]) for recipe, of in recipes.items()}
-    places = [(method, network, names[method, family, network]) for method, family, network in recipes]
+    places = [Arm(recipe[0], names[recipe] + recipe[2], None) for recipe in recipes]
     shared = dict.fromkeys(place for place in places if places.count(place) > 1)
-    names |= {recipe: f"{place[2]} {recipe[1][:8]}" for recipe, place in zip(recipes, places, strict=True) if place in shared}
+    names |= {recipe: f"{names[recipe]} {recipe[1][:8]}" for recipe, place in zip(recipes, places, strict=True) if place in shared}
 
     arms = {key: Arm(row.method, names[_recipe(row)] + _recipe(row)[2], row.trained_with) for key, row in named.items()}
     checkpoints: dict[tuple[Arm, int | None], dict[str, None]] = defaultdict(dict)
     for key, row in named.items():
         checkpoints[arms[key], row.seed][row.checkpoint] = None
     clashes = {arm: (seed, of) for (arm, seed), of in reversed(checkpoints.items()) if len(of) > 1}
-    notes = [
-        f"{method} ({name}{network}): {places.count((method, network, name))} recipes of this name differ in more than readout and seed"
-        for method, network, name in shared
-    ]
-    notes += [
-        f"{arm.name}: {len(of)} checkpoints{'' if seed is None else f' of seed {seed}'} ({', '.join(key[:8] for key in of)}); "
-        "each of its checkpoints stands alone"
-        for arm, (seed, of) in clashes.items()
-    ]
+    notes = [Note("other recipes", {"arm": place, "count": places.count(place)}) for place in shared]
+    notes += [Note("other checkpoints", {"arm": arm, "seed": seed, "checkpoints": list(of)}) for arm, (seed, of) in clashes.items()]
     return {key: arm._replace(recipe=f"{arm.recipe} {key[0][:8]}") if arm in clashes else arm for key, arm in arms.items()}, notes
 
 

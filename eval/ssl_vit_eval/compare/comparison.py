@@ -15,7 +15,8 @@ from ssl_vit.errors import Failure
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.answers import Answers, with_metrics
 from ssl_vit_eval.compare.arms import Arm, Weights, arms_and_notes, ordered, weights_of
-from ssl_vit_eval.compare.differences import families_of
+from ssl_vit_eval.compare.differences import measured
+from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.compare.preregistration import find_declared
 from ssl_vit_eval.compare.questions import ask, cells_of, null_controls
 from ssl_vit_eval.compare.runs import Run, find_runs
@@ -95,7 +96,7 @@ class Comparison:
     rows: list[Row]
     arms: dict[Weights, Arm]
     runs: list[Run]
-    notes: list[str]
+    notes: list[Note]
     families: list[Family]
     rule: Rule
 
@@ -111,6 +112,19 @@ class Comparison:
             if row.metric == metric_of(row):
                 found.setdefault((Setting.of(row), Side(self.arm(row), row.read_with)), {})[row.seed] = row.value
         return found
+
+    @cached_property
+    def floors(self) -> list[Note]:
+        """Of each setting: the trained backbones that raw pixels beat as they were trained, then all other scores that they beat. A random
+        initialisation is before training, and not warned of."""
+        return [note for as_trained in (True, False) for table in self.tables for note in self._below_pixels(table, as_trained)]
+
+    def _below_pixels(self, table: Table, as_trained: bool) -> list[Note]:
+        seen = {*(arm for arm in table.arms() if arm.trained_with), *(arm for arm in self.others(table) if arm.method != "random")}
+        own = {side: cell for side, cell in table.cells.items() if side[0] in seen and (side[0].trained_with == side[1]) == as_trained}
+        low = [side for side, cell in own.items() if cell.below_pixels]
+        values = {"as_trained": as_trained, "setting": table.setting, "sides": low, "of": len(own)}
+        return [Note("below pixels", values | {"pixels": max(cell.pixels or 0.0 for cell in own.values())})] if low else []
 
     def trained(self, table: Table) -> list[Arm]:
         """The lines of table B: every recipe with all that it was trained with, missing ones too, then its random initialisation."""
@@ -133,8 +147,8 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
     UsageError for folders without rows and for a study file that is wrong, Failure where predictions cannot be read or paired, for a row
     whose value is not that of its predictions, and for an evaluation that lacks one of its lines.
     """
-    measured, declarations = with_metrics(find_rows(folders))
-    found = list({row.id: (row, store) for row, store in measured}.values())
+    every, declarations = with_metrics(find_rows(folders))
+    found = list({row.id: (row, store) for row, store in every}.values())
     answers = Answers(found)
     rows = [answers.checked(row) for row, _ in found]
     _complete(rows)
@@ -146,8 +160,8 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
     cells = {table.setting: cells[table.setting] for table in tables if table.setting in cells}  # in their order
     families = null_controls(runs)
     asked = ask(cells, {arms[weights_of(row)][:2] for row in rows if row.family in families}, declared.primary)
-    cut = [line for store in {store.file: store for _, store in measured}.values() if (line := store.cut_line())]
-    notes = [*cut, *repeated(measured), *declarations, *clashes, *_notes(tables), *missing(cells)]
+    cut = [Note("cut", {"line": line}) for store in {store.file: store for _, store in every}.values() if (line := store.cut_line())]
+    notes = [*cut, *repeated(every), *declarations, *clashes, *_notes(tables), *missing(cells)]
     return Comparison(
         tables,
         sections=list(dict.fromkeys(arm[:2] for arm in trained)),
@@ -156,8 +170,8 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
         rows=rows,
         arms=arms,
         runs=runs,
-        notes=[*notes, *asked.notes, *revisions(asked.groups), *declared.notes],
-        families=families_of(asked.groups, answers, declared.rule),
+        notes=[*notes, *asked.notes, *revisions(asked.families), *declared.notes],
+        families=measured(asked.families, answers, declared.rule),
         rule=declared.rule,
     )
 
@@ -236,22 +250,19 @@ def _cell(rows: Sequence[Row], starts: Mapping[Key, Row], answers: Answers, pixe
     )
 
 
-def _notes(tables: Sequence[Table]) -> list[str]:
+def _notes(tables: Sequence[Table]) -> list[Note]:
     """Settings that differ only in version, data or transform, and trained cells without their baseline."""
     notes = []
     for dataset, rule in dict.fromkeys((table.setting.dataset, table.setting.rule) for table in tables):
         apart = [table.setting for table in tables if (table.setting.dataset, table.setting.rule) == (dataset, rule)]
-        differs = {"protocol version": "version", "protocol parameters": "parameters", "data": "data", "transform": "transform"}
-        what = " and ".join(name for name, field in differs.items() if len({getattr(setting, field) for setting in apart}) > 1)
-        if what:
-            notes.append(f"{dataset}, {rule}: {len(apart)} tables that differ in {what}: never averaged, not comparable")
+        named = {"protocol version": "version", "protocol parameters": "parameters", "data": "data", "transform": "transform"}
+        if differs := [name for name, field in named.items() if len({getattr(setting, field) for setting in apart}) > 1]:
+            notes.append(Note("apart", {"dataset": dataset, "rule": rule, "count": len(apart), "differs": differs}))
     trained = [
         cell for table in tables for (arm, spec), cell in table.cells.items() if arm.trained_with and ReadoutSpec.parse(spec).of_last_blocks
     ]
     if lacking := sum(cell.gain is None for cell in trained):
-        notes.append(
-            f"{lacking} of {len(trained)} trained cells have no gain: evaluate random:RUN/recipe.yaml, its own start, on the same data"
-        )
+        notes.append(Note("no gain", {"count": lacking, "of": len(trained)}))
     if partly := sum(cell.gain is not None and cell.gain.seeds < cell.seeds for cell in trained):
-        notes.append(f"{partly} cells have a gain over fewer seeds than their score: evaluate random:RUN/recipe.yaml of the other seeds")
+        notes.append(Note("partial gain", {"count": partly}))
     return notes

@@ -6,50 +6,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ssl_vit_eval.compare.answers import Answers
-from ssl_vit_eval.compare.questions import Group, Pair
-from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule, Unit, outcome_of
+from ssl_vit_eval.compare.verdict import Difference, Family, Pair, Question, Rule, Unit, outcome_of
 from ssl_vit_eval.metrics import MACRO, metric_of
 from ssl_vit_eval.stats.images import holm, paired_p, resolvable_images, sign_flip
 from ssl_vit_eval.stats.seeds import crossed_interval, means_of_seeds, resolvable_seeds, resolvable_t, sign_flip_within, t_test
 
-Corrected = tuple[Question, int | None]  # what is corrected together: a question, of one group or of all
 
-
-def families_of(groups: Sequence[Group], answers: Answers, rule: Rule) -> list[Family]:
-    """Measure, correct and judge the pairs of all groups. Failure for predictions that cannot be read or paired."""
-    families = [
-        Family(group.question, group.setting, group.scope, _unit(group), [], group.primary, metric_of(group.pairs[0].rows[0][0]))
-        for group in groups
-    ]
-    together: dict[tuple[Corrected, bool], list[tuple[int, int]]] = defaultdict(list)  # number of group and of pair
-    asked: dict[Corrected, int] = defaultdict(int)
-    for number, (group, family) in enumerate(zip(groups, families, strict=True)):
-        of = (group.question, None if family.is_corrected and rule.family == "study" else number)
-        asked[of] += len(group.pairs)
-        for place, pair in enumerate(group.pairs):
+def measured(families: Sequence[Family], answers: Answers, rule: Rule) -> list[Family]:
+    """Their pairs measured, corrected and judged. Failure for predictions that cannot be read or paired."""
+    together: dict[tuple[Question, int | None, bool], list[tuple[Family, Pair]]] = defaultdict(list)
+    for number, family in enumerate(families):
+        alone = None if family.is_corrected and rule.family == "study" else number
+        for pair in family.pairs:
             # the p of one seed is of another hypothesis, and must not count among those over seeds
-            together[of, len(pair.rows) > 1].append((number, place))
-
-    found: dict[tuple[int, int], Difference] = {}
-    for (of, several), places in together.items():
-        measured = [
-            _measure(groups[number].pairs[place], answers, families[number].unit, rule, rule.level / len(places))
-            for number, place in places
-        ]
-        corrected = zip(holm([one.p for one in measured]), holm([one.p_beyond for one in measured]), strict=True)
-        for at, one, (p, beyond) in zip(places, measured, corrected, strict=True):
+            together[family.question, alone, len(pair.rows) > 1].append((family, pair))
+    found: dict[Pair, Difference] = {}
+    for (question, alone, several), asked in together.items():
+        differences = [_measure(pair, answers, family.unit, rule, rule.level / len(asked)) for family, pair in asked]
+        corrected = zip(holm([one.p for one in differences]), holm([one.p_beyond for one in differences]), strict=True)
+        for (family, pair), one, (p, beyond) in zip(asked, differences, corrected, strict=True):
             # with more seeds, those of one seed would be tested beside the others
-            count = len(places) if several or families[at[0]].unit == "images" else asked[of]
-            found[at] = replace(one, corrected=p, corrected_beyond=beyond, comparisons=count)
-    for (number, _), one in sorted(found.items(), key=lambda item: item[0]):
-        families[number].differences.append(replace(one, outcome=outcome_of(one, families[number].unit, rule)))
-    return families
-
-
-def _unit(group: Group) -> Unit:
-    # of two arms, one seed is still about pretrainings, of which it cannot tell anything; of one arm it is about these weights
-    several = group.question in ("trained with", "null control") or any(len(pair.rows) > 1 for pair in group.pairs)
-    return "seeds" if several else "images"
+            others = [] if several or family.unit == "images" else together.get((question, alone, True), [])
+            one = replace(one, corrected=p, corrected_beyond=beyond, comparisons=len(asked) + len(others))
+            found[pair] = replace(one, outcome=outcome_of(one, family.unit, rule))
+    return [replace(family, differences=[found[pair] for pair in family.pairs]) for family in families]
 
 
 def _measure(pair: Pair, answers: Answers, unit: Unit, rule: Rule, level: float) -> Difference:

@@ -11,6 +11,7 @@ from ssl_vit.assets import read_yaml
 from ssl_vit.errors import UsageError
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.arms import Arm
+from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.compare.verdict import Rule
 from ssl_vit_eval.rows import Setting
 from ssl_vit_eval.schema import STRICT, checked
@@ -57,7 +58,7 @@ class Declared:
 
     rule: Rule
     primary: Primary | None
-    notes: list[str]
+    notes: list[Note]
 
 
 def find_declared(folders: Sequence[str | Path], margin: float | None = None, family: str | None = None) -> Declared:
@@ -73,7 +74,7 @@ def find_declared(folders: Sequence[str | Path], margin: float | None = None, fa
         file: vars(checked(Rule, usual | {key: content[key] for key in usual.keys() & content}, str(file)))
         for file, content in contents.items()
     }
-    rule, notes = dict[str, Any](), list[str]()
+    rule, notes = dict[str, Any](), list[Note]()
     for key, value in usual.items():
         for file, found in rules.items():
             if key in asked and found[key] != value:
@@ -81,15 +82,14 @@ def find_declared(folders: Sequence[str | Path], margin: float | None = None, fa
         declared = {found[key] for found in rules.values()}
         rule[key] = next(iter(declared)) if len(declared) == 1 else value
         if len(declared) > 1:
-            said = ", ".join(f"{file.parent.name} {found[key]}" for file, found in rules.items())
-            notes.append(f"the studies declare different values of {key} ({said}): {value} is taken")
+            said = {file.parent.name: found[key] for file, found in rules.items()}
+            notes.append(Note("other rules", {"key": key, "declared": said, "taken": value}))
     primaries = {
         file: Primary.read(content["primary"], f"{file}: primary")
         for file, content in contents.items()
         if content.get("primary") is not None
     }
     if len(set(primaries.values())) > 1:
-        said = ", ".join(file.parent.name for file in primaries)
-        notes.append(f"{len(primaries)} studies declare different primary comparisons ({said}): none counts as declared in advance")
+        notes.append(Note("other primaries", {"studies": [file.parent.name for file in primaries]}))
     primary = set(primaries.values())
     return Declared(Rule(**rule), primary.pop() if len(primary) == 1 else None, notes)

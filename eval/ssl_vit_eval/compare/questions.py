@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import fmean
-from typing import NamedTuple, get_args
+from typing import get_args
 
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.arms import Arm, Weights, ordered, weights_of
+from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.compare.preregistration import Primary
 from ssl_vit_eval.compare.runs import Run
-from ssl_vit_eval.compare.verdict import Question, Side
+from ssl_vit_eval.compare.verdict import Family, Pair, Question, Remark, Side
 from ssl_vit_eval.metrics import metric_of
 from ssl_vit_eval.rows import Row, Setting
 from ssl_vit_eval.sources import PIXELS
@@ -28,36 +29,16 @@ Cells = dict[Setting, dict[Arm, dict[str, Seeds]]]  # by read-with last
 NULL = {"cls", "register"}
 
 
-class Pair(NamedTuple):
-    """A − B, row by row of the same seed; remark: how it came to be, if that matters for the verdict."""
-
-    a: Side
-    b: Side
-    rows: list[tuple[Row, Row]]
-    remark: str = ""
-
-
-@dataclass(frozen=True)
-class Group:
-    """The pairs of one family."""
-
-    question: Question
-    setting: Setting
-    scope: str
-    pairs: list[Pair]
-    primary: bool = False
-
-
 @dataclass(frozen=True)
 class Asked:
-    """notes: pairs that could not be made."""
+    """families: not measured yet; notes: pairs that could not be made."""
 
-    groups: list[Group] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    families: list[Family] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def add(self, question: Question, setting: Setting, scope: str, pairs: Sequence[Pair], primary: bool = False) -> None:
         if pairs:
-            self.groups.append(Group(question, setting, scope, list(pairs), primary))
+            self.families.append(Family.asked(question, setting, scope, pairs, primary))
 
 
 def cells_of(rows: Sequence[Row], arms: Mapping[Weights, Arm]) -> Cells:
@@ -81,7 +62,7 @@ def null_controls(runs: Sequence[Run]) -> set[str]:
 
 
 def ask(cells: Cells, nulls: set[Section], primary: Primary | None) -> Asked:
-    """All groups, the primary one first. The primary comparison leaves the family that it would be in. nulls: the sections whose cls and
+    """All families, the primary one first. The primary comparison leaves the family that it would be in. nulls: the sections whose cls and
     register are exchangeable."""
     asked = Asked()
     if primary:
@@ -102,14 +83,14 @@ def ask(cells: Cells, nulls: set[Section], primary: Primary | None) -> Asked:
             read, norm = _post_hoc(arm, arms[arm])
             asked.add("read with", setting, arm.name, read)
             asked.add("norm", setting, arm.name, norm)
-    if primary and not any(group.primary for group in asked.groups):
-        asked.notes.append(f"the primary comparison, {primary.name}, has no pair of rows: it was not computed")
+    if primary and not any(family.primary for family in asked.families):
+        asked.notes.append(Note("primary has no pairs", {"primary": primary}))
     questions = get_args(Question)
-    asked.groups.sort(key=lambda group: (not group.primary, questions.index(group.question)))  # stable: by setting within a question
-    return Asked(asked.groups, list(dict.fromkeys(asked.notes)))
+    asked.families.sort(key=lambda family: (not family.primary, questions.index(family.question)))  # stable: by setting within a question
+    return asked
 
 
-def _found(primary: Primary, cells: Cells, notes: list[str]) -> Primary | None:
+def _found(primary: Primary, cells: Cells, notes: list[Note]) -> Primary | None:
     """The primary comparison, if it is in exactly one setting and one section."""
     places = []
     for setting, arms in cells.items():
@@ -119,8 +100,7 @@ def _found(primary: Primary, cells: Cells, notes: list[str]) -> Primary | None:
             places += [setting for own in sections.values() if primary.sides(own)]
     if len(places) == 1:
         return primary
-    why = "has no rows of both arms" if not places else f"stands in {len(places)} tables or recipes: none of them is the one"
-    notes.append(f"the primary comparison, {primary.name}, {why}")
+    notes.append(Note("primary has no place", {"primary": primary, "places": len(places)}))
     return None
 
 
@@ -134,7 +114,7 @@ def _ask_trained_with(
         is_primary = sides is not None and {one, other} == set(sides)
         a, b = sides if sides and is_primary else (one, other)
         read_a, read_b = str(a.trained_with), str(b.trained_with)
-        rows = _same_start(cells[a].get(read_a, {}), cells[b].get(read_b, {}), f"{a.name} and {b.name}", asked.notes)
+        rows = _same_start(cells[a].get(read_a, {}), cells[b].get(read_b, {}), (a, b), asked.notes)
         if not rows:
             continue
         pair = Pair(Side(a, read_a), Side(b, read_b), rows)
@@ -147,15 +127,15 @@ def _ask_trained_with(
     asked.add("trained with", setting, own[0].section, together)
 
 
-def _same_start(a: Seeds, b: Seeds, what: str, notes: list[str]) -> list[tuple[Row, Row]]:
+def _same_start(a: Seeds, b: Seeds, arms: tuple[Arm, Arm], notes: list[Note]) -> list[tuple[Row, Row]]:
     """Pairs of the same seed, if all of them differ in the readout alone; else none, and why."""
     rows = [(a[seed], b[seed]) for seed in _common(a, b)]
     if a and b and not rows:
-        notes.append(f"{what} have no seed in common: there is no difference between them")
+        notes.append(Note("no seed in common", {"arms": arms}))
     # a readout with parameters has them in its start too
     plain = not any(ReadoutSpec.parse(str(row.trained_with)).learned for pair in rows for row in pair)
     if plain and any(one.init and other.init and one.init != other.init for one, other in rows):
-        notes.append(f"{what} started from different weights at the same seed: they are not paired")
+        notes.append(Note("other starts", {"arms": arms}))
         return []
     return rows
 
@@ -165,7 +145,7 @@ def _common(*cells: Seeds) -> list[int | None]:
     return sorted(set.intersection(*map(set, cells)), key=lambda seed: -1 if seed is None else seed)
 
 
-def _self_consistency(arm: Arm, cells: Mapping[str, Seeds], notes: list[str]) -> Pair | None:
+def _self_consistency(arm: Arm, cells: Mapping[str, Seeds], notes: list[Note]) -> Pair | None:
     """Read as trained minus the best reading of other tokens, which is picked without a look at test where the rows allow it."""
     own = str(arm.trained_with)
     readings = [spec for spec in _whole(cells) if _at_post(spec) == spec != _at_post(own)]
@@ -175,22 +155,18 @@ def _self_consistency(arm: Arm, cells: Mapping[str, Seeds], notes: list[str]) ->
     most = max(len(_common(cells[own], cells[spec])) for spec in readings)
     others = [spec for spec in readings if len(_common(cells[own], cells[spec])) == most]
     if partly := [spec for spec in readings if spec not in others]:
-        notes.append(f"{arm.name}: {', '.join(partly)} lacks seeds, and is not among the readouts that it is compared with")
+        notes.append(Note("readouts lack seeds", {"arm": arm, "readouts": partly}))
     seeds = _common(cells[own], *(cells[spec] for spec in others))
     if not seeds:
         return None
     rows = {spec: [cells[spec][seed] for seed in seeds] for spec in others}
     on_slice = {spec: [_slice_accuracy(row) for row in of] for spec, of in rows.items()}
+    remark: Remark = "picked on train"
     if any(accuracy is None for of in on_slice.values() for accuracy in of):
-        best = max(others, key=lambda spec: fmean(row.value for row in rows[spec]))
-        remark = f"{best} was picked on test: the gap is too small by that"
-    else:
-        best = max(others, key=lambda spec: fmean(accuracy or 0.0 for accuracy in on_slice[spec]))
-        remark = f"{best} was picked on the slice of train"
-    if len(others) == 1:
-        remark = f"{best} is the only other readout"
+        on_slice, remark = {spec: [row.value for row in of] for spec, of in rows.items()}, "picked on test"
+    best = max(others, key=lambda spec: fmean(accuracy or 0.0 for accuracy in on_slice[spec]))
     pairs = [(cells[own][seed], cells[best][seed]) for seed in seeds]
-    return Pair(Side(arm, own), Side(arm, best), pairs, remark)
+    return Pair(Side(arm, own), Side(arm, best), pairs, remark if len(others) > 1 else "the only other")
 
 
 def _slice_accuracy(row: Row) -> float | None:

@@ -1,18 +1,20 @@
 """From paired differences to a verdict by a rule that is stated beside every verdict; the words are in report/text.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field
 
 from ssl_vit_eval.compare.arms import Arm
-from ssl_vit_eval.metrics import METRICS
-from ssl_vit_eval.rows import Setting
+from ssl_vit_eval.metrics import METRICS, metric_of
+from ssl_vit_eval.rows import Row, Setting
 from ssl_vit_eval.schema import STRICT
 
 Question = Literal["trained with", "self-consistency", "read with", "norm", "null control"]
 Outcome = Literal["better", "worse", "no difference", "undecided"]
 Unit = Literal["seeds", "images"]
+Remark = Literal["picked on test", "picked on train", "the only other"]
 
 _TESTS = Literal["sign-flip", "t"]
 _SCOPES = Literal["study", "setting"]
@@ -46,6 +48,16 @@ class Side(NamedTuple):
     read_with: str
 
 
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A − B, row by row of the same seed; remark: how B came to be, where that matters for the verdict."""
+
+    a: Side
+    b: Side
+    rows: list[tuple[Row, Row]]
+    remark: Remark | None = None
+
+
 @dataclass(frozen=True)
 class Difference:
     """Accuracy of A minus that of B, paired by image, replicate and pretraining seed; points and shares. The accuracy is the dataset's
@@ -58,7 +70,7 @@ class Difference:
     images that just one of them answers rightly, mean over seeds and replicates. of_seeds: the difference of each seed, in the order of
     `seeds`; both are empty for weights without a seed. resolvable: the smallest true difference that this comparison would have called
     better four times in five; infinite where its seeds cannot, however large it is. outcome: of A. comparisons: that are corrected together
-    with it; remark: how the difference came to be, where that is to be said.
+    with it; remark: as of its `Pair`.
     """
 
     a: Side
@@ -77,7 +89,7 @@ class Difference:
     p_beyond: float = 1.0
     corrected_beyond: float = 1.0
     comparisons: int = 1
-    remark: str = ""
+    remark: Remark | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class Family:
 
     scope: what all of them are about, e.g. `dino (dino_photos)` or `dino (dino_photos), trained with cls`. unit: whether they are
     about pretrainings ("seeds"), or about the one set of weights that was read ("images"). primary: declared before the training. metric:
-    of the differences.
+    of the differences. pairs: what is subtracted, in the order of the differences, which there are once they are measured.
     """
 
     question: Question
@@ -96,6 +108,14 @@ class Family:
     differences: list[Difference]
     primary: bool = False
     metric: str = METRICS[0]
+    pairs: Sequence[Pair] = ()
+
+    @classmethod
+    def asked(cls, question: Question, setting: Setting, scope: str, pairs: Sequence[Pair], primary: bool = False) -> "Family":
+        """Before it is measured."""
+        # of two arms, one seed is still about pretrainings, of which it cannot tell anything; of one arm it is about these weights
+        several = question in ("trained with", "null control") or any(len(pair.rows) > 1 for pair in pairs)
+        return cls(question, setting, scope, "seeds" if several else "images", [], primary, metric_of(pairs[0].rows[0][0]), pairs)
 
     @property
     def is_corrected(self) -> bool:

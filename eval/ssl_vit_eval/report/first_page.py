@@ -6,14 +6,25 @@ from math import isinf
 
 from ssl_vit_eval.compare.comparison import Comparison
 from ssl_vit_eval.compare.verdict import Difference, Family, Question, Rule
-from ssl_vit_eval.compare.warnings import listed
 from ssl_vit_eval.metrics import TOP1
 from ssl_vit_eval.report.page import Block, Bullets, Figures, Heading, Listing, Text, template
 from ssl_vit_eval.report.plot_differences import paired_seeds
 from ssl_vit_eval.report.run_tables import frame_of_rows, selection_warnings
 from ssl_vit_eval.report.score_tables import at_last
 from ssl_vit_eval.report.table import Sheet, frame_of, slug
-from ssl_vit_eval.report.text import OUTCOMES, QUESTIONS, T_SEEDS, count, points_text, rule_text, side_name, signed, words_of
+from ssl_vit_eval.report.text import (
+    OUTCOMES,
+    QUESTIONS,
+    T_SEEDS,
+    count,
+    listed,
+    note_text,
+    points_text,
+    rule_text,
+    side_name,
+    signed,
+    words_of,
+)
 from ssl_vit_eval.stats.seeds import seeds_needed
 
 KEY = "; ".join(f"A {sign} B: {meaning}" for sign, meaning in OUTCOMES.values()) + "."
@@ -49,31 +60,13 @@ def blocks(comparison: Comparison) -> list[Block]:
 
 def warnings_of(comparison: Comparison) -> list[str]:
     """What keeps the numbers from meaning what they seem to; first what raw pixels beat."""
-    return [*floors(comparison), *comparison.notes, *selection_warnings(frame_of_rows(comparison.rows))]
+    notes = dict.fromkeys(map(note_text, comparison.notes))
+    return [*floors(comparison), *notes, *selection_warnings(frame_of_rows(comparison.rows))]
 
 
 def floors(comparison: Comparison) -> list[str]:
-    """Of each setting: the trained backbones that raw pixels beat as they were trained, then all other scores that they beat. A random
-    initialisation is before training, and not warned of."""
-    return [*_below_pixels(comparison, True), *_below_pixels(comparison, False)]
-
-
-def _below_pixels(comparison: Comparison, as_trained: bool) -> list[str]:
-    found = []
-    for table in comparison.tables:
-        seen = [*(arm for arm in table.arms() if arm.trained_with), *(arm for arm in comparison.others(table) if arm.method != "random")]
-        own = {
-            arm.name if as_trained else f"{arm.name} read with {spec}": cell
-            for (arm, spec), cell in table.cells.items()
-            if arm in seen and (arm.trained_with == spec) == as_trained
-        }
-        if low := [name for name, cell in own.items() if cell.below_pixels]:
-            best = max(cell.pixels or 0.0 for cell in own.values())
-            where = f"{table.setting.dataset}, {table.setting.rule} v{table.setting.version}"
-            what = "trained backbones, read as trained," if as_trained else "scores of other readouts and models"
-            end = "what is compared there has not learnt to see" if as_trained else "these features tell less than the images themselves"
-            found.append(f"{where}: {len(low)} of {len(own)} {what} are below raw pixels ({100 * best:.1f} %): {listed(low, 3)}; {end}")
-    return found
+    """As `Comparison.floors`, in words."""
+    return [note_text(note) for note in comparison.floors]
 
 
 def chip(family: Family, difference: Difference) -> str:
@@ -150,7 +143,7 @@ def next_step(comparison: Comparison) -> str:
     """What the outcome asks for, the most urgent first."""
     undecided = [of for _, of in _trainings(comparison) if of.outcome == "undecided"]
     steps = []
-    if _below_pixels(comparison, as_trained=True):
+    if any(note.values["as_trained"] for note in comparison.floors):
         steps.append("train longer, or on more images, until the backbones pass raw pixels")
     if comparison.rule.test == "t" and any(len(of.seeds) < 2 for of in undecided):
         steps.append(f"train {T_SEEDS} or more seeds of each arm; Student's t can decide with {T_SEEDS} where the difference is large")

@@ -9,10 +9,9 @@ import pandas as pd
 
 from ssl_vit_eval.compare.comparison import Comparison
 from ssl_vit_eval.compare.runs import Run
-from ssl_vit_eval.compare.warnings import listed
 from ssl_vit_eval.metrics import MACRO, TOP1
 from ssl_vit_eval.report.table import MISSING, Forms, Sheet, frame_of
-from ssl_vit_eval.report.text import NOTES, signed
+from ssl_vit_eval.report.text import NOTES, listed, signed
 from ssl_vit_eval.rows import Row, Setting
 
 _WHERE = ["rule", "protocol_version", "dataset"]

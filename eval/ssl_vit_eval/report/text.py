@@ -1,12 +1,15 @@
 """Differences and verdicts as text: signs, bounds, p-values and sentences, the same in the terminal, the report and W&B."""
 
 import math
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any
 
 import yaml
+from jinja2 import Environment, StrictUndefined
 
 from ssl_vit_eval.compare.across_datasets import Ranking
+from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question, Rule, Side, Unit, excludes_zero, within_margin
 from ssl_vit_eval.stats.seeds import seeds_needed, smallest_p
 
@@ -18,6 +21,25 @@ OUTCOMES: dict[Outcome, tuple[str, str]] = WORDS["outcomes"]  # a sign and what 
 T_SEEDS = 3  # the fewest to advise for Student's t: with two, 95 % are 13 standard errors
 FEW = 3  # datasets: with fewer a rank only describes
 _MOST_DIGITS = 6
+
+
+def listed(texts: Iterable[str], most: int = 4) -> str:
+    """The first of them, then the number of the others."""
+    items = list(texts)
+    return "; ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+_SENTENCES = Environment(undefined=StrictUndefined)
+_SENTENCES.filters |= {
+    "listed": listed,
+    "each": lambda items, form: [form.format(*(item if isinstance(item, tuple) else (item,))) for item in items],
+    "percent": lambda share, digits=2: f"{100 * share:.{digits}f} %",
+}
+
+
+def note_text(note: Note) -> str:
+    """What it warns of as a sentence, without its full stop."""
+    return _SENTENCES.from_string(WORDS["warnings"][note.kind]).render(note.values)
 
 
 def rule_text(rule: Rule) -> str:
@@ -38,7 +60,7 @@ def ranking_basis(of: Ranking) -> str:
     if of.datasets:
         few = f": fewer than {FEW}, so this describes these datasets and says nothing about others" if len(of.datasets) < FEW else ""
         first = f"{count(len(of.seeds), 'seed')} of each arm on {len(of.datasets)} datasets ({', '.join(of.datasets)}){few}"
-    return ". ".join([first, *of.left_out]) + "."
+    return ". ".join([first, *map(note_text, of.left_out)]) + "."
 
 
 def signed(points: float, digits: int = 1) -> str:
@@ -107,7 +129,7 @@ def words_of(family: Family, difference: Difference, rule: Rule) -> str:
             )
     if rule.test == "t" and len(difference.seeds) > 1 and difference.outcome != "undecided":
         text += f", by Student's t over {len(difference.seeds)} seeds, whose differences are taken as normal"
-    return f"{text}; {difference.remark}" if difference.remark else text
+    return f"{text}; {WORDS['remarks'][difference.remark].format(b=difference.b.read_with)}" if difference.remark else text
 
 
 def _facts(low: float, high: float, rule: Rule) -> tuple[bool, bool, float]:
