@@ -36,9 +36,8 @@ def agreement_plots(comparison: Comparison) -> list[Plot]:
         for y, up in by_setting.items():
             if x[:3] == y[:3] and x.protocol.startswith(NEIGHBOURS) and y.protocol.startswith(LINEAR):
                 points: Points = {}
-                for side in across.keys() & up.keys():
-                    both = [(100 * across[side][seed], 100 * up[side][seed]) for seed in across[side].keys() & up[side].keys()]
-                    if both:
+                for side, seeds in across.items():  # in their order, so that every run draws the same
+                    if both := [(100 * seeds[seed], 100 * value) for seed, value in up.get(side, {}).items() if seed in seeds]:
                         points.setdefault(side.arm.section if side.arm.trained_with else "not trained here", {})[side] = sorted(both)
                 if points:
                     drawn.append(_scatter(x, y, metrics[x], points))

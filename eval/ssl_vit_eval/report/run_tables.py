@@ -14,6 +14,8 @@ from ssl_vit_eval.report.table import MISSING, Forms, Sheet, frame_of
 from ssl_vit_eval.report.text import NOTES, listed, signed
 from ssl_vit_eval.rows import Row, Setting
 
+SUMMARY = ("steps", "images", "seconds", "devices", "flops", "parameters", "recipe_hash", "git")  # of a run
+SPEED = {"seconds": "{:,.0f}", "images/s": "{:,.0f}"}
 _WHERE = ["rule", "protocol_version", "dataset"]
 
 
@@ -29,62 +31,52 @@ def frame_of_rows(rows: Sequence[Row]) -> pd.DataFrame:
     return frame_of(records)
 
 
+def frame_of_runs(runs: Sequence[Run]) -> pd.DataFrame:
+    """A line for each run: what it is of, and what its summary says, most of which is missing while it is unfinished."""
+    records = []
+    for run in runs:
+        recipe, done = run.recipe, run.summary or {"steps": "unfinished"}
+        names = {"method": recipe["method"], "recipe": run.name, "trained with": recipe["readout"], "seed": recipe["seed"]}
+        names["CLS position"] = "own" if recipe.get("backbone", {}).get("cls_position") else "none"
+        speed = done["images"] / done["seconds"] if done.get("seconds") else None
+        records.append({**dict.fromkeys(SUMMARY), **done, **names, "images/s": speed, "finished": bool(run.summary)})
+    return frame_of(records)
+
+
 def pretrainings(comparison: Comparison) -> Sheet:
     """One line a run folder; the weights' hash is known where the run was evaluated."""
     weights = {row.recipe: row.checkpoint for row in comparison.rows if row.trained_with and row.recipe}
-    records = []
-    for run in comparison.runs:
-        done: dict[str, Any] = run.summary or {}
-        seconds = done.get("seconds")
-        records.append(
-            {
-                "recipe": run.name,
-                "trained with": run.recipe["readout"],
-                "CLS position": "own" if run.recipe.get("backbone", {}).get("cls_position") else "none",
-                "seed": run.recipe["seed"],
-                "steps": done.get("steps") if done else "unfinished",
-                "images": done.get("images"),
-                "seconds": seconds,
-                "images/s": done["images"] / seconds if seconds else None,
-                "device": done.get("devices"),
-                "recipe hash": _hash(done.get("recipe_hash")),
-                "weights hash": _hash(weights.get(done.get("recipe_hash", ""))),
-                "git": _hash(done.get("git")),
-            }
-        )
-    forms: Forms = {"steps": _thousands, "images": "{:,}", "seconds": "{:,.0f}", "images/s": "{:,.0f}"}
-    return Sheet("pretrainings", "Pretrainings", frame_of(records), forms=forms, styles=_code("recipe hash", "weights hash", "git"))
+    frame = frame_of_runs(comparison.runs)
+    frame["weights hash"] = frame["recipe_hash"].map(weights.get)
+    columns = ["recipe", "trained with", "CLS position", "seed", "steps", "images", "seconds", "images/s", "device"]
+    hashes = ["recipe hash", "weights hash", "git"]
+    frame = frame.rename(columns={"devices": "device", "recipe_hash": "recipe hash"})[[*columns, *hashes]]
+    forms: Forms = {
+        "steps": lambda steps: steps if isinstance(steps, str) else f"{steps:,}",
+        "images": "{:,}",
+        "seconds": "{:,.0f}",
+        "images/s": "{:,.0f}",
+    }
+    frame = frame.assign(**{name: frame[name].map(_hash) for name in hashes})
+    return Sheet("pretrainings", "Pretrainings", frame, forms=forms, styles=_code(*hashes))
 
 
 def costs(comparison: Comparison) -> Sheet:
     """One line an arm: what a pretraining of it took, mean over its runs, and the time of a probe, mean over its evaluations."""
-    arms: dict[tuple[str, str, str], list[Run]] = {}
-    for run in comparison.runs:
-        arms.setdefault((run.recipe["method"], run.name, run.recipe["readout"]), []).append(run)
+    of_arm, runs = ["method", "recipe", "trained with"], frame_of_runs(comparison.runs)
     rows = [row for row in comparison.rows if row.metric == TOP1]
-    rules = list(dict.fromkeys(row.protocol for row in rows))
+    probes = {f"{rule} probe, s": rule for rule in dict.fromkeys(row.protocol for row in rows)}
+    means = {"seconds": "seconds", "images/s": "images/s", "FLOPs": "flops", "parameters": "parameters"}
     records = []
-    for (method, name, trained_with), runs in arms.items():
-        done = [run.summary for run in runs if run.summary]
-        hashes = {summary["recipe_hash"] for summary in done}
-        own = [row for row in rows if row.recipe in hashes and row.trained_with]
-        records.append(
-            {
-                **{"method": method, "recipe": name, "trained with": trained_with, "finished runs": len(done)},
-                "seconds": _mean(summary.get("seconds") for summary in done),
-                "images/s": _mean(summary["images"] / summary["seconds"] for summary in done if summary.get("seconds")),
-                "FLOPs": _mean(summary.get("flops") for summary in done),
-                "parameters": _mean(summary.get("parameters") for summary in done),
-                "device": ", ".join(sorted({summary["devices"] for summary in done if "devices" in summary})) or None,
-                **{f"{rule} probe, s": _mean(row.seconds for row in own if row.protocol == rule) for rule in rules},
-            }
-        )
-    columns = ["method", "recipe", "trained with", "finished runs", "seconds", "images/s", "FLOPs", "parameters", "device"]
-    columns += [f"{rule} probe, s" for rule in rules]
-    forms = dict.fromkeys(columns[9:], "{:.1f}") | {"seconds": "{:,.0f}", "images/s": "{:,.0f}"}
-    return Sheet(
-        "costs", "What an arm costs", frame_of(records, columns), NOTES["costs"], {**forms, "FLOPs": _prefixed, "parameters": _prefixed}
-    )
+    for arm, of in runs.groupby(of_arm, sort=False) if len(runs) else ():
+        record = dict(zip(of_arm, arm, strict=True)) | {"finished runs": int(of["finished"].sum())}
+        record |= {name: _mean(of[column]) for name, column in means.items()}
+        record["device"] = ", ".join(sorted(set(of["devices"].dropna()))) or None
+        own = [row for row in rows if row.trained_with and row.recipe in set(of["recipe_hash"].dropna())]
+        records.append(record | {name: _mean(row.seconds for row in own if row.protocol == rule) for name, rule in probes.items()})
+    frame = frame_of(records, [*of_arm, "finished runs", *means, "device", *probes])
+    forms: Forms = {**SPEED, "FLOPs": _prefixed, "parameters": _prefixed, **dict.fromkeys(probes, "{:.1f}")}
+    return Sheet("costs", "What an arm costs", frame, NOTES["costs"], forms)
 
 
 def datasets(rows: pd.DataFrame) -> Sheet:
@@ -158,10 +150,6 @@ def _code(*columns: str) -> dict[str, Any]:
 def _hash(text: str | None) -> str | None:
     """As much of it as is shown."""
     return text and text[:16]
-
-
-def _thousands(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _mean(values: Iterable[float | int | None]) -> float | None:
