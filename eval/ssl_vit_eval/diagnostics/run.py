@@ -11,7 +11,7 @@ from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.controls import BESIDE
 from ssl_vit_eval.diagnostics.geometry import redundancy
 from ssl_vit_eval.diagnostics.measure import VERSION, at_each_block, diagnose
-from ssl_vit_eval.rows import Row, RowStore
+from ssl_vit_eval.rows import Row, RowStore, Setting
 from ssl_vit_eval.sources import PIXELS, Source
 from ssl_vit_eval.splits import Split
 
@@ -49,30 +49,37 @@ def examine(source: Source, test: Split, data: str, transform: str, specs: Seque
     return path
 
 
+def by_block(rows: Sequence[Row], specs: Sequence[str], depth: int) -> dict[tuple[Setting, str], dict[int, Row]]:
+    """The rows, of one source and metric, of each setting and readout by block, where there are two or more; without controls."""
+    known = {(Setting.of(row), row.read_with): row for row in rows if not row.control}
+    curves = {}
+    for setting in dict.fromkeys(setting for setting, _ in known):
+        for spec in specs:
+            blocks = {block: known.get((setting, name)) for block, name in at_each_block(spec, depth) if block is not None}
+            curves[setting, spec] = {block: row for block, row in blocks.items() if row is not None}
+    return {of: curve for of, curve in curves.items() if len(curve) > 1}
+
+
 def accuracy_by_block(rows: Sequence[Row], specs: Sequence[str], depth: int) -> list[dict[str, Any]]:
     """Top-1 of each readout at each block, for each protocol that has them."""
-    known = {(row.protocol, row.protocol_version, row.protocol_hash, row.read_with): row for row in rows if not row.control}
-    curves = []
-    for rule in dict.fromkeys(key[:3] for key in known):
-        for spec in specs:
-            places = [(block, known.get((*rule, name))) for block, name in at_each_block(spec, depth) if block is not None]
-            curve = [{"block": block, "top1": row.value, "ci": [row.ci_low, row.ci_high]} for block, row in places if row is not None]
-            if len(curve) > 1:
-                curves.append({"protocol": rule[0], "version": rule[1], "readout": spec, "curve": curve})
-    return curves
+    found = []
+    for (setting, spec), curve in by_block(rows, specs, depth).items():
+        points = [{"block": block, "top1": row.value, "ci": [row.ci_low, row.ci_high]} for block, row in curve.items()]
+        found.append({"protocol": setting.protocol, "version": setting.version, "readout": spec, "curve": points})
+    return found
 
 
 def redundancies(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """For each A + B, what it adds at equal width, in points: to the better of A and B beside the other shuffled (the control `width`);
     in k-NN, which fits nothing, to the better of A and B."""
-    known = {(row.protocol, row.protocol_version, row.protocol_hash, row.read_with, row.control): row for row in rows}
+    known = {row.key: row for row in rows}
     found = []
     for row in rows:
-        plain = not row.control and row.read_with != PIXELS
-        terms = ReadoutSpec.parse(row.read_with).terms if plain else ()
-        places = [(str(term), "") for term in terms] if row.bank else [(row.read_with, f"{term}{BESIDE}") for term in terms]
-        keys = [(row.protocol, row.protocol_version, row.protocol_hash, *place) for place in places]
-        if len(keys) == 2 and all(key in known for key in keys):
-            gain = 100 * redundancy(row.value, *(known[key].value for key in keys))
-            found.append({"protocol": row.protocol, "readout": row.read_with, "width": row.width, "points": gain})
+        terms = ReadoutSpec.parse(row.read_with).terms if not row.control and row.read_with != PIXELS else ()
+        places = [(str(term), "") if row.bank else (row.read_with, f"{term}{BESIDE}") for term in terms]
+        keys = [row.key._replace(read_with=read_with, control=control) for read_with, control in places]
+        values = [known[key].value for key in keys if key in known]
+        if len(values) == len(keys) == 2:
+            points = 100 * redundancy(row.value, *values)
+            found.append({"protocol": row.protocol, "readout": row.read_with, "width": row.width, "points": points})
     return found

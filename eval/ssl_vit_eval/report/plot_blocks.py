@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ssl_vit_eval.compare.arms import Arm, ordered
 from ssl_vit_eval.compare.diagnostic_files import Diagnosis, Place, by_arm, label
-from ssl_vit_eval.diagnostics.measure import at_each_block
+from ssl_vit_eval.diagnostics.run import by_block
 from ssl_vit_eval.metrics import metric_of
 from ssl_vit_eval.report.diagnostic_tables import attention
 from ssl_vit_eval.report.plotting import SOFT, Look, Plot, curve, draw_panels, looks, name_of
@@ -35,19 +35,9 @@ def plots(diagnoses: Sequence[Diagnosis], rows: Sequence[Row]) -> list[Plot]:
 
 def block_curves(of: Diagnosis, rows: Sequence[Row]) -> Curves:
     """Each readout at each block that was measured, where there are two or more; without controls."""
-    known = {
-        (Setting.of(row), row.read_with): row.value
-        for row in rows
-        if (row.checkpoint, row.transform) == of.weights and row.metric == metric_of(row) and not row.control
-    }
-    curves = {}
-    for setting in dict.fromkeys(setting for setting, _ in known):
-        for spec in of.found["readouts"]:
-            places = [(block, known.get((setting, name))) for block, name in at_each_block(spec, of.depth) if block is not None]
-            curve = {block: value for block, value in places if value is not None}
-            if len(curve) > 1:
-                curves[setting, spec] = curve
-    return curves
+    own = [row for row in rows if (row.checkpoint, row.transform) == of.weights and row.metric == metric_of(row)]
+    found = by_block(own, of.found["readouts"], of.depth).items()
+    return {key: {block: row.value for block, row in curve.items()} for key, curve in found}
 
 
 def _recipes(diagnoses: Sequence[Diagnosis]) -> dict[str, Arms]:
