@@ -25,7 +25,7 @@ from ssl_vit_eval.compare.warnings import missing, repeated, revisions
 from ssl_vit_eval.metrics import MACRO, TOP1, metric_of
 from ssl_vit_eval.rows import Key, Row, Setting, find_rows
 from ssl_vit_eval.sources import PIXELS
-from ssl_vit_eval.stats.seeds import Crossed, crossed_interval
+from ssl_vit_eval.stats.seeds import crossed_interval
 
 Scores = dict[tuple[Setting, Side], dict[int | None, float]]
 
@@ -41,11 +41,6 @@ class Gain:
     low: float
     high: float
     seeds: int
-
-    @property
-    def includes_zero(self) -> bool:
-        """As shown, with one decimal: a bound that rounds to zero counts as zero."""
-        return round(self.low, 1) <= 0 <= round(self.high, 1)
 
 
 @dataclass(frozen=True)
@@ -194,60 +189,51 @@ def _tables(rows: Sequence[Row], names: Mapping[Weights, Arm], answers: Answers)
         if row.trained_with and row.init:
             inits[row.init][names[weights_of(row)]._replace(trained_with=None)] = None
 
+    judged = [row for row in rows if row.metric == metric_of(row)]
+    by_key, other = {row.key: row for row in judged}, {row.key: row.value for row in rows if row.metric != metric_of(row)}
     grouped: dict[Setting, dict[tuple[Arm, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        arms = inits.get(row.checkpoint) if row.method == "random" else None
-        for arm in arms or [names[weights_of(row)]]:
-            grouped[Setting.of(row)][arm, row.read_with].append(row)
-
-    starts = {row.key: row for row in rows if row.metric == metric_of(row)}
     floors: dict[Setting, float] = defaultdict(float)
-    for row in starts.values():
+    for row in judged:
+        setting = Setting.of(row)
+        for arm in (row.method == "random" and inits.get(row.checkpoint)) or [names[weights_of(row)]]:
+            grouped[setting][arm, row.read_with].append(row)
         if row.method == PIXELS:  # which have a transform of their own, their size; of several sizes the best is the floor
-            of = Setting.of(row)._replace(transform="")
-            floors[of] = max(floors[of], row.value)
+            place = setting._replace(transform="")
+            floors[place] = max(floors[place], row.value)
+
     tables = []
     for setting, places in grouped.items():
-        floor = floors.get(setting._replace(transform=""))
-        cells = {place: _cell(of, starts, answers, None if place[1] == PIXELS else floor) for place, of in places.items()}
+        floor, cells = floors.get(setting._replace(transform="")), {}
+        for (arm, spec), of in places.items():
+            values, others = [row.value for row in of], [other[row.key] for row in of if row.key in other]
+            cells[arm, spec] = Cell(
+                value=fmean(values),
+                other=fmean(others) if others else None,
+                ci=(of[0].ci_low, of[0].ci_high) if len(of) == 1 else None,
+                spread=stdev(values) if len(of) > 1 else None,
+                seeds=len(of),
+                gain=_gain(of, by_key, answers),
+                pixels=None if spec == PIXELS else floor,
+            )
         first = next(of[0] for of in places.values())
         classes = len(set(answers.together([first])[1].tolist()))
-        tables.append(Table(setting, first.n_test, classes, metric_of(first), cells))
+        tables.append(Table(setting, first.n_test, classes, first.metric, cells))
     order = list(dict.fromkeys(row.dataset for row in rows))
     return sorted(tables, key=lambda table: order.index(table.setting.dataset))  # stable: in the order of the protocols
 
 
-def _over_random(row: Row, starts: Mapping[Key, Row], answers: Answers) -> Crossed | None:
-    """Against the random-initialised backbone that the row's checkpoint started from, on the same images, by the same protocol and readout;
-    None where that was not evaluated so."""
-    start = starts.get(row.key._replace(checkpoint=row.init)) if row.trained_with and row.init else None
-    if start is None:
-        return None
-    (right, random), labels = answers.together([row, start])
-    return crossed_interval((right.double() - random.double())[None], labels if row.metric == MACRO else None)
-
-
-def _cell(rows: Sequence[Row], starts: Mapping[Key, Row], answers: Answers, pixels: float | None) -> Cell:
-    metric = metric_of(rows[0])
-    own, others = ([row for row in rows if (row.metric == metric) == is_own] for is_own in (True, False))
-    values = [row.value for row in own]
-    differences = [difference for row in own if (difference := _over_random(row, starts, answers))]
-    gain = None
-    if len(differences) == 1:
-        gain = Gain(*differences[0][:3], seeds=1)
-    elif differences:
-        points = [difference.points for difference in differences]
-        gain = Gain(fmean(points), min(points), max(points), len(points))
-    one = len(values) == 1
-    return Cell(
-        value=fmean(values),
-        other=fmean(row.value for row in others) if others else None,
-        ci=(own[0].ci_low, own[0].ci_high) if one else None,
-        spread=None if one else stdev(values),
-        seeds=len(values),
-        gain=gain,
-        pixels=pixels,
-    )
+def _gain(rows: Sequence[Row], by_key: Mapping[Key, Row], answers: Answers) -> Gain | None:
+    """Over the random-initialised backbones that the checkpoints started from, on the same images, by the same protocol and readout; None
+    where none was evaluated so."""
+    found = []
+    for row in rows:
+        if row.trained_with and row.init and (start := by_key.get(row.key._replace(checkpoint=row.init))):
+            (right, random), labels = answers.together([row, start])
+            found.append(crossed_interval((right.double() - random.double())[None], labels if row.metric == MACRO else None))
+    if len(found) == 1:
+        return Gain(*found[0][:3], seeds=1)
+    points = [of.points for of in found]
+    return Gain(fmean(points), min(points), max(points), len(points)) if points else None
 
 
 def _notes(tables: Sequence[Table]) -> list[Note]:

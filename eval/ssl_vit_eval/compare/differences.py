@@ -9,7 +9,7 @@ from ssl_vit_eval.compare.answers import Answers
 from ssl_vit_eval.compare.verdict import Difference, Family, Pair, Question, Rule, Unit, outcome_of
 from ssl_vit_eval.metrics import MACRO, metric_of
 from ssl_vit_eval.stats.images import holm, paired_p, resolvable_images, sign_flip
-from ssl_vit_eval.stats.seeds import crossed_interval, means_of_seeds, resolvable_seeds, resolvable_t, sign_flip_within, t_test
+from ssl_vit_eval.stats.seeds import crossed_interval, resolvable_seeds, resolvable_t, sign_flip_within, t_test
 
 
 def measured(families: Sequence[Family], answers: Answers, rule: Rule) -> list[Family]:
@@ -38,7 +38,7 @@ def _measure(pair: Pair, answers: Answers, unit: Unit, rule: Rule, level: float)
     right, labels = answers.together([row for rows in pair.rows for row in rows])
     a, b = right[::2].double(), right[1::2].double()  # [seeds, replicates, images] each
     classes = labels if metric_of(pair.rows[0][0]) == MACRO else None
-    crossed, of_seeds = crossed_interval(a - b, classes), means_of_seeds(a - b, classes)
+    crossed = crossed_interval(a - b, classes)
     discordance = (a != b).double().mean().item()
     p, beyond = t_test(crossed), t_test(crossed, rule.margin)
     resolvable: float | None = None  # by Student's t
@@ -50,7 +50,7 @@ def _measure(pair: Pair, answers: Answers, unit: Unit, rule: Rule, level: float)
         elif a.shape[1] == 1 and classes is None:
             resolvable = resolvable_images(discordance, a.shape[2], level)
     elif rule.test == "sign-flip":
-        p, beyond = sign_flip(of_seeds), sign_flip_within(of_seeds, rule.margin)
+        p, beyond = sign_flip(crossed.of_seeds), sign_flip_within(crossed.of_seeds, rule.margin)
         resolvable = resolvable_seeds(crossed.standard_error, count, level)
     seeds = tuple(rows[0].seed for rows in pair.rows if rows[0].seed is not None)
     return Difference(
@@ -63,7 +63,7 @@ def _measure(pair: Pair, answers: Answers, unit: Unit, rule: Rule, level: float)
         corrected_beyond=beyond,
         discordance=discordance,
         seeds=seeds,
-        of_seeds=tuple(of_seeds[: len(seeds)]),
+        of_seeds=crossed.of_seeds[: len(seeds)],
         images=a.shape[2],
         resolvable=max(resolvable_t(error, df, level) for error, df in crossed.errors) if resolvable is None else resolvable,
         outcome="undecided",

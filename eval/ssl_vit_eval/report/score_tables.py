@@ -41,14 +41,11 @@ def under_text(cell: Cell) -> str:
 
 
 def gain_text(gain: Gain) -> str:
-    """`+6.1 [4.4, 7.8]`; ○ behind it where the interval, or the range of several seeds, includes zero."""
-    return f"{signed(gain.points)} {bounds_text(gain)}" + (f" {ZERO}" if gain.includes_zero else "")
-
-
-def bounds_text(gain: Gain) -> str:
-    """`[4.4, 7.8]`, the interval of one seed, or `(5.0 … 7.1)`, the range of several."""
-    low, high = signed(gain.low).lstrip("+"), signed(gain.high).lstrip("+")
-    return f"[{low}, {high}]" if gain.seeds == 1 else f"({low} … {high})"
+    """`+6.1 [4.4, 7.8]`, with the interval of one seed, or `+6.1 (5.0 … 7.1)`, with the range of several; ○ behind it where that, as it
+    is shown, includes zero."""
+    low, high = (signed(bound).lstrip("+") for bound in (gain.low, gain.high))
+    bounds = f"[{low}, {high}]" if gain.seeds == 1 else f"({low} … {high})"
+    return f"{signed(gain.points)} {bounds}" + (f" {ZERO}" if round(gain.low, 1) <= 0 <= round(gain.high, 1) else "")
 
 
 def pixels_of(table: Table) -> dict[Arm, Cell]:
@@ -106,7 +103,7 @@ def _table(comparison: Comparison, table: Table, name: str, trained: bool, scale
     for arm, cells in lines.items():
         named = {"method": arm.method, "recipe": arm.recipe, what: labels[arm]}
         records.append(named | {f"read {spec}": cell and 100 * cell.value for spec, cell in zip(columns, cells, strict=True)})
-        texts.append([_whole_text(cell) if cell else MISSING for cell in cells])
+        texts.append([score_text(cell) + (f" ({under})" if (under := under_text(cell)) else "") if cell else MISSING for cell in cells])
     forms = {f"read {spec}": list(of) for spec, of in zip(columns, zip(*texts, strict=True), strict=True)}
     html = template(
         "scores.html",
@@ -117,10 +114,6 @@ def _table(comparison: Comparison, table: Table, name: str, trained: bool, scale
         **{"legend": trained and scale and is_first, "scale": scale, "colour": lambda points: _colour(points, scale)},
     )
     return Listing(Sheet(name, f"{where}: {metric}, % ({about})", frame_of(records), "", forms), html=html)
-
-
-def _whole_text(cell: Cell) -> str:
-    return f"{score_text(cell)} ({under_text(cell)})" if under_text(cell) else score_text(cell)
 
 
 def at_last(spec: str) -> str | None:

@@ -69,11 +69,6 @@ def signed(points: float, digits: int = 1) -> str:
     return text if float(text[1:]) else text[1:]
 
 
-def estimate_text(points: float, low: float, high: float, rule: Rule) -> str:
-    """`+1.2 points [0.3, 2.1]`, with as many decimals as `digits_of` says."""
-    return f"{signed(points, digits_of(low, high, rule))} points {interval_text(low, high, rule)}"
-
-
 def interval_text(low: float, high: float, rule: Rule) -> str:
     """`[0.3, 2.1]`, with as many decimals as `digits_of` says."""
     digits = digits_of(low, high, rule)
@@ -143,9 +138,10 @@ def _verdict(question: Question, unit: Unit, d: Difference, rule: Rule) -> str:
     a, b = (side_name(question, side) for side in (d.a, d.b))
     of = "of these weights, " if unit == "images" else ""
     if d.outcome in ("better", "worse"):
-        by = (d.points, d.low, d.high) if d.outcome == "better" else (-d.points, -d.high, -d.low)
+        low, high = (d.low, d.high) if d.outcome == "better" else (-d.high, -d.low)
+        points = signed(abs(d.points), digits_of(low, high, rule)).lstrip("+")
         less = f", by less than the margin of {points_text(rule.margin)}" if within_margin(d.low, d.high, rule) else ""
-        return f"{of}{a} is {d.outcome} than {b} by {estimate_text(*by, rule).lstrip('+')}{less}"
+        return f"{of}{a} is {d.outcome} than {b} by {points} points {interval_text(low, high, rule)}{less}"
     if d.outcome == "no difference":
         seen = f"these {d.images:,} images" if unit == "images" else "this study"
         return f"{of}no difference between {a} and {b} of more than {points_text(_rounded_up(d.low, d.high))} that {seen} could see"

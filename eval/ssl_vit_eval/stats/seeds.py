@@ -40,7 +40,7 @@ SIMULATED = 10  # seeds, up to which they are; beyond, the sign-flip test has th
 class Crossed(NamedTuple):
     """A mean over seeds, replicates and images with its 95 % interval and standard error, in percentage points; df: degrees of freedom of
     the standard error by Welch and Satterthwaite, infinite where it is of images alone. of_levels: standard error and degrees of freedom of
-    the means of the seeds alone and of those of the replicates alone, each where there are several."""
+    the means of the seeds alone and of those of the replicates alone, each where there are several. of_seeds: the mean of each seed."""
 
     points: float
     low: float
@@ -48,6 +48,7 @@ class Crossed(NamedTuple):
     standard_error: float
     df: float
     of_levels: tuple[tuple[float, float], ...] = ()
+    of_seeds: tuple[float, ...] = ()
 
     @property
     def errors(self) -> tuple[tuple[float, float], ...]:
@@ -106,13 +107,9 @@ def crossed_interval(values: Float[Tensor, "s k n"], classes: Int64[Tensor, " n"
     uncertain = sum(part**2 / df for part, df in parts)
     df = inf if variance <= image_part or not uncertain else variance**2 / uncertain
     points, error = 100 * float(mean), 100 * float(max(variance, image_part)) ** 0.5
-    return Crossed(points, 100 * low, 100 * high, error, float(df), tuple((100 * float(part) ** 0.5, float(df)) for part, df in parts))
-
-
-def means_of_seeds(values: Float[Tensor, "s k n"], classes: Int64[Tensor, " n"] | None = None) -> list[float]:
-    """The mean of each seed over replicates and images, or over classes, in percentage points."""
-    v = values.double().cpu().numpy().mean(axis=1)
-    return [float(mean) for mean in 100 * mean_over(v, strata(v.shape[1], classes))]
+    of_levels = tuple((100 * float(part) ** 0.5, float(df)) for part, df in parts)
+    of_seeds = tuple((100 * mean_over(v.mean(axis=1), groups)).tolist())
+    return Crossed(points, 100 * low, 100 * high, error, float(df), of_levels, of_seeds)
 
 
 def accuracy_interval(correct: Bool[Tensor, "n k"], classes: Int64[Tensor, " n"] | None = None) -> Interval:
