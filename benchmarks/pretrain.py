@@ -6,8 +6,9 @@ documented modules and transforms; with `--peers stable-pretraining`, its `metho
 block; the ratio is the median of the ratios of neighbouring blocks, so that what else the machine does falls on both.
 
 The same for all: backbone, head, decoder, prototypes, batch, number and size of views, precision, device, and AdamW. Theirs are made image
-by image in a DataLoader of as many workers as there are cores (persistent, started and warmed up before the clock), ours in batch on the
-device from the stream in memory; all have the same cores. Theirs start from uint8 images in memory, held as PIL images: nothing is decoded.
+by image in a DataLoader of as many workers as there are cores, ours in batch on the device from the stream in memory; all have the same
+cores. Workers are halted while the others have their turn, and the clock starts when what they had ready before it is used up. Theirs
+start from uint8 images in memory, held as PIL images: nothing is decoded.
 
 Columns: milliseconds a step (median block); theirs / ours (above 1: ours is faster); share of the peak = operations of one image by
 `ssl_vit.train.cost` x images a second / the best product of 4,096 (CPU: 2,048) square matrices in this run at the same precision;
@@ -19,6 +20,7 @@ ViT over the same tokens (student's views and the teacher's forward for DINO; th
 import argparse
 import logging
 import os
+import signal
 import statistics
 import time
 import warnings
@@ -251,6 +253,12 @@ class Data(lightning.LightningDataModule):
         super().__init__()
         self.loader, self.batch_size, self.waited = loader, batch_size, 0.0
         self.batches: Iterator[Any] = iter(loader)
+        self.workers: list[Any] = getattr(self.batches, "_workers", [])
+        self.ready = len(self.workers)  # batches that were made in the turns of others
+
+    def signal(self, number: int) -> None:
+        for worker in self.workers:
+            os.kill(worker.pid, number)
 
     def __iter__(self) -> Iterator[Any]:
         while True:
@@ -267,27 +275,29 @@ class Data(lightning.LightningDataModule):
 
 
 class Clock(lightning.Callback):
-    """Seconds of the steps after the first two, and those of them spent waiting for a batch."""
+    """Seconds of the steps after the first ones, and those of them spent waiting for a batch."""
 
-    def __init__(self, data: Data) -> None:
-        self.data, self.seconds, self.waited, self.steps = data, 0.0, 0.0, 0
+    def __init__(self, data: Data, first: int) -> None:
+        self.data, self.first, self.seconds, self.waited, self.steps = data, first, 0.0, 0.0, 0
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        if trainer.global_step in (2, trainer.max_steps):
+        if trainer.global_step in (self.first, trainer.max_steps):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             last = trainer.global_step == trainer.max_steps
             self.seconds = time.perf_counter() - (self.seconds if last else 0.0)
             self.waited = self.data.waited - (self.waited if last else 0.0)
-            self.steps = trainer.global_step - 2
+            self.steps = trainer.global_step - self.first
 
 
 def block(module: lightning.LightningModule, data: Data, steps: int, trainer: dict[str, Any]) -> tuple[float, float]:
     """Seconds a step, and of them waiting, of one fit that goes on with the weights as they are."""
-    clock = Clock(data)
+    clock = Clock(data, 2 + data.ready)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    fit = lightning.Trainer(max_steps=steps + 2, callbacks=[clock], use_distributed_sampler=False, **quiet, **trainer)
+    fit = lightning.Trainer(max_steps=clock.first + steps, callbacks=[clock], use_distributed_sampler=False, **quiet, **trainer)
+    data.signal(signal.SIGCONT)
     fit.fit(module, datamodule=data)
+    data.signal(signal.SIGSTOP)
     return clock.seconds / clock.steps, clock.waited / clock.steps
 
 
@@ -297,7 +307,9 @@ def profile(side: str, module: lightning.LightningModule, data: Data, trainer: d
     with torch.profiler.profile() as seen:
         block(module, data, 3, trainer)
     gpu = trainer["accelerator"] == "gpu"
-    spent = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in seen.key_averages()}
+    kinds = (torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA)
+    events = [e for e in seen.key_averages() if e.device_type == kinds[gpu] and not (gpu and e.key.startswith(("Optimizer.", "#")))]
+    spent = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in events}
     print(f"{side}: " + ", ".join(f"{key} {spent[key] / sum(spent.values()):.1%}" for key in sorted(spent, key=lambda k: -spent[k])[:12]))
 
 
@@ -317,6 +329,7 @@ def peak(device: str, dtype: torch.dtype) -> float:
 
 def plain_step(method: str, size: Size, dtype: torch.dtype, batch: int) -> float:
     """Seconds of a compiled plain timm forward + backward over the same tokens, on CUDA."""
+    torch._dynamo.config.recompile_limit = 64
     model = vit(size.backbone).cuda()
     for block_ in model.blocks:
         block_.compile()
@@ -357,9 +370,8 @@ def compare(method: str, name: str, options: argparse.Namespace, best: float) ->
         "lightly": LightlyMAE if method == "mae" else LightlyDINO,
         "stable-pretraining": StableMAE if method == "mae" else StableDINO,
     }
-    sides: dict[str, tuple[lightning.LightningModule, Data]] = {
-        "ours": (ours(method, size, options.compile), Data(Stream(ImageStore.stacked(pixels), Order(len(pixels), batch, 0)), batch))
-    }
+    stream = Stream(ImageStore.stacked(pixels), Order(len(pixels), batch, 0), pin=device == "cuda")
+    sides: dict[str, tuple[lightning.LightningModule, Data]] = {"ours": (ours(method, size, options.compile), Data(stream, batch))}
     for peer in options.peers:
         try:
             module = peers[peer](size)
@@ -371,6 +383,7 @@ def compare(method: str, name: str, options: argparse.Namespace, best: float) ->
             batch,
             num_workers=workers,
             persistent_workers=workers > 0,
+            prefetch_factor=1 if workers else None,
             pin_memory=device == "cuda",
         )
         sides[peer] = (module, Data(loader, batch))
@@ -384,6 +397,8 @@ def compare(method: str, name: str, options: argparse.Namespace, best: float) ->
             measured = block(module, data, options.steps, trainer)
             if number:
                 times[side].append(measured)
+    for _, data in sides.values():
+        data.signal(signal.SIGCONT)  # or they could not end
     for side, blocks in times.items():
         seconds, waited = (statistics.median(column) for column in zip(*blocks, strict=True))
         ratios = [theirs[0] / mine[0] for theirs, mine in zip(blocks, times["ours"], strict=True)]

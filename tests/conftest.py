@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["OMP_NUM_THREADS"] = os.environ.get("SSL_VIT_TEST_THREADS", "1")  # before torch is imported, and for all child processes
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,21 @@ from ssl_vit.data.stream import Batch
 from ssl_vit.model.backbone import Backbone, build_backbone
 from ssl_vit.model.config import BackboneConfig
 from tests.processes import THREADS, begun
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run on the CPU on every machine, but for `-m gpu`."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """No checks of shapes: not every compiler can follow them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
 
 TINY = BackboneConfig(name="vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=3, heads=2, registers=2)
 

@@ -42,9 +42,15 @@ def uniform(seed: int, positions: Int64[Tensor, "b"], stream: int, count: int) -
 
     Row i depends on (seed, stream, positions[i]) only, with the same bits on CPU and CUDA.
     """
-    state = _mix((positions ^ _key(seed, stream)) + _GOLDEN)
+    return uniform_by_stream(seed, positions, range(stream, stream + 1), count)[0]
+
+
+def uniform_by_stream(seed: int, positions: Int64[Tensor, "b"], streams: range, count: int) -> Float32[Tensor, "v b count"]:
+    """`uniform` of several streams at once: on a GPU, as many kernels as of one."""
+    keys = _mix((_key(seed) ^ torch.arange(streams.start, streams.stop, device=positions.device)) + _GOLDEN)
+    state = _mix((positions ^ keys[:, None]) + _GOLDEN)
     draws = torch.arange(1, count + 1, device=positions.device) * _GOLDEN
-    return _shift(_mix(state[:, None] + draws), 40).to(torch.float32) * 2.0**-24
+    return _shift(_mix(state[..., None] + draws), 40).to(torch.float32) * 2.0**-24
 
 
 def permutation(seed: int, epoch: int, n: int) -> Int64[Tensor, "n"]:

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import lightning
@@ -42,34 +43,39 @@ class Stream:
     """
 
     def __init__(self, images: ImageStore, order: Order, step: int = 0, pin: bool = False) -> None:
-        self.images, self.pin = images, pin
         self._begin(order, step)
+        self.images, self.pin = images, pin
 
     def _begin(self, order: Order, step: int) -> None:
         self.order, self.consumed, self.seconds, self.replaced = order, step * order.accumulate, 0.0, 0
+        self.pin = False
 
     def __len__(self) -> int:
         return self.order.limit * self.order.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            begin = time.perf_counter()
-            batch = self.batch(self.consumed)
-            self.consumed += 1
-            self.seconds += time.perf_counter() - begin
-            yield batch
+        with ThreadPoolExecutor(1) as thread:
+            coming = None
+            while True:
+                begin = time.perf_counter()
+                batch, replaced = coming.result() if coming else self.batch(self.consumed)
+                self.consumed, self.replaced = self.consumed + 1, self.replaced + replaced
+                if self.pin:  # the next ones are put together while the GPU computes; on a CPU both would share the cores
+                    coming = thread.submit(self.batch, self.consumed)
+                self.seconds += time.perf_counter() - begin
+                yield batch
 
-    def batch(self, number: int) -> Batch:
-        """Micro-batch `number` of the stream."""
+    def batch(self, number: int) -> tuple[Batch, int]:
+        """Micro-batch `number` of the stream, and for how many of its images others stand in."""
         positions = self.order.positions(number)
-        rows, skip = self.order.rows(positions), 0
+        rows, skip, replaced = self.order.rows(positions), 0, 0
         while (corrupt := (self.images.sizes[rows] == 0).any(dim=1)).any():  # the next in the order, as `CropDataset.cropped` takes it
             skip += 1
-            self.replaced += int(corrupt.sum())
+            replaced += int(corrupt.sum())
             rows = torch.where(corrupt, self.order.rows(positions, skip), rows)
         tensors = (*self.images.batch(rows), positions)
         images, sizes, positions = (tensor.pin_memory() for tensor in tensors) if self.pin else tensors
-        return Batch(images, sizes, positions, self.order.step(number))
+        return Batch(images, sizes, positions, self.order.step(number)), replaced
 
     def state_dict(self) -> dict[str, int]:
         """Nothing: the Trainer's step says where the stream stands. Lightning takes a loader without it for one that cannot go on."""
@@ -97,7 +103,7 @@ class WorkerStream(Stream):
         self._made: Iterator[Cropped | Failure] | None = None
         self._next: int | None = self.consumed  # what the workers give next; None once they are ended
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> tuple[Batch, int]:
         """In order; RuntimeError else. UsageError and Failure in one line: of the images, and for a worker that the system ended."""
         if number != self._next:
             raise RuntimeError(f"micro-batch {number} is asked of workers whose next one is {self._next}")
@@ -111,10 +117,9 @@ class WorkerStream(Stream):
         crops, sizes, listed = made  # DataLoader makes lists of its tuples
         corrupt = [(row, reason) for row, reason in listed]
         self._seen += self.order.share
-        self.replaced += len(corrupt)
         self._corrupt.note(corrupt, self._seen)
         no_images = torch.empty(len(sizes), 3, 0, 0, dtype=torch.uint8)
-        return Batch(no_images, sizes, self.order.positions(number), self.order.step(number), tuple(crops))
+        return Batch(no_images, sizes, self.order.positions(number), self.order.step(number), tuple(crops)), len(corrupt)
 
     def close(self) -> None:
         """End the workers."""

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
+from ssl_vit.model.compiler import fusible
+
 TRIES = 10
 CROP_DRAWS = 2 * TRIES + 2
 
@@ -43,6 +45,7 @@ def random_resized_crop_boxes(
     return torch.cat([top, left, box_h, box_w], dim=-1).long()
 
 
+@fusible
 def _bicubic_weights(
     start: Int64[Tensor, "b v"], length: Int64[Tensor, "b v"], flip: Bool[Tensor, "b v"] | None, size: int, out: int
 ) -> Float32[Tensor, "b v out size"]:
@@ -94,21 +97,25 @@ def grey(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)[:, None]
 
 
+@fusible
 def adjust_brightness(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, "n"]) -> Float[Tensor, "n 3 h w"]:
     """Blend with black: factor 0 is black, 1 the image."""
     return (x * factor[:, None, None, None]).clamp_(0, 1)
 
 
+@fusible
 def adjust_contrast(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, "n"]) -> Float[Tensor, "n 3 h w"]:
     """Blend with the mean luma of the image: factor 0 is flat, 1 the image."""
     return torch.lerp(grey(x).mean((2, 3), keepdim=True), x, factor[:, None, None, None]).clamp_(0, 1)
 
 
+@fusible
 def adjust_saturation(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, "n"]) -> Float[Tensor, "n 3 h w"]:
     """Blend with the luma of each pixel: factor 0 is grey, 1 the image."""
     return torch.lerp(grey(x), x, factor[:, None, None, None]).clamp_(0, 1)
 
 
+@fusible
 def adjust_hue(x: Float[Tensor, "n 3 h w"], shift: Float[Tensor, "n"]) -> Float[Tensor, "n 3 h w"]:
     """Turn the hue by `shift` turns (-0.5 to 0.5), at the same HSV saturation and value."""
     red, green, blue = x.unbind(1)
@@ -161,6 +168,7 @@ def solarise(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
     return torch.minimum(x, 1 - x)
 
 
+@fusible
 def normalise(
     x: Float[Tensor, "*views 3 h w"], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Float[Tensor, "*views 3 h w"]:

@@ -8,14 +8,15 @@ from typing import Any, cast
 import lightning
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssl_vit.data.rng import uniform
+from ssl_vit.data.rng import uniform_by_stream
 from ssl_vit.data.views import Batch, Crops
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit.methods.optim import OptimConfig, adamw
 from ssl_vit.methods.schedules import cosine
 from ssl_vit.model.backbone import Backbone
+from ssl_vit.model.compiler import compile_blocks, compiles
 from ssl_vit.model.config import IN_RECIPE_UNLESS_DEFAULT, NOT_IN_RECIPE
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit.provenance import versions
@@ -65,10 +66,11 @@ class Method(lightning.LightningModule):
         super().__init__()
         fields = {key: value for key, value in arguments.items() if key not in ("self", "__class__") and (key, value) != ("init", None)}
         self.spec = ReadoutSpec.parse(fields["readout"])
-        self.optim, self.seed = cast(OptimConfig, fields["optim"]), int(fields["seed"])
+        self.optim, self.seed, self._compile = cast(OptimConfig, fields["optim"]), int(fields["seed"]), bool(fields["backbone"].compile)
         self.recipe: dict[str, Any] = {"method": self.name, **plain({**fields, "readout": str(self.spec)})}
         self.initial_hash: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
         self.scheduled: dict[str, float] = {}  # the values of this step
+        self.compiled = False  # from the start of a fit on, where `backbone.compile` asks for it
         self.accumulate = 1  # micro-batches of an optimiser step
         self.completes_step = True  # whether this micro-batch is the last one of its step
         self._failed_at: Tensor | None = None  # on the device: the first step whose loss was not finite, 0 if there was none
@@ -86,6 +88,12 @@ class Method(lightning.LightningModule):
         self.recipe["readout"] = str(self.spec)
         if -1 not in self.spec.blocks:
             raise UsageError(f"readout {str(self.spec)!r} leaves out the last block, which nothing would train; choose one that reads it")
+
+    def on_train_start(self) -> None:
+        if self._compile and compiles(self.device.type):
+            self.compiled, self._compile = True, False
+            every = [getattr(part, "blocks", None) for part in self.modules()]
+            compile_blocks(block for blocks in every if isinstance(blocks, nn.Sequential) for block in blocks)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self, self.optim)
@@ -122,8 +130,10 @@ class Method(lightning.LightningModule):
         """For the backbone, of the views of all images, view by view: f(seed, position, view), whatever the devices and micro-batches.
         None without drop path."""
         depth, n = self.backbone.depth, self.backbone.draws_of_block
-        drawn = [uniform(self.seed, positions, DROP_PATH_STREAM + view, depth * n) for view in views if n]
-        return torch.cat(drawn).view(-1, depth, n) if drawn else None
+        if not (n and views):
+            return None
+        streams = range(DROP_PATH_STREAM + views.start, DROP_PATH_STREAM + views.stop)
+        return uniform_by_stream(self.seed, positions, streams, depth * n).view(-1, depth, n)
 
     @property
     def is_read(self) -> bool:

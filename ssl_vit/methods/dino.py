@@ -20,6 +20,7 @@ from ssl_vit.methods.head import Head, HeadConfig
 from ssl_vit.methods.optim import OptimConfig, clip_each
 from ssl_vit.methods.schedules import cosine, linear
 from ssl_vit.model.backbone import Backbone, build_backbone
+from ssl_vit.model.compiler import fusible, fusing
 from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.readout import Readout, ReadoutSpec
 from ssl_vit.weights.checkpoint import start_from
@@ -34,6 +35,7 @@ def teacher_targets(teacher: Float[Tensor, "t b k"], center: Float[Tensor, " k"]
     return F.softmax((teacher - center) / temperature, dim=-1)
 
 
+@fusible
 def dino_loss(targets: Float[Tensor, "t b k"], student: Float[Tensor, "v b k"], temperature: float) -> Float[Tensor, ""]:
     """Equation 3: cross-entropy between teacher view i and student view j, mean over the pairs i != j and the batch.
 
@@ -149,9 +151,10 @@ class DINO(Method):
 
     def views(self, batch: Batch) -> tuple[Float[Tensor, "2 b 3 s s"], Float[Tensor, "v b 3 m m"]]:
         """Two global and v local views of each image (section 3.1, "multi-crop"), normalised."""
-        views = multi_crop(batch, self.seed, self.crops)
         mean, std = self.backbone.mean, self.backbone.std
-        return normalise(views[0], mean, std), normalise(views[1], mean, std)
+        with fusing(self.compiled):
+            views = multi_crop(batch, self.seed, self.crops)
+            return normalise(views[0], mean, std), normalise(views[1], mean, std)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         large, small = self.views(batch)
@@ -162,7 +165,8 @@ class DINO(Method):
             draws = self.drop_path_draws(batch.positions, range(2, 2 + len(small)))
             student = torch.cat([student, self.student(small, draws)])
         targets = teacher_targets(teacher, self.center, self.scheduled["teacher_temperature"])
-        loss = dino_loss(targets, student, self.student_temperature)
+        with fusing(self.compiled):
+            loss = dino_loss(targets, student, self.student_temperature)
         self.update_center(teacher)
         if self.is_read:
             part = mean_over_ranks(targets.mean(dim=(0, 1))) / self.accumulate

@@ -16,6 +16,7 @@ from ssl_vit.errors import UsageError, check_numbers
 from ssl_vit.methods.base import Method, at_least_float32
 from ssl_vit.methods.optim import OptimConfig
 from ssl_vit.model.backbone import build_backbone, patchify
+from ssl_vit.model.compiler import fusible, fusing
 from ssl_vit.model.config import IN_RECIPE_UNLESS_DEFAULT, BackboneConfig
 from ssl_vit.model.positions import sincos_positions
 from ssl_vit.model.readout import Readout
@@ -138,13 +139,15 @@ class MAE(Method):
 
     def views(self, batch: Batch) -> Float[Tensor, "b 3 s s"]:
         """One random resized crop, flipped or not; nothing else (section 4, "data augmentation"); normalised."""
-        return normalise(single_crop(batch, self.seed, self.crop), self.backbone.mean, self.backbone.std)
+        with fusing(self.compiled):
+            return normalise(single_crop(batch, self.seed, self.crop), self.backbone.mean, self.backbone.std)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.views(batch)
         keep = random_keep(self.seed, batch.positions, self.n_patches, self.n_keep)
         prediction = self.predict_pixels(images, keep, self.drop_path_draws(batch.positions))
-        loss = mae_loss(at_least_float32(prediction), self.targets(images), masked(keep, self.n_patches))
+        with fusing(self.compiled):
+            loss = mae_loss(at_least_float32(prediction), self.targets(images), masked(keep, self.n_patches))
         self.report(loss)
         return loss
 
@@ -159,9 +162,12 @@ class MAE(Method):
     def targets(self, images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b n p"]:
         """The patches' pixels, each patch normalised by its own mean and unbiased variance (section 4, "reconstruction target")."""
         patches = patchify(images, self.backbone.patch)
-        if not self.norm_pixels:
-            return patches
-        return (patches - patches.mean(dim=-1, keepdim=True)) / (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        return own_normalised(patches) if self.norm_pixels else patches
+
+
+@fusible
+def own_normalised(patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b n p"]:
+    return (patches - patches.mean(dim=-1, keepdim=True)) / (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
 def random_keep(seed: int, positions: Int64[Tensor, "b"], n: int, k: int) -> Int64[Tensor, "b k"]:
@@ -175,6 +181,7 @@ def masked(keep: Int64[Tensor, "b k"], n: int) -> Bool[Tensor, "b n"]:
     return torch.ones(len(keep), n, dtype=torch.bool, device=keep.device).scatter(1, keep, False)
 
 
+@fusible
 def mae_loss(prediction: Float[Tensor, "b n p"], target: Float[Tensor, "b n p"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, ""]:
     """Mean squared error, over the masked patches only (section 3, "reconstruction target")."""
     error = ((prediction - target) ** 2).mean(dim=-1)

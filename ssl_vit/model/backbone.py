@@ -71,7 +71,6 @@ class Backbone(nn.Module):
         self.registers: int = 0 if register_token is None else register_token.shape[1]
         self.cls_tokens: int = self.vit.num_prefix_tokens - self.registers
         self.checkpointing = False
-        self.uncompiled = False  # blocks are to be compiled, and are not yet
         self._notified: set[tuple[int, int]] = set()
         self._drop_paths = [[module for module in block.modules() if isinstance(module, DropPath)] for block in self.vit.blocks]
 
@@ -162,8 +161,6 @@ class Backbone(nn.Module):
     def _forward_plain(self, images: Tensor, wanted: list[int], keep: Tensor | None, draws: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         vit = self.vit
         x = vit.norm_pre(vit.pos_drop(self._embed(images, keep)))
-        if self.uncompiled:
-            self._compile(x)
         outputs = []
         for number in range(wanted[-1] + 1):
             again = self.checkpointing and self.training and torch.is_grad_enabled()
@@ -176,13 +173,14 @@ class Backbone(nn.Module):
         """Class token, registers and patches, each with its position: what goes into the first block."""
         vit = self.vit
         prefix = [token.expand(len(images), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
-        if keep is None:
+        if keep is None and not images.is_cuda:
             x = vit.patch_embed(images)
             x = x.flatten(1, 2) if x.ndim == 4 else x
-        else:  # the convolution as a matrix product on the kept patches, the same numbers for a fraction of the cost
-            kernel = vit.patch_embed.proj
-            kept = patchify(images, self.patch).gather(1, keep[:, :, None].expand(-1, -1, 3 * self.patch**2))
-            x = vit.patch_embed.norm(F.linear(kept, kernel.weight.permute(0, 2, 3, 1).flatten(1), kernel.bias))
+        else:  # the convolution as a matrix product, on the kept patches alone; a GPU takes a tenth of the time for it
+            kernel, patches = vit.patch_embed.proj, patchify(images, self.patch)
+            if keep is not None:
+                patches = patches.gather(1, keep[:, :, None].expand(-1, -1, 3 * self.patch**2))
+            x = vit.patch_embed.norm(F.linear(patches, kernel.weight.permute(0, 2, 3, 1).flatten(1), kernel.bias))
         if vit.pos_embed is not None:
             slots = 0 if vit.no_embed_class else vit.num_prefix_tokens
             position = vit.pos_embed[:, slots:]
@@ -197,19 +195,6 @@ class Backbone(nn.Module):
                 own = [vit.pos_embed[:, : self.cls_tokens], vit.pos_embed[:, self.cls_tokens : slots].detach()]
                 prefix = [torch.cat(prefix, dim=1) + torch.cat(own, dim=1)]
         return torch.cat([*prefix, x], dim=1)
-
-    def _compile(self, x: Tensor) -> None:
-        """Each block on its own, keys unchanged; plain, with a warning, where a small function does not compile."""
-        self.uncompiled = False
-        try:
-            torch.compile(lambda y: y.sin() + 1)(x.detach()[:1, :1])
-        except Exception as error:  # whatever a missing compiler, its headers or its driver raise
-            warnings.warn(f"backbone.compile: nothing compiles here ({type(error).__name__}); the blocks run plain", stacklevel=2)
-            return
-        # all blocks share one cache: grids x (teacher, student, evaluation) x rates of drop path
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * self.depth)
-        for block in self.vit.blocks:
-            block.compile(options={"fallback_random": True})  # drop path draws what it draws uncompiled
 
     def _notice_other_size(self, images: Tensor) -> None:
         size = (images.shape[-2], images.shape[-1])
@@ -251,5 +236,5 @@ def build_backbone(config: BackboneConfig, drop_path: float | None = None) -> Ba
     if config.cls_position:  # timm then has slots for registers too, which stay zero
         nn.init.zeros_(vit.pos_embed[:, 1 : vit.num_prefix_tokens])
     backbone = Backbone(vit, config.image_size, config.mean, config.std)
-    backbone.checkpointing, backbone.uncompiled = config.checkpointing, config.compile
+    backbone.checkpointing = config.checkpointing
     return backbone

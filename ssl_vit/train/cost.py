@@ -57,9 +57,6 @@ def step_bytes(module: Method, fake: FakeTensorMode, images: int, half: bool) ->
 
 def _blank(module: Method, images: int) -> Batch:
     """For a training step without a Trainer."""
-    for part in module.modules():
-        if isinstance(part, Backbone):
-            part.uncompiled = False
     module.scheduled = defaultdict(lambda: 1.0)  # temperatures and rates do not change the count
     size = module.backbone.image_size
     return Batch(torch.zeros(images, 3, size, size, dtype=torch.uint8), torch.full((images, 2), size), torch.arange(images), 0)

@@ -1,5 +1,6 @@
 """What a user may meet on the way: damaged and absent images, full disks, killed workers and runs; counted, exact, in one line."""
 
+import itertools
 import json
 import os
 import resource
@@ -246,3 +247,16 @@ def test_the_signal_of_a_lost_worker_that_comes_late_raises_nothing() -> None:
         time.sleep(0.01)
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def test_images_gathered_ahead_are_counted_when_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU a thread puts the next batch together."""
+    order = dataset().order
+    broken(order.rows(torch.tensor([8])).item())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    images = load_split("./jpegs", "train", progress=False).images
+    ahead, plain = Stream(images, order, pin=True), Stream(images, order)
+    for a, b in itertools.islice(zip(ahead, plain, strict=False), 6):
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+        assert (a.step, ahead.consumed, ahead.replaced) == (b.step, plain.consumed, plain.replaced)
+    assert plain.replaced

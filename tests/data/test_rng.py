@@ -88,6 +88,7 @@ def test_permutation_puts_a_sample_anywhere():
     assert stats.chisquare(torch.bincount(torch.tensor(places), minlength=50).numpy()).pvalue > 1e-3
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_gives_the_same_bits():
     positions = torch.arange(1000)

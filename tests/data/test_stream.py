@@ -135,7 +135,7 @@ def test_workers_are_asked_in_order() -> None:
     for number in (0, 3):
         with pytest.raises(RuntimeError, match=f"micro-batch {number} is asked of workers whose next one is 2"):
             stream.batch(number)
-    assert same(stream.batch(2), take(WorkerStream(dataset(), 0), 3)[2])
+    assert same(stream.batch(2)[0], take(WorkerStream(dataset(), 0), 3)[2])
     stream.close()
     with pytest.raises(RuntimeError, match="micro-batch 3 is asked of workers whose next one is None"):
         stream.batch(3)

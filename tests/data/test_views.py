@@ -153,6 +153,7 @@ def test_impossible_settings_are_refused_in_one_line(config, fields, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_equals_cpu():
     source = batch()

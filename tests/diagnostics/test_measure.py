@@ -234,6 +234,7 @@ def test_files_of_older_code_are_measured_again(backbone: Backbone, tmp_path: Pa
     assert json.loads(path.read_text())["version"] == VERSION
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_numbers(backbone: Backbone, tmp_path: Path) -> None:
     images = ImageStore.stacked(torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8))

@@ -67,7 +67,7 @@ def test_the_loss_is_not_rounded_to_bfloat16_nor_to_tf32() -> None:
 
 
 @pytest.mark.filterwarnings("default")  # the compiler warns about its own code
-@pytest.mark.parametrize("changes", [{"compile": True}, {"checkpointing": True}])
+@pytest.mark.parametrize("changes", [{"compiled": True}, {"checkpointing": True}])
 def test_compiled_and_recomputed_blocks_give_the_plain_gradients(changes: dict[str, Any]) -> None:
     expected, found = gradients("cuda"), gradients("cuda", **changes)
     assert expected.keys() == found.keys()

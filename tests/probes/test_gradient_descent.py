@@ -271,6 +271,7 @@ def test_bad_input_is_named() -> None:
         linear.run(LINEAR, train, y, test | {"gap": test["cls+gap"]}, y_test, held_out)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     train, y, test, y_test, held_out = data()

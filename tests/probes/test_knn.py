@@ -257,6 +257,7 @@ def test_the_protocols_that_come_with_it() -> None:
         assert len(found.grid["test_accuracy"]) == len(protocol.parameters["k"]) * len(protocol.parameters["temperature"])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_answers() -> None:
     X, y = clusters(2000)

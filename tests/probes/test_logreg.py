@@ -228,6 +228,7 @@ def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         stratified_slice(y, fraction=1.0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_answers() -> None:
     X, y = features(500)

@@ -204,7 +204,7 @@ def test_positions_are_resized_as_the_authors_do(family: str, registers: int, ne
     else:  # MAE samples at new / old, DINO and DINOv2 at (new + 0.1) / old
         rows = keys_cubic(GRID, new, (new if family == "mae" else new + 0.1) / GRID)
         expected = torch.einsum("ih,jw,hwc->ijc", rows, rows, grid)
-    resized = {**state, "pos_embed": torch.cat([state["pos_embed"][:, :1], expected.view(1, new**2, WIDTH)], dim=1)}
+    resized = {**state, "pos_embed": torch.cat([state["pos_embed"][:, :1], expected.reshape(1, new**2, WIDTH)], dim=1)}
     images = torch.randn(2, 3, PATCH * new, PATCH * new)
     tokens = backbone(images).normed  # says nothing more: the model is of this size now
     assert backbone.image_size == PATCH * new
