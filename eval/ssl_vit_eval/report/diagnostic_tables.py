@@ -7,7 +7,7 @@ from typing import Any
 
 from ssl_vit_eval.compare.diagnostic_files import Diagnosis, by_arm, label
 from ssl_vit_eval.report.table import MISSING, Sheet, frame_of
-from ssl_vit_eval.report.text import NOTES
+from ssl_vit_eval.report.text import NOTES, sentence
 
 Found = Iterator[tuple[tuple[str, ...], dict[str, float | None]]]  # what it is of, and the numbers of one seed
 
@@ -49,15 +49,9 @@ def _story(of: list[Diagnosis]) -> str:
     if not known:
         shown = of[0].found["attention"]
         return "no CLS token, so no attention of it" if shown["available"] else f"attention is not shown: {shown['reason']}"
-    middle = of[0].depth // 2
-    values = [fmean(head for blocks in known for head in blocks[block]) for block in (0, middle, -1)]
-    seeds = f"over {len(known)} seeds " if len(known) > 1 else ""
-    count = sum(map(_falls, known))
-    every = f"in {count} of {len(known)} seeds" if len(known) > 1 else ("yes" if count else "no")
-    return (
-        f"the entropy of CLS's attention over the patches (1: all alike, 0: a single one) is {seeds}{values[0]:.3f} at the first block, "
-        f"{values[1]:.3f} in the middle (block {middle}), {values[2]:.3f} at the last; lower at every block than before: {every}"
-    )
+    places = {"first": 0, "middle": of[0].depth // 2, "last": -1}
+    entropy = {name: fmean(head for blocks in known for head in blocks[block]) for name, block in places.items()}
+    return sentence("story", seeds=len(known), falls=sum(map(_falls, known)), block=places["middle"], **entropy)
 
 
 def _falls(blocks: list[list[float]]) -> bool:

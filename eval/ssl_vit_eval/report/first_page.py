@@ -1,7 +1,7 @@
 """The first page of a report: what to conclude, how sure that is, what to do next; then every verdict, the rule, and the warnings."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import isinf
 
 from ssl_vit_eval.compare.comparison import Comparison
@@ -12,19 +12,7 @@ from ssl_vit_eval.report.plot_differences import paired_seeds
 from ssl_vit_eval.report.run_tables import frame_of_rows, selection_warnings
 from ssl_vit_eval.report.score_tables import at_last
 from ssl_vit_eval.report.table import Sheet, frame_of, slug
-from ssl_vit_eval.report.text import (
-    OUTCOMES,
-    QUESTIONS,
-    T_SEEDS,
-    count,
-    listed,
-    note_text,
-    points_text,
-    rule_text,
-    side_name,
-    signed,
-    words_of,
-)
+from ssl_vit_eval.report.text import OUTCOMES, QUESTIONS, T_SEEDS, count, note_text, rule_text, sentence, side_name, signed, words_of
 from ssl_vit_eval.stats.seeds import seeds_needed
 
 KEY = "; ".join(f"A {sign} B: {meaning}" for sign, meaning in OUTCOMES.values()) + "."
@@ -77,27 +65,12 @@ def chip(family: Family, difference: Difference) -> str:
 
 
 def _compared(comparison: Comparison) -> str:
-    rows = [row for row in comparison.rows if row.metric == TOP1]
-    trained = [row for row in rows if row.trained_with]
-    judged = f"judged on {_and(row.dataset for row in rows)} by {_and(row.protocol for row in rows)}"
-    if not trained:
-        return f"{count(len({row.source for row in rows}), 'model')} were read with {_readouts(comparison)} and {judged}."
-    seeds = defaultdict(set)
-    for row in trained:
-        seeds[comparison.arm(row)].add(row.seed)
-    fewest, most = min(map(len, seeds.values())), max(map(len, seeds.values()))
-    each = count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
-    return (
-        f"{count(len({row.checkpoint for row in trained}), 'vision transformer')} were pretrained without labels "
-        f"({_and(f'{method}: {recipe}' for method, recipe in comparison.sections)}), the loss attached to one readout at a time: "
-        f"{_and(comparison.trained_with)}, {each} each. "
-        f"Then they were frozen, read with {_readouts(comparison)} and {judged}."
-    )
-
-
-def _readouts(comparison: Comparison) -> str:
+    rows, seeds = [row for row in comparison.rows if row.metric == TOP1], defaultdict(set)
+    for row in rows:
+        if row.trained_with:
+            seeds[comparison.arm(row)].add(row.seed)
     last = [spec for spec in comparison.read_with if at_last(spec) == spec]
-    return _and(last) + ("" if len(last) == len(comparison.read_with) else " (and at other blocks)")
+    return sentence("compared", comparison=comparison, rows=rows, seeds=[*map(len, seeds.values())], last=last)
 
 
 def _declared(comparison: Comparison) -> list[Text]:
@@ -115,49 +88,29 @@ def _trainings(comparison: Comparison) -> list[tuple[Family, Difference]]:
 
 def _outcome(comparison: Comparison) -> str:
     pairs = _trainings(comparison)
-    if not pairs:
-        return "No two of them can be compared as trainings, so that this report shows numbers, and no verdict on what to train with."
-    counts = Counter(of.outcome for _, of in pairs)
-    decided = counts["better"] + counts["worse"]
-    text = f"Of {count(len(pairs), 'comparison')} of two trainings, each read as it was trained, "
-    text += f"{decided} found a better readout, {counts['no difference']} no difference that matters, {counts['undecided']} stay undecided."
     better = [f"{_winner(family, of)} ({about(family)})" for family, of in pairs if of.outcome in ("better", "worse")]
-    return f"{text} Better: {listed(better, 3)}." if better else text
+    return sentence("outcome", counts=Counter(of.outcome for _, of in pairs), better=better)
 
 
 def _certainty(comparison: Comparison) -> str:
-    pairs, rule = _trainings(comparison), comparison.rule
-    known = [of.resolvable for _, of in pairs if not isinf(of.resolvable)]
-    text = f"Verdicts follow one rule at the {100 * rule.level:g} % level; less than {points_text(rule.margin)} is too small to matter."
-    if hopeless := sum(of.outcome == "undecided" and isinf(of.resolvable) for _, of in pairs):
-        text += f" {hopeless} of the undecided could not be decided with so few seeds, however large the difference."
-    if known:
-        reach = f"{min(known):.1f}" + ("" if f"{min(known):.1f}" == f"{max(known):.1f}" else f" to {max(known):.1f}")
-        text += f" Where the seeds suffice, a true difference of {reach} points would have been found four times in five."
-    if notes := warnings_of(comparison):
-        text += f" {count(len(notes), 'warning')} below."
-    return text
+    found = [of for _, of in _trainings(comparison)]
+    hopeless = sum(of.outcome == "undecided" and isinf(of.resolvable) for of in found)
+    resolvable, warnings = [of.resolvable for of in found if not isinf(of.resolvable)], len(warnings_of(comparison))
+    return sentence("certainty", rule=comparison.rule, hopeless=hopeless, resolvable=resolvable, warnings=warnings)
 
 
 def next_step(comparison: Comparison) -> str:
     """What the outcome asks for, the most urgent first."""
-    undecided = [of for _, of in _trainings(comparison) if of.outcome == "undecided"]
-    steps = []
-    if any(note.values["as_trained"] for note in comparison.floors):
-        steps.append("train longer, or on more images, until the backbones pass raw pixels")
-    if comparison.rule.test == "t" and any(len(of.seeds) < 2 for of in undecided):
-        steps.append(f"train {T_SEEDS} or more seeds of each arm; Student's t can decide with {T_SEEDS} where the difference is large")
-    elif comparison.rule.test == "sign-flip" and any(isinf(of.resolvable) for of in undecided):
-        needed = seeds_needed(max(of.comparisons for of in undecided), comparison.rule.level)
-        declared = seeds_needed(1, comparison.rule.level)
-        steps.append(f"train {needed} seeds of each arm, or {declared} and declare one primary comparison before the training")
-    elif undecided:
-        steps.append("add seeds where a difference that matters is undecided")
-    if any(of.outcome in ("better", "worse") for _, of in _trainings(comparison)):
-        steps.append("see whether what was found holds on other datasets and with other methods")
-    if not steps:
-        steps.append("look at the tables; trainings of several readouts and seeds are compared by ssl-vit study")
-    text = "; ".join(steps)
+    rule, found = comparison.rule, [of for _, of in _trainings(comparison)]
+    undecided = [of for of in found if of.outcome == "undecided"]
+    asked = {
+        "below_pixels": any(note.values["as_trained"] for note in comparison.floors),
+        "undecided": bool(undecided),
+        "hopeless": any(len(of.seeds) < 2 if rule.test == "t" else isinf(of.resolvable) for of in undecided),
+        "found": any(of.outcome in ("better", "worse") for of in found),
+    }
+    needed = seeds_needed(max((of.comparisons for of in undecided), default=1), rule.level)
+    text = sentence("next", rule=rule, needed=needed, alone=seeds_needed(1, rule.level), t_seeds=T_SEEDS, **asked)
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -195,8 +148,3 @@ def _glance(question: Question, families: Sequence[Family], rule: Rule, is_open:
     sheet = Sheet(f"verdicts-{slug(question)}", title, frame_of(records), KEY, styles={"verdict of A": "badge"})
     outcomes = OUTCOMES if is_first else {}
     return Listing(sheet, html=template("glance.html", title=title, head=head, lines=lines, open=is_open, outcomes=outcomes))
-
-
-def _and(names: Iterable[str]) -> str:
-    found = list(dict.fromkeys(names))
-    return "".join(found) if len(found) < 2 else f"{', '.join(found[:-1])} and {found[-1]}"

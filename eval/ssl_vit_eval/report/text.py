@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from ssl_vit_eval.compare.across_datasets import Ranking
 from ssl_vit_eval.compare.notes import Note
-from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question, Rule, Side, Unit, excludes_zero, within_margin
+from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question, Rule, Side, excludes_zero, within_margin
 from ssl_vit_eval.stats.seeds import seeds_needed, smallest_p
 
 WORDS: dict[str, Any] = yaml.safe_load(files("ssl_vit_eval.report").joinpath("templates/words.yaml").read_text(encoding="utf-8"))
@@ -29,17 +30,29 @@ def listed(texts: Iterable[str], most: int = 4) -> str:
     return "; ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-_SENTENCES = Environment(undefined=StrictUndefined)
-_SENTENCES.filters |= {
-    "listed": listed,
-    "each": lambda items, form: [form.format(*(item if isinstance(item, tuple) else (item,))) for item in items],
-    "percent": lambda share, digits=2: f"{100 * share:.{digits}f} %",
-}
+def joined(names: Iterable[str]) -> str:
+    """`cls, gap and register`, each once."""
+    found = list(dict.fromkeys(names))
+    return "".join(found) if len(found) < 2 else f"{', '.join(found[:-1])} and {found[-1]}"
+
+
+@cache
+def _template(kind: str) -> Template:
+    sentences = Environment(undefined=StrictUndefined)
+    sentences.filters |= {"listed": listed, "joined": joined, "count": count, "points": points_text, "told": note_text}
+    sentences.filters["each"] = lambda items, form: [form.format(*(item if isinstance(item, tuple) else (item,))) for item in items]
+    sentences.filters["percent"] = lambda share, digits=2: f"{100 * share:.{digits}f} %"
+    return sentences.from_string(WORDS["sentences"][kind])
+
+
+def sentence(kind: str, **values: Any) -> str:
+    """One of the `sentences` in words.yaml, filled in."""
+    return " ".join(_template(kind).render(values).split())
 
 
 def note_text(note: Note) -> str:
     """What it warns of as a sentence, without its full stop."""
-    return _SENTENCES.from_string(WORDS["warnings"][note.kind]).render(note.values)
+    return sentence(note.kind, **note.values)
 
 
 def rule_text(rule: Rule) -> str:
@@ -56,11 +69,7 @@ def ranking_title(of: Ranking) -> str:
 
 def ranking_basis(of: Ranking) -> str:
     """What the ranking rests on, and what it leaves out, in sentences."""
-    first = "Nothing to rank: no two datasets have every seed of every arm"
-    if of.datasets:
-        few = f": fewer than {FEW}, so this describes these datasets and says nothing about others" if len(of.datasets) < FEW else ""
-        first = f"{count(len(of.seeds), 'seed')} of each arm on {len(of.datasets)} datasets ({', '.join(of.datasets)}){few}"
-    return ". ".join([first, *map(note_text, of.left_out)]) + "."
+    return sentence("ranking", of=of, few=FEW)
 
 
 def signed(points: float, digits: int = 1) -> str:
@@ -114,59 +123,26 @@ def side_name(question: Question, side: Side) -> str:
 
 def words_of(family: Family, difference: Difference, rule: Rule) -> str:
     """The verdict as a sentence, without its full stop."""
-    text = _verdict(family.question, family.unit, difference, rule)
-    if family.question == "null control":
-        text = f"null control, a difference is not expected to be resolvable: {text}"
-        if difference.outcome in ("better", "worse"):
-            text += (
-                f". This is a false alarm by construction: chance gives one in {1 / rule.level:.0f} such controls; "
-                "if it comes oftener, the instrument is off"
-            )
-    if rule.test == "t" and len(difference.seeds) > 1 and difference.outcome != "undecided":
-        text += f", by Student's t over {len(difference.seeds)} seeds, whose differences are taken as normal"
-    return f"{text}; {WORDS['remarks'][difference.remark].format(b=difference.b.read_with)}" if difference.remark else text
+    d, (a, b) = difference, (side_name(family.question, side) for side in (difference.a, difference.b))
+    low, high = (-d.high, -d.low) if d.outcome == "worse" else (d.low, d.high)
+    numbers = {
+        "points": signed(abs(d.points), digits_of(low, high, rule)).lstrip("+"),
+        "interval": interval_text(low, high, rule),
+        "within": within_margin(low, high, rule),
+        "excludes_zero": excludes_zero(low, high),
+        "most": _rounded_up(low, high),
+        "is_resolvable": math.isfinite(d.resolvable),
+        "needed": seeds_needed(d.comparisons, rule.level),
+        "reach": p_text(min(1.0, d.comparisons * smallest_p(len(d.seeds))), rule),
+        "beyond": p_text(d.corrected_beyond, rule),
+    }
+    return sentence("verdict", family=family, d=d, rule=rule, a=a, b=b, t_seeds=T_SEEDS, **numbers)
 
 
 def _facts(low: float, high: float, rule: Rule) -> tuple[bool, bool, float]:
     """What an interval says of zero, of the margin, and within it how large a difference may still be."""
     outside, inside = excludes_zero(low, high), within_margin(low, high, rule)
     return outside, inside, _rounded_up(low, high) if inside else 0.0
-
-
-def _verdict(question: Question, unit: Unit, d: Difference, rule: Rule) -> str:
-    needs = _needs(d.comparisons, rule)
-    a, b = (side_name(question, side) for side in (d.a, d.b))
-    of = "of these weights, " if unit == "images" else ""
-    if d.outcome in ("better", "worse"):
-        low, high = (d.low, d.high) if d.outcome == "better" else (-d.high, -d.low)
-        points = signed(abs(d.points), digits_of(low, high, rule)).lstrip("+")
-        less = f", by less than the margin of {points_text(rule.margin)}" if within_margin(d.low, d.high, rule) else ""
-        return f"{of}{a} is {d.outcome} than {b} by {points} points {interval_text(low, high, rule)}{less}"
-    if d.outcome == "no difference":
-        seen = f"these {d.images:,} images" if unit == "images" else "this study"
-        return f"{of}no difference between {a} and {b} of more than {points_text(_rounded_up(d.low, d.high))} that {seen} could see"
-    if unit == "seeds" and len(d.seeds) < 2:
-        two = question in ("trained with", "null control")
-        why = "one seed of each is two networks, and says nothing about the readouts" if two else "one seed says nothing about another one"
-        return f"undecided: {why}; {needs}"
-    interval = f"undecided: {of}{a} − {b} lies in {interval_text(d.low, d.high, rule)}"
-    if within_margin(d.low, d.high, rule) and not excludes_zero(d.low, d.high):
-        beyond = p_text(d.corrected_beyond, rule)
-        return f"{interval}, within the margin, but the corrected p of a difference beyond it is {beyond}"
-    if math.isinf(d.resolvable):
-        if rule.test == "t" or unit == "images":
-            few = "the replicates" if unit == "images" else f"{len(d.seeds)} seeds"
-            return f"{interval}; no difference is resolvable by Student's t: {few} are too few for {count(d.comparisons, 'comparison')}"
-        reach = p_text(min(1.0, d.comparisons * smallest_p(len(d.seeds))), rule)
-        return f"{interval}; no difference is resolvable: the best corrected p of {len(d.seeds)} seeds is {reach}, {needs}"
-    return f"{interval}; a true difference of {d.resolvable:.1f} points would have been found four times in five"
-
-
-def _needs(comparisons: int, rule: Rule) -> str:
-    if rule.test == "t":
-        return f"Student's t needs {T_SEEDS} seeds or more"
-    family = "one comparison" if comparisons == 1 else f"a family of {comparisons} comparisons"
-    return f"{family} needs {seeds_needed(comparisons, rule.level)} seeds"
 
 
 def _rounded_up(low: float, high: float) -> float:
