@@ -14,7 +14,7 @@ from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Cell, Gain, build
 from ssl_vit_eval.compare.runs import find_runs, recipe_name
 from ssl_vit_eval.metrics import metric_of
-from ssl_vit_eval.report.score_tables import differences, gain_text, score_text, scores, trained_tables, under_text
+from ssl_vit_eval.report.score_tables import differences, gain_text, score_text, scores, tables, under_text
 from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.text import signed
 from ssl_vit_eval.rows import RowStore
@@ -274,7 +274,7 @@ def test_a_data_set_is_judged_by_its_own_metric(store: RowStore) -> None:
     metrics = {("oxford-iiit-pet", "macro top-1"), ("pictures", "top-1"), ("counts", "macro top-1")}
     for sheet in (scores(comparison), differences("d", "D", comparison.families, comparison.rule)):
         assert set(zip(sheet.frame["dataset"], sheet.frame["metric"], strict=True)) == metrics
-    assert [listing.sheet.title.split(" (")[0] for listing in trained_tables(comparison)] == [
+    assert [listing.sheet.title.split(" (")[0] for listing in tables(comparison, "trained-with")] == [
         "oxford-iiit-pet · knn: macro top-1, %",
         "pictures · knn: top-1, %",
         "counts · knn: macro top-1, %",

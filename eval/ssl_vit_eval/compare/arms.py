@@ -1,7 +1,7 @@
 """What is compared: arms, and which weights belong to which."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ssl_vit_eval.compare.notes import Note
@@ -68,6 +68,15 @@ def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], list[Note]]
     notes = [Note("other recipes", {"arm": place, "count": places.count(place)}) for place in shared]
     notes += [Note("other checkpoints", {"arm": arm, "seed": seed, "checkpoints": list(of)}) for arm, (seed, of) in clashes.items()]
     return {key: arm._replace(recipe=f"{arm.recipe} {key[0][:8]}") if arm in clashes else arm for key, arm in arms.items()}, notes
+
+
+def starts(rows: Iterable[Row], arms: Mapping[Weights, Arm]) -> dict[str, dict[Arm, None]]:
+    """The arms that a random initialisation stands for, by its checkpoint: one of every recipe that began with it."""
+    found: dict[str, dict[Arm, None]] = defaultdict(dict)
+    for row in rows:
+        if row.trained_with and row.init:
+            found[row.init][arms[weights_of(row)]._replace(trained_with=None)] = None
+    return found
 
 
 def _recipe(row: Row) -> tuple[str, str, str]:

@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from ssl_vit.errors import Failure
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.answers import Answers, with_metrics
-from ssl_vit_eval.compare.arms import Arm, Weights, arms_and_notes, ordered, weights_of
+from ssl_vit_eval.compare.arms import Arm, Weights, arms_and_notes, ordered, starts, weights_of
 from ssl_vit_eval.compare.differences import measured
 from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.compare.preregistration import find_declared
@@ -184,18 +184,14 @@ def _complete(rows: Sequence[Row]) -> None:
 
 def _tables(rows: Sequence[Row], names: Mapping[Weights, Arm], answers: Answers) -> list[Table]:
     """A table for each setting, those of a dataset together."""
-    inits: dict[str, dict[Arm, None]] = defaultdict(dict)  # the initialisation of a shared start is shown in every recipe that has it
-    for row in rows:
-        if row.trained_with and row.init:
-            inits[row.init][names[weights_of(row)]._replace(trained_with=None)] = None
-
     judged = [row for row in rows if row.metric == metric_of(row)]
     by_key, other = {row.key: row for row in judged}, {row.key: row.value for row in rows if row.metric != metric_of(row)}
+    begun = starts(rows, names)  # the initialisation of a shared start is shown in every recipe that has it
     grouped: dict[Setting, dict[tuple[Arm, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
     floors: dict[Setting, float] = defaultdict(float)
     for row in judged:
         setting = Setting.of(row)
-        for arm in (row.method == "random" and inits.get(row.checkpoint)) or [names[weights_of(row)]]:
+        for arm in (row.method == "random" and begun.get(row.checkpoint)) or [names[weights_of(row)]]:
             grouped[setting][arm, row.read_with].append(row)
         if row.method == PIXELS:  # which have a transform of their own, their size; of several sizes the best is the floor
             place = setting._replace(transform="")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssl_vit.errors import Failure
-from ssl_vit_eval.compare.arms import Arm, Weights, weights_of
+from ssl_vit_eval.compare.arms import Arm, Weights, starts, weights_of
 from ssl_vit_eval.rows import Row
 
 KEYS = ("weights", "transform", "dataset", "layout", "spectra", "cka", "tokens", "attention", "picture", "readouts", "redundancy")
@@ -52,12 +52,7 @@ def find_diagnoses(folders: Sequence[str | Path], rows: Sequence[Row], arms: Map
 
     Failure for a file that cannot be read, and for one whose weights no row is of, since only a row knows the arm.
     """
-    firsts = {weights_of(row): row for row in reversed(rows)}
-    starts: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
-    for row in rows:
-        if row.init and row.trained_with:
-            starts.setdefault((row.init, row.transform), {})[arms[weights_of(row)][:2]] = None
-    found = {}
+    firsts, begun, found = {weights_of(row): row for row in reversed(rows)}, starts(rows, arms), {}
     for file in dict.fromkeys(file for folder in folders for file in sorted(Path(folder).rglob("diagnostics-*.json"))):
         content = _read(file)
         key = content["weights"], content["transform"]
@@ -65,7 +60,7 @@ def find_diagnoses(folders: Sequence[str | Path], rows: Sequence[Row], arms: Map
             raise Failure(f"{file} is of weights {key[0][:8]}, of which no row was found: compare the folder that has their rows too")
         data = file.stem.removesuffix(f"-{content['transform']}")[-8:]
         place = Place(content["dataset"], data, content["transform"])
-        found[key, place] = Diagnosis(arms[key], firsts[key].seed, place, file, content, tuple(starts.get(key, ())))
+        found[key, place] = Diagnosis(arms[key], firsts[key].seed, place, file, content, tuple(arm[:2] for arm in begun.get(key[0], ())))
     order = {key: number for number, key in enumerate(arms)}
     return sorted(found.values(), key=lambda of: (of.place, order[of.weights]))
 

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from timm.data.mixup import Mixup, mixup_target
 from timm.layers import DropPath, trunc_normal_
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,6 +64,10 @@ class Network(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c"]:
         logits: Tensor = self.head(self.readout(self.backbone(images, blocks=self.readout.spec.blocks)))
         return logits.float()
+
+    def group_matcher(self, coarse: bool) -> dict[str, str]:
+        """For timm: the embeddings are the first layer, then the blocks; final norm, readout and head, which are not named, the last."""
+        return {"embeddings": r"backbone\.vit\.(?!blocks\.|norm\.|fc_norm\.)", "blocks": r"backbone\.vit\.blocks\.(\d+)"}
 
 
 def run(
@@ -153,19 +157,10 @@ def predict(network: Network, images: ImageStore, rows: Int64[Tensor, "k"], clas
 def layer_groups(network: Network, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups with layer-wise rates (BEiT, Bao et al. 2022, appendix): `lr_scale` is layer_decay to the number of layers above.
 
-    Embeddings are layer 0, block i is i + 1, the final norm, the readout and the head are the last. Biases, norms, tokens and positions
-    do not decay."""
-    last = network.backbone.depth + 1
-    final = {id(p) for p in network.backbone.norm.parameters()}
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, p in network.named_parameters():
-        block = re.match(r"backbone\.vit\.blocks\.(\d+)\.", name)
-        embeds = name.startswith("backbone.vit.") and id(p) not in final
-        layer = int(block[1]) + 1 if block else 0 if embeds else last
-        decays = p.ndim > 1 and not name.endswith((".bias", "_token", "pos_embed"))
-        scale, decay = layer_decay ** (last - layer), weight_decay if decays else 0.0
-        groups.setdefault((layer, decays), {"params": [], "lr_scale": scale, "weight_decay": decay})["params"].append(p)
-    return list(groups.values())
+    Biases, norms, tokens and positions do not decay."""
+    plain = [name for name, _ in network.named_parameters() if name.endswith(("_token", "pos_embed"))]
+    groups: list[dict[str, Any]] = param_groups_layer_decay(network, weight_decay, plain, layer_decay=layer_decay)
+    return groups
 
 
 def set_drop_path(backbone: Backbone, rate: float) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.across_datasets import Ranking
@@ -53,17 +53,9 @@ def pixels_of(table: Table) -> dict[Arm, Cell]:
     return {arm: cell for (arm, spec), cell in table.cells.items() if spec == PIXELS}
 
 
-def trained_tables(comparison: Comparison) -> list[Listing]:
-    """Table B of every setting, with its controls: trained here, by what they were trained with and how they are read."""
-    return _tables(comparison, "trained-with")
-
-
-def post_hoc_tables(comparison: Comparison) -> list[Listing]:
-    """Table A of every setting that has models which were not trained here: each frozen backbone read in every way."""
-    return _tables(comparison, "post-hoc")
-
-
-def _tables(comparison: Comparison, kind: str) -> list[Listing]:
+def tables(comparison: Comparison, kind: Literal["trained-with", "post-hoc"]) -> list[Listing]:
+    """Of every setting table B, with its controls: trained here, by what they were trained with and how they are read; or table A, where
+    there are models which were not trained here: each frozen backbone read in every way."""
     gains = [abs(cell.gain.points) for table in comparison.tables for cell in table.cells.values() if cell.gain]
     scale = max(5.0, *gains) if gains else 0.0  # of full colour, the same in all; no trifle is painted as a gain
     names = Counter[str]()

@@ -16,7 +16,7 @@ from ssl_vit_eval.report.plot_differences import forest
 from ssl_vit_eval.report.plot_training import training_curves
 from ssl_vit_eval.report.plotting import Plot
 from ssl_vit_eval.report.run_tables import costs, datasets, evaluations, frame_of_rows, pretrainings, selection_warnings, selections
-from ssl_vit_eval.report.score_tables import differences, norms, post_hoc_tables, ranking_sheets, scores, trained_tables
+from ssl_vit_eval.report.score_tables import differences, norms, ranking_sheets, scores, tables
 from ssl_vit_eval.report.table import slug, table_files
 from ssl_vit_eval.report.text import QUESTIONS, WORDS, words_of
 
@@ -49,11 +49,11 @@ def write_report(comparison: Comparison, chapters: Sequence[Chapter], out: Path)
     What an earlier report left there is replaced, or removed if this one has no such part. UsageError as `page.replace_files`.
     """
     lead = first_page.lead(comparison)
-    tables = [block.sheet for chapter in chapters for block in chapter.blocks if isinstance(block, Listing)]
+    sheets = [block.sheet for chapter in chapters for block in chapter.blocks if isinstance(block, Listing)]
     contents: dict[str, bytes] = {
         "report.html": page.page(WORDS["title"], lead, chapters).encode(),
         "report.md": page.markdown(WORDS["title"], lead, chapters).encode(),
-        **{name: text.encode() for name, text in table_files([*tables, scores(comparison)]).items()},
+        **{name: text.encode() for name, text in table_files([*sheets, scores(comparison)]).items()},
         **page.plot_files(chapters),
     }
     page.replace_files(out, contents)
@@ -61,8 +61,8 @@ def write_report(comparison: Comparison, chapters: Sequence[Chapter], out: Path)
 
 
 def _trained(comparison: Comparison) -> list[Block]:
-    tables = trained_tables(comparison)
-    if not tables:
+    found = tables(comparison, "trained-with")
+    if not found:
         return []
     cautions = {
         "intervals": True,
@@ -74,7 +74,7 @@ def _trained(comparison: Comparison) -> list[Block]:
         Text(WORDS["what"]),
         Text(WORDS["reading"], lead="How to read a cell."),
         Bullets([WORDS[name] for name, needed in cautions.items() if needed], "soft"),
-        *tables,
+        *found,
         *difference_blocks(comparison, "trained with"),
         *_forests(comparison, "trained with"),
         *difference_blocks(comparison, "null control"),
@@ -86,7 +86,7 @@ def _trained(comparison: Comparison) -> list[Block]:
 def _post_hoc(comparison: Comparison) -> list[Block]:
     placed = norms(comparison)
     return [
-        *post_hoc_tables(comparison),
+        *tables(comparison, "post-hoc"),
         *difference_blocks(comparison, "read with"),
         *([Listing(placed)] if len(placed.frame) else []),
         *difference_blocks(comparison, "norm"),

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 
 from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.folders import local_path
+from ssl_vit.data.sources import display_name
 from ssl_vit.errors import UsageError, one_of
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.preregistration import Primary
@@ -188,7 +189,7 @@ class Plan:
         read = {str(ReadoutSpec.parse(spec)) for spec in self.read_with}
         known = {
             "recipe": ({declared.recipe}, {start.name for start in self.starts}),
-            "data": ({declared.data}, {row_name(dataset) for dataset in self.data}),
+            "data": ({declared.data}, {dataset.name or display_name(dataset.source) for dataset in self.data}),
             "protocol": ({declared.protocol}, {rule.name for rule in self.rules}),
             "compare": (set(declared.compare), read & {cell.readout for cell in self.cells}),
         }
@@ -200,12 +201,6 @@ class Plan:
 def start_source(start: Start) -> Source:
     """The backbone that the arms of a start begin with, named as they are."""
     return replace(random_source(start.recipe, [*start.options, "--seed", str(start.seed)]), name=f"random:{start.name}")
-
-
-def row_name(dataset: Dataset) -> str:
-    """What rows call it."""
-    path = local_path(dataset.source)
-    return dataset.name or (path.resolve().name if path.exists() else dataset.source)
 
 
 def _beside(file: Path, recipe: str) -> str:
