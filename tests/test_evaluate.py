@@ -92,7 +92,7 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
     images = ImageStore.stacked(torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8))
 
     def features(specs: list[str], folder: str) -> Mapping[str, torch.Tensor]:
-        split = Split(images, None, None, None, "pictures", "test", (), lambda: "data")
+        split = Split(images, torch.zeros(300).long(), ("toy",), None, "pictures", "test", (), lambda: "data")
         reading = Reading.of(source, specs, split, "data", "none", Path(folder), half=())
         assert read_all([reading], images) == {}
         return reading.features()

@@ -68,8 +68,6 @@ class Images:
     test: Split
     fingerprints: tuple[str, str]
     transform: str
-    y_train: Int64[Tensor, " n"]
-    y_test: Int64[Tensor, " m"]
     planned: set[tuple[Key, str]] = field(default_factory=set)  # by the sources so far: two may be the same network
     _slices: dict[Any, Bool[Tensor, " n"]] = field(default_factory=dict)
 
@@ -83,9 +81,7 @@ class Images:
                 say(notice)
             if rank() == 0:
                 prints = (train.fingerprint, test.fingerprint)
-        assert train.labels is not None
-        assert test.labels is not None
-        return cls(train, test, gather_objects(prints)[0], dataset.transform(size), train.labels, test.labels)
+        return cls(train, test, gather_objects(prints)[0], dataset.transform(size))
 
     @property
     def data(self) -> str:
@@ -94,7 +90,7 @@ class Images:
 
     def held_out(self, rule: Protocol, control: str) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " n"] | Int64[Tensor, " n"]]:
         """The labels of train that a task meets, and its selection slice (or groups), drawn once for all sources."""
-        y = shuffled(self.y_train) if control == SHUFFLED else self.y_train
+        y = shuffled(self.train.labels) if control == SHUFFLED else self.train.labels
         key = (control == SHUFFLED, *(rule.parameters.get(name) for name in ("slice_fraction", "slice_seed")))
         if key not in self._slices:
             self._slices[key] = rule.held_out(y, self.train.selection, self.train.groups)
@@ -188,7 +184,7 @@ class Evaluation:
     def refused(self, tasks: Sequence[Task]) -> tuple[list[Exception], list[Task]]:
         """What cannot be done within the memory, said before anything is read, and the other tasks."""
         refusals: dict[int, Exception] = {}
-        n, m = len(self.images.y_train), len(self.images.y_test)
+        n, m = len(self.images.train.labels), len(self.images.test.labels)
         for number, task in enumerate(tasks):
             width, fit = max(map(self.source.width, task.specs)), KINDS[task.rule.kind].memory
             needed = fit(n, width) if fit else 0
@@ -257,11 +253,11 @@ class Evaluation:
         try:
             if rule.reads == "features":
                 train, test = ({spec: controlled(features[spec], spec, task.control) for spec in task.specs} for features in self.features)
-                found = run(train, y, test, images.y_test, held_out)
+                found = run(train, y, test, images.test.labels, held_out)
             elif rule.reads == "tokens":
-                found = run(task.specs, self.tokens[0], y, self.tokens[1], images.y_test, held_out)
+                found = run(task.specs, self.tokens[0], y, self.tokens[1], images.test.labels, held_out)
             else:
-                found = run(self.source.backbone, task.specs, images.train.images, y, images.test.images, images.y_test, held_out)
+                found = run(self.source.backbone, task.specs, images.train.images, y, images.test.images, images.test.labels, held_out)
         except Diverged as error:
             found, lost = error.found, [UsageError(reason) for reason in error.reasons]
         seconds, work = time.perf_counter() - begun, {spec: of.parameters or 1 for spec, of in found.items()}
@@ -271,6 +267,6 @@ class Evaluation:
             key, width, remarks = self.key(rule, spec, task.control), self.source.width(spec), found[spec].remarks
             share = seconds * work[spec] / sum(work.values())
             rows = make_rows(self.source, key, found[spec], images.train, images.test, width, share, [*rule.deviations, *remarks])
-            self.referee.store.append(rows, found[spec].predictions, images.y_test)
+            self.referee.store.append(rows, found[spec].predictions, images.test.labels)
             self.referee.tell("  warning: ".join([sentence(rows[0]), *remarks]))
         return lost

@@ -19,7 +19,6 @@ def make_rows(
 ) -> list[Row]:
     """The two numbers of one evaluation: top-1 over images and over classes, means over replicates, with their intervals."""
     labels = test.labels
-    assert labels is not None
     predictions = found.predictions.reshape(len(labels), -1)
     right = predictions == labels[:, None]
     scores = torch.tensor([accuracies(of.contiguous(), labels) for of in predictions.T], dtype=torch.float64).mean(dim=0).tolist()

@@ -38,8 +38,8 @@ class Split:
     """
 
     images: ImageStore
-    labels: Int64[Tensor, "n"] | None
-    classes: tuple[str, ...] | None
+    labels: Int64[Tensor, "n"]
+    classes: tuple[str, ...]
     selection: Bool[Tensor, "n"] | None
     dataset: str
     split: str
@@ -70,24 +70,13 @@ class Labelled:
         return {self.classes[label] for label in torch.unique(self.labels).tolist()}
 
 
-def load_split(
-    source: str,
-    split: str,
-    *,
-    size: int,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    labels: bool = False,
-    progress: bool = True,
-) -> Split:
-    """One split of `source` at size x size px by the default eval transform, with labels if asked for; raises as `load_train_test`."""
-    transform = EvalTransform(size)
+def load_images(source: str, split: str, size: int, image_column: str | None = None) -> ImageStore:
+    """The images of one split, labelled or not, at size x size px by the default eval transform; raises as `load_train_test`."""
     if source.startswith("builtin:"):
-        return _builtin(source, split, labels, transform)
+        return _builtin(source, split, EvalTransform(size)).images
     tables = open_tables(source)
-    name, notices = find_split(source, split, list(tables))
-    rows = read_records(source, name, tables, image_column)
-    return _encoded(read_labels(rows, label_column) if labels else rows, transform, progress, notices)
+    rows = read_records(source, find_split(source, split, list(tables))[0], tables, image_column)
+    return EncodedImages(rows.encoded_rows, len(rows.table), EvalTransform(size))
 
 
 def load_train_test(
@@ -105,7 +94,8 @@ def load_train_test(
 
     The images go through `EvalTransform(size, crop)` and are decoded when they are asked for. Test is the split named test, else
     validation (val, valid), else a stratified 20 % of train made with seed 0 and taken out of it; `notices` say which. Several splits
-    are joined as `train+validation`. Raises as `load_split` does, and Failure when test holds a class that train lacks.
+    are joined as `train+validation`. UsageError for what was named wrongly, Failure for images or labels that cannot be used, and when test
+    holds a class that train lacks.
     """
     transform = EvalTransform(size, crop)
     if test_split is not None and test_split == (train_split or "train"):
@@ -114,7 +104,7 @@ def load_train_test(
         names = train_split or "train", test_split or "test"
         if names[0] == names[1]:
             raise UsageError(f"{source}: split {names[0]!r} would be both train and test; choose two different splits")
-        train, test = (_builtin(source, split, True, transform) for split in names)
+        train, test = (_builtin(source, split, transform) for split in names)
         return train, test
     tables = open_tables(source)
 
@@ -139,10 +129,10 @@ def load_train_test(
     else:
         name, (train_rows, test_rows) = train_rows.rows.split, divided(train_rows)
         more = (f"{source} has no split to test on: a stratified {TEST_SHARE:.0%} of its {name!r} (seed 0) is taken out as the test set.",)
-    return _encoded(train_rows, transform, progress, notices), _encoded(test_rows, transform, progress, more)
+    return encoded(train_rows, transform, progress, notices), encoded(test_rows, transform, progress, more)
 
 
-def _builtin(source: str, split: str, labels: bool, transform: EvalTransform) -> Split:
+def _builtin(source: str, split: str, transform: EvalTransform) -> Split:
     part = builtin(source, split)
     stack = part.images
 
@@ -151,14 +141,14 @@ def _builtin(source: str, split: str, labels: bool, transform: EvalTransform) ->
 
     kept = transform.size == photos.PATCH
     images = ImageStore.stacked(stack) if kept else EncodedImages(read, len(stack), transform)
-    chosen, classes = (part.labels, photos.photos(source.removeprefix("builtin:")).classes) if labels else (None, None)
+    classes = photos.photos(source.removeprefix("builtin:")).classes
 
     def content() -> str:
-        return _fingerprint(hashlib.blake2b(stack.numpy().tobytes(), digest_size=8), chosen, classes)
+        return _fingerprint(hashlib.blake2b(stack.numpy().tobytes(), digest_size=8), part.labels, classes)
 
     # patches of one block of a photograph overlap
     groups = torch.unique(torch.cat([part.labels[:, None], part.corners // photos.BLOCK], dim=1), dim=0, return_inverse=True)[1]
-    return Split(images, chosen, classes, part.selection if split == "train" else None, source, split, (), content, groups)
+    return Split(images, part.labels, classes, part.selection if split == "train" else None, source, split, (), content, groups)
 
 
 def _find_splits(source: str, wanted: str, known: list[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -170,8 +160,9 @@ def _find_splits(source: str, wanted: str, known: list[str]) -> tuple[list[str],
     return names, tuple(notice for _, notices in found for notice in notices)
 
 
-def _encoded(found: Records | Labelled, transform: EvalTransform, progress: bool, notices: tuple[str, ...]) -> Split:
-    rows, labels, classes = (found.rows, found.labels, found.classes) if isinstance(found, Labelled) else (found, None, None)
+def encoded(found: Labelled, transform: EvalTransform, progress: bool, notices: tuple[str, ...]) -> Split:
+    """These rows as a split whose images are decoded when they are asked for."""
+    rows, labels, classes = found.rows, found.labels, found.classes
     dataset = display_name(rows.source)
 
     def content() -> str:
@@ -182,9 +173,9 @@ def _encoded(found: Records | Labelled, transform: EvalTransform, progress: bool
             if stored:
                 return known.read_text()
         digest = hashlib.blake2b(digest_size=8)
-        encoded = (image for some in rows.ranges() for image in rows.encoded_rows(some))
+        images = (image for some in rows.ranges() for image in rows.encoded_rows(some))
         bar = {"desc": f"reading {dataset}: {rows.split}", "leave": False, "unit": "img", "disable": None if progress else True}
-        for _, data in tqdm(encoded, total=len(rows.table), **bar):
+        for _, data in tqdm(images, total=len(rows.table), **bar):
             digest.update(len(data).to_bytes(8, "little") + data)
         found = _fingerprint(digest, labels, classes)
         with suppress(OSError):
@@ -196,9 +187,8 @@ def _encoded(found: Records | Labelled, transform: EvalTransform, progress: bool
     return Split(images, labels, classes, None, dataset, rows.split, notices, content)
 
 
-def _fingerprint(digest: "hashlib.blake2b", labels: Tensor | None, classes: tuple[str, ...] | None) -> str:
-    if labels is not None:
-        digest.update(repr(classes).encode() + labels.numpy().astype("<i8").tobytes())
+def _fingerprint(digest: "hashlib.blake2b", labels: Tensor, classes: tuple[str, ...]) -> str:
+    digest.update(repr(classes).encode() + labels.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 

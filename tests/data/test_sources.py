@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ssl_vit.data.images import to_tensor
-from ssl_vit.data.sources import check_source, load_split
+from ssl_vit.data.records import read_records
+from ssl_vit.data.sources import check_source, find_split, load_split, open_tables
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval import splits
 from ssl_vit_eval.lazy_images import EvalTransform
@@ -48,10 +49,12 @@ def greys(split: Any) -> list[int]:
 
 
 def load(source: Path | str, split: str = "train", **options: Any) -> Any:
-    """Labels and a size are the judging side's; the images alone are decoded for pretraining."""
-    if options.get("labels") or "size" in options:
-        return splits.load_split(str(source), split, progress=False, **{"size": 8, **options})
-    return load_split(str(source), split, progress=False, **options)
+    """Labels are the judging side's; the images alone are decoded for pretraining."""
+    if not options.pop("labels", False):
+        return load_split(str(source), split, progress=False, **options)
+    tables = open_tables(str(source))
+    rows = read_records(str(source), find_split(str(source), split, list(tables))[0], tables, None)
+    return splits.encoded(splits.read_labels(rows, options.get("label_column")), EvalTransform(options.get("size", 8)), False, ())
 
 
 def load_both(source: Path | str, size: int = 8, **options: Any) -> Any:
@@ -179,12 +182,10 @@ def test_builtin_sets(name: str, train: int, test: int) -> None:
     assert both[0].selection.sum() > 0
     assert both[1].selection is None
     assert both[0].classes == both[1].classes
-    unlabelled = load(f"builtin:{name}", "test", size=16)
-    assert unlabelled.labels is None
-    assert unlabelled.images.sizes.tolist() == [[16, 16]] * test
+    small = splits.load_images(f"builtin:{name}", "test", 16)
+    assert small.sizes.tolist() == [[16, 16]] * test
     whole = Image.fromarray(both[1].images[test - 1].permute(1, 2, 0).numpy())
-    assert torch.equal(unlabelled.images[test - 1], to_tensor(EvalTransform(16)(whole)))
-    assert unlabelled.fingerprint != both[1].fingerprint == load(f"builtin:{name}", "test", labels=True).fingerprint
+    assert torch.equal(small[test - 1], to_tensor(EvalTransform(16)(whole)))
     assert load(f"builtin:{name}", "test", max_side=16).images.sizes.tolist() == [[16, 16]] * test
 
 
@@ -328,7 +329,7 @@ def test_size_and_max_side(tmp_path: Path) -> None:
         Image.fromarray(np.full((height, width, 3), 50, dtype=np.uint8)).save(tmp_path / f"{number}.png")
     assert load(tmp_path).images.sizes.tolist() == [[60, 40], [30, 20], [16, 16]]
     assert load(tmp_path, max_side=20).images.sizes.tolist() == [[30, 20], [30, 20], [16, 16]]
-    assert load(tmp_path, size=16).images.sizes.tolist() == [[16, 16]] * 3
+    assert splits.load_images(str(tmp_path), "train", 16).sizes.tolist() == [[16, 16]] * 3
 
 
 def test_corrupt_image_is_named(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_files_of_older_code_are_measured_again(backbone: Backbone, tmp_path: Pa
     measured = []
     monkeypatch.setattr(diagnostics_run, "diagnose", lambda *_: measured.append(1) or {"version": VERSION})  # type: ignore[func-returns-value]
     images = ImageStore.stacked(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
-    split = Split(images, None, None, None, "d", "test", (), lambda: "")
+    split = Split(images, torch.zeros(4).long(), ("toy",), None, "d", "test", (), lambda: "")
     for older, expected in (({}, 1), ({}, 1), ({"version": VERSION - 1}, 2), ({"readouts": ["gap"]}, 3)):
         for path in tmp_path.glob("*.json"):
             path.write_text(json.dumps({**json.loads(path.read_text()), **older}))

@@ -45,7 +45,7 @@ def examined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]
     folder = tmp_path_factory.mktemp("examined")
     store = RowStore(folder)
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    test = Split(ImageStore.stacked(images), None, None, None, "toys", "test", (), lambda: DATA)
+    test = Split(ImageStore.stacked(images), torch.zeros(5).long(), ("toy",), None, "toys", "test", (), lambda: DATA)
     rows = []
     for number, (spec, seed) in enumerate((("cls", 0), ("cls", 1), ("gap", 0), (None, 0))):
         torch.manual_seed(number)

@@ -57,7 +57,6 @@ class OnlineKNN(Callback):
         train, _ = load_train_test(self.data, size=size, progress=progress)
         for notice in train.notices:
             rank_zero_info(notice)
-        assert train.labels is not None
         bank, queries = subsets(train)
         self.bank_labels, self.query_labels = train.labels[bank], train.labels[queries]
         if len(torch.unique(self.bank_labels)) < 2 or len(queries) == 0:
@@ -100,7 +99,6 @@ def trained(module: Method) -> tuple[Backbone, Readout]:
 
 def subsets(train: Split) -> tuple[Int64[Tensor, "bank"], Int64[Tensor, "queries"]]:
     """Rows of train: at most about `BANK` outside its selection slice and `QUERIES` in it, of every class the same share."""
-    assert train.labels is not None
     held_out = stratified_slice(train.labels) if train.selection is None else train.selection
     chosen = []
     for rows, count in (((~held_out).nonzero()[:, 0], BANK), (held_out.nonzero()[:, 0], QUERIES)):

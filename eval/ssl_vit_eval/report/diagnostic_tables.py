@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ssl_vit_eval.compare.diagnostic_files import Diagnosis, by_arm, label
-from ssl_vit_eval.report.table import MISSING, Sheet, frame_of
+from ssl_vit_eval.report.table import MISSING, Sheet, Shown, frame_of
 from ssl_vit_eval.report.text import NOTES, sentence
 
 Found = Iterator[tuple[tuple[str, ...], dict[str, float | None]]]  # what it is of, and the numbers of one seed
@@ -27,7 +27,7 @@ def sheets(diagnoses: Sequence[Diagnosis]) -> list[Sheet]:
     """Tables of all diagnosed arms, a line for each arm and key, means over seeds with their deviation; none without diagnostics."""
     found = []
     for name, (title, keys, measure) in _TABLES.items():
-        records, texts = [], []
+        records = []
         for (place, arm), of in by_arm(diagnoses).items():
             seeds: dict[tuple[str, ...], list[dict[str, float | None]]] = {}
             for one in of:
@@ -35,12 +35,9 @@ def sheets(diagnoses: Sequence[Diagnosis]) -> list[Sheet]:
                     seeds.setdefault(key, []).append(numbers)
             for key, many in seeds.items():  # seeds with other keys are other lines
                 named = {"model": label(arm), "dataset": place.dataset, **dict(zip(keys, key, strict=True)), "seeds": len(many)}
-                means = {column: _mean([numbers[column] for numbers in many]) for column in many[0]}
-                records.append(named | {column: mean for column, (mean, _) in means.items()})
-                texts.append({column: text for column, (_, text) in means.items()})
+                records.append(named | {column: _mean([numbers[column] for numbers in many]) for column in many[0]})
         if records:
-            forms = {column: [of.get(column, MISSING) for of in texts] for column in dict.fromkeys(name for of in texts for name in of)}
-            found.append(Sheet(name, title, frame_of(records), NOTES[name], forms))
+            found.append(Sheet(name, title, frame_of(records), NOTES[name]))
     return found
 
 
@@ -110,11 +107,11 @@ _TABLES: dict[str, tuple[str, tuple[str, ...], Callable[[Diagnosis], Found]]] = 
 }
 
 
-def _mean(values: Sequence[float | None]) -> tuple[float | None, str]:
-    """Over seeds, missing where a seed lacks it; and as text, ± their standard deviation."""
+def _mean(values: Sequence[float | None]) -> Shown | None:
+    """Over seeds, with ± their standard deviation; missing where a seed lacks it."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
-        return None, MISSING
+        return None
     mean, digits = fmean(known), 3 if max(map(abs, known)) < 2 else 1
     spread = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return mean, f"{mean:.{digits}f}{spread}".replace("-", "−")
+    return Shown(mean, f"{mean:.{digits}f}{spread}".replace("-", "−"))

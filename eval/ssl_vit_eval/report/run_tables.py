@@ -10,7 +10,7 @@ import pandas as pd
 from ssl_vit_eval.compare.comparison import Comparison
 from ssl_vit_eval.compare.runs import Run
 from ssl_vit_eval.metrics import MACRO, TOP1
-from ssl_vit_eval.report.table import MISSING, Forms, Sheet, frame_of
+from ssl_vit_eval.report.table import Forms, Sheet, Shown, frame_of
 from ssl_vit_eval.report.text import NOTES, listed, signed
 from ssl_vit_eval.rows import Row, Setting
 
@@ -88,14 +88,13 @@ def datasets(rows: pd.DataFrame) -> Sheet:
 
 def selections(rows: pd.DataFrame) -> Sheet:
     """One line a protocol and dataset: what its evaluations selected, how often at the edge of the grid, and what the oracle would add."""
-    records, at_edge = [], []
+    records = []
     for (rule, version, dataset), of in rows.groupby(_WHERE, sort=False):
         first = of.iloc[0]
         chosen = [key for key in first.selected if first.grid is None or key in first.grid]
         values = Counter(_named(selected, chosen) for selected in of.selected)
         bias = of.bias.dropna().tolist()
         edges = None if first.edge_of_grid is None else sum(map(bool, of.edge_of_grid))
-        at_edge.append(MISSING if edges is None else f"{edges} of {len(of)}")
         records.append(
             {
                 "protocol": rule,
@@ -104,13 +103,13 @@ def selections(rows: pd.DataFrame) -> Sheet:
                 "evaluations": len(of),
                 "grid": "; ".join(dict.fromkeys(map(_grid, of.grid, of.selected))),
                 "selected": ", ".join(f"{value} ({count}×)" for value, count in sorted(values.items())),
-                "at the edge": None if edges is None else edges / len(of),
+                "at the edge": None if edges is None else Shown(edges / len(of), f"{edges} of {len(of)}"),
                 "mean bias": fmean(bias) if bias else None,
                 "largest bias": max(bias, default=None),
                 "deviations": "; ".join(dict.fromkeys(text for texts in of.deviations for text in texts)) or None,
             }
         )
-    forms: Forms = {"at the edge": at_edge, "mean bias": signed, "largest bias": signed}
+    forms: Forms = {"mean bias": signed, "largest bias": signed}
     return Sheet("selection", "Protocols and what they selected", frame_of(records), NOTES["selection"], forms)
 
 

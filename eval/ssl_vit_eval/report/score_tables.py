@@ -16,7 +16,7 @@ from ssl_vit_eval.compare.comparison import Cell, Comparison, Gain, Table
 from ssl_vit_eval.compare.verdict import Family, Rule
 from ssl_vit_eval.metrics import MACRO
 from ssl_vit_eval.report.page import Listing, template
-from ssl_vit_eval.report.table import MISSING, Form, Forms, Sheet, frame_of, slug
+from ssl_vit_eval.report.table import MISSING, Forms, Sheet, Shown, frame_of, slug
 from ssl_vit_eval.report.text import METRIC_NAMES, NOTES, p_text, ranking_basis, ranking_title, side_name, signed
 from ssl_vit_eval.sources import PIXELS
 from ssl_vit_eval.stats.seeds import Estimate
@@ -91,12 +91,10 @@ def _table(comparison: Comparison, table: Table, name: str, trained: bool, scale
 
     what, where, metric = "trained with" if trained else "model", f"{setting.dataset} · {setting.rule}", METRIC_NAMES[table.metric]
     labels = {arm: arm.trained_with or ("random init" if trained and arm.method != PIXELS else None) for arm in lines}
-    records, texts = [], []
+    records = []
     for arm, cells in lines.items():
-        named = {"method": arm.method, "recipe": arm.recipe, what: labels[arm]}
-        records.append(named | {f"read {spec}": cell and 100 * cell.value for spec, cell in zip(columns, cells, strict=True)})
-        texts.append([score_text(cell) + (f" ({under})" if (under := under_text(cell)) else "") if cell else MISSING for cell in cells])
-    forms = {f"read {spec}": list(of) for spec, of in zip(columns, zip(*texts, strict=True), strict=True)}
+        named: dict[str, Any] = {"method": arm.method, "recipe": arm.recipe, what: labels[arm]}
+        records.append(named | {f"read {spec}": cell and _shown(cell) for spec, cell in zip(columns, cells, strict=True)})
     html = template(
         "scores.html",
         **{"title": where, "metric": metric, "about": about, "what": what, "pixels": PIXELS, "missing": MISSING},
@@ -105,7 +103,11 @@ def _table(comparison: Comparison, table: Table, name: str, trained: bool, scale
         **{"score": score_text, "under": under_text, "is_low": lambda cell: cell.below_pixels, "floor": FLOOR, "zero": ZERO},
         **{"legend": trained and scale and is_first, "scale": scale, "colour": lambda points: _colour(points, scale)},
     )
-    return Listing(Sheet(name, f"{where}: {metric}, % ({about})", frame_of(records), "", forms), html=html)
+    return Listing(Sheet(name, f"{where}: {metric}, % ({about})", frame_of(records)), html=html)
+
+
+def _shown(cell: Cell) -> Shown:
+    return Shown(100 * cell.value, score_text(cell) + (f" ({under})" if (under := under_text(cell)) else ""))
 
 
 def at_last(spec: str) -> str | None:
@@ -155,9 +157,11 @@ def differences(name: str, title: str, families: Sequence[Family], rule: Rule) -
                     **{"seeds": len(of.seeds) if family.unit == "seeds" else None, "images": of.images, "resolvable": of.resolvable},
                 }
             )
-    forms: dict[str, Form] = {"points": signed, "low": signed, "high": signed, "discordant": "{:.1f}", "images": "{:,}"}
-    forms |= dict.fromkeys(("p", "corrected p"), partial(p_text, rule=rule))
-    forms["resolvable"] = lambda points: "∞" if points == float("inf") else f"{points:.1f}"
+    forms: Forms = {
+        **dict.fromkeys(("points", "low", "high"), signed),
+        **dict.fromkeys(("p", "corrected p"), partial(p_text, rule=rule)),
+        **{"discordant": "{:.1f}", "images": "{:,}", "resolvable": lambda points: "∞" if points == float("inf") else f"{points:.1f}"},
+    }
     return Sheet(name, title, frame_of(records), NOTES["differences"], forms, {"verdict of A": "badge"}, only_in_files=("images",))
 
 
@@ -167,7 +171,7 @@ def _place(of: Table | Family) -> dict[str, Any]:
 
 def norms(comparison: Comparison) -> Sheet:
     """Readouts that were read in several places of the final norm, one line each and the places side by side."""
-    records, texts = [], []
+    records = []
     for table in comparison.tables:
         found: dict[tuple[Arm, str], dict[str, Cell]] = {}
         for (arm, spec), cell in table.cells.items():
@@ -175,10 +179,9 @@ def norms(comparison: Comparison) -> Sheet:
                 found.setdefault((arm, placed[0]), {})[NORMS[placed[1]]] = cell
         for (arm, spec), of in ((key, of) for key, of in found.items() if len(of) > 1):
             named = {**_place(table), "backbone": arm.name, "readout": spec}
-            records.append(named | {norm: 100 * of[norm].value if norm in of else None for norm in NORMS.values()})
-            texts.append({norm: score_text(of[norm]) if norm in of else MISSING for norm in NORMS.values()})
-    forms = {norm: [of[norm] for of in texts] for norm in NORMS.values()}
-    return Sheet("norms", "Where the final norm stands: accuracy, %", frame_of(records), "", forms)
+            shown = {norm: Shown(100 * cell.value, score_text(cell)) for norm, cell in of.items()}
+            records.append(named | dict.fromkeys(NORMS.values()) | shown)
+    return Sheet("norms", "Where the final norm stands: accuracy, %", frame_of(records))
 
 
 def _placed(spec: str) -> tuple[str, str] | None:

@@ -12,8 +12,7 @@ import pandas as pd
 from ssl_vit_eval.report.text import WORDS
 
 MISSING = "–"
-Form = str | Callable[[Any], str] | list[str]
-Forms = Mapping[str, Form]
+Forms = Mapping[str, str | Callable[[Any], str]]
 LATEX = str.maketrans(WORDS["latex"])
 
 
@@ -22,11 +21,22 @@ def frame_of(records: Sequence[Mapping[str, Any]] | Sequence[Sequence[Any]], col
     return pd.DataFrame(list(records), columns=list(columns) or None, dtype=object)
 
 
+class Shown(float):
+    """A number that is read as its text."""
+
+    text: str
+
+    def __new__(cls, number: float, text: str) -> "Shown":
+        shown = super().__new__(cls, number)
+        shown.text = text
+        return shown
+
+
 @dataclass(frozen=True, eq=False)
 class Sheet:
     """A table. name: of its files; title and note: plain text; frame: numbers in full, None for what is missing.
 
-    forms: how the values of a column read, as a format, a function or the texts themselves. styles: columns of code, and of verdicts,
+    forms: how the values of a column read, as a format or a function; a `Shown` knows its text. styles: columns of code, and of verdicts,
     which are shown as badges. only_in_files: columns for CSV alone.
     """
 
@@ -45,10 +55,9 @@ class Sheet:
 
     def _texts(self, column: str) -> list[str]:
         form = self.forms.get(column, str)
-        if isinstance(form, list):
-            return form
         write = form.format if isinstance(form, str) else form
-        return [MISSING if is_missing(value) else write(value) for value in self.frame[column]]
+        values = self.frame[column]
+        return [MISSING if is_missing(value) else value.text if isinstance(value, Shown) else write(value) for value in values]
 
     @cached_property
     def numeric(self) -> dict[str, bool]:

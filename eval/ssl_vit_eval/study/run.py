@@ -21,7 +21,7 @@ from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.evaluate import evaluate, wanted_specs
 from ssl_vit_eval.report.terminal import compare
 from ssl_vit_eval.sources import Source, open_source
-from ssl_vit_eval.splits import load_split
+from ssl_vit_eval.splits import load_images
 from ssl_vit_eval.study.fairness import check_fair
 from ssl_vit_eval.study.plan import CONTROL_CELL, Cell, Plan, start_source
 
@@ -165,10 +165,7 @@ def _draw_reconstructions(cell: Cell) -> None:
     if recipe["method"] != "mae" or picture.exists():
         return
     data = recipe["data"]
-    split = load_split(
-        data["source"], data["split"], image_column=data["image_column"], size=recipe["backbone"]["image_size"], progress=False
-    )
-    images, _ = split.images.batch(torch.linspace(0, len(split.images) - 1, 8).long())
+    images = load_images(data["source"], data["split"], recipe["backbone"]["image_size"], data["image_column"])
     partial = cell.folder / "reconstructions.partial.png"
-    save_reconstructions(cell.folder / "last.ckpt", images, partial)
+    save_reconstructions(cell.folder / "last.ckpt", images.batch(torch.linspace(0, len(images) - 1, 8).long())[0], partial)
     os.replace(partial, picture)
