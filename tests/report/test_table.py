@@ -11,7 +11,7 @@ import pytest
 from ssl_vit_eval.report import table
 from ssl_vit_eval.report.page import Chapter, Listing, Text, page
 from ssl_vit_eval.report.page import text as as_text
-from ssl_vit_eval.report.table import Sheet, frame_of, slug
+from ssl_vit_eval.report.table import Sheet, Shown, frame_of, slug
 
 NASTY = r"a|b & 50 % _x_ $y$ {z} <b>#1</b> ~^ \cmd [c] *d* `e` +1 ±2 –3 −4 ×5 ○ ≈ ∞ → α …"
 VALUES = [
@@ -23,7 +23,9 @@ VALUES = [
 HEAD = ["name", NASTY, "count", "verdict"]
 SHOWN = {NASTY: ["71.2 ± 0.4", "–", "−0.1", "0.0"], "count": ["2,071", "∞", "6.11 T", "1"]}
 FRAME = frame_of([dict(zip(HEAD, line, strict=True)) for line in VALUES])
-SHEET = Sheet("scores", f"Title {NASTY}", FRAME, f"Note {NASTY}.", SHOWN, {"name": "code", "verdict": "badge"})
+for column, texts in SHOWN.items():
+    FRAME[column] = [value if value is None else Shown(float(value), text) for value, text in zip(FRAME[column], texts, strict=True)]
+SHEET = Sheet("scores", f"Title {NASTY}", FRAME, f"Note {NASTY}.", styles={"name": "code", "verdict": "badge"})
 TEXTS = [HEAD, *([line[0], *shown, line[3] or "–"] for line, *shown in zip(VALUES, *SHOWN.values(), strict=True))]
 
 
