@@ -22,10 +22,11 @@ VALUES = [
 ]
 HEAD = ["name", NASTY, "count", "verdict"]
 SHOWN = {NASTY: ["71.2 ± 0.4", "–", "−0.1", "0.0"], "count": ["2,071", "∞", "6.11 T", "1"]}
-FRAME = frame_of([dict(zip(HEAD, line, strict=True)) for line in VALUES])
+RECORDS = [dict(zip(HEAD, line, strict=True)) for line in VALUES]
 for column, texts in SHOWN.items():
-    FRAME[column] = [value if value is None else Shown(float(value), text) for value, text in zip(FRAME[column], texts, strict=True)]
-SHEET = Sheet("scores", f"Title {NASTY}", FRAME, f"Note {NASTY}.", styles={"name": "code", "verdict": "badge"})
+    for record, text in zip(RECORDS, texts, strict=True):
+        record[column] = record[column] if record[column] is None else Shown(float(record[column]), text)  # type: ignore[arg-type]
+SHEET = Sheet("scores", f"Title {NASTY}", frame_of(RECORDS), f"Note {NASTY}.", styles={"name": "code", "verdict": "badge"})
 TEXTS = [HEAD, *([line[0], *shown, line[3] or "–"] for line, *shown in zip(VALUES, *SHOWN.values(), strict=True))]
 
 
