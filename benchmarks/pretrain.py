@@ -22,6 +22,7 @@ import logging
 import os
 import signal
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -395,6 +396,7 @@ def compare(method: str, name: str, options: argparse.Namespace, best: float) ->
     for number in range(options.blocks + 1):  # the first one warms up
         for side, (module, data) in sides.items():
             measured = block(module, data, options.steps, trainer)
+            print(f"{method} {name} {side} {number or 'warm-up'}: {1e3 * measured[0]:.1f} ms a step", file=sys.stderr, flush=True)
             if number:
                 times[side].append(measured)
     for _, data in sides.values():
