@@ -35,7 +35,7 @@ class BackboneConfig:
             exchangeable with the registers: with one of them, the register readout is its null control.
         mean: of the input normalisation, per channel.
         std: of the input normalisation, per channel.
-        compile: run each block through torch.compile. Equal within rounding, so no part of the recipe's identity; nor is the next.
+        compile: in training, compile the blocks and fuse views and loss. Equal within rounding: no part of the identity; nor is the next.
         checkpointing: compute each block again in the backward pass instead of keeping what is inside it: less memory, more time.
     """
 
