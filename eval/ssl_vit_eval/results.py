@@ -23,7 +23,7 @@ def make_rows(
     right = predictions == labels[:, None]
     scores = torch.tensor([accuracies(of.contiguous(), labels) for of in predictions.T], dtype=torch.float64).mean(dim=0).tolist()
     intervals = [accuracy_interval(right), accuracy_interval(right, labels)]
-    of_source = {name: getattr(source, name) for name in ("method", "trained_with", "seed", "recipe", "family", "init")}
+    of_source = {name: getattr(source, name) for name in ("method", "trained_with", "seed", "recipe", "recipe_name", "family", "init")}
     of_probe = {name: getattr(found, name) for name in ("selected", "grid", "edge_of_grid", "parameters", "bank")}
     numbers = {"n_train": len(train.images), "n_test": len(test.images), "width": width, "seconds": round(seconds, 3)}
     names: dict[str, Any] = {"source": source.name, "dataset": train.dataset, "dataset_metric": test.metric, "git": git_revision()}

@@ -80,6 +80,7 @@ class Row:
     width: int | None = None  # of what the probe read
     parameters: int | None = None  # that the probe fitted and uses, a learned readout's among them
     bank: int | None = None  # images that could vote in k-NN
+    recipe_name: str | None = None  # of what was trained here; of checkpoints without it, method and backbone
     dataset_metric: str | None = None  # that its suite declares for the dataset; None where the name decides
     predictions: str = ""  # file below the store's folder; filled in by `RowStore.append`
 

@@ -3,7 +3,7 @@ row says of it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Source:
     family: str | None  # hash of the recipe without readout and seed
     init: str | None  # hash of the weights that its training started from
     backbone: Backbone | None
+    recipe_name: str | None = None  # of what was trained here; of earlier checkpoints, method and backbone
 
     def readouts(self, asked: Sequence[str] | None, trained: Sequence[str] = ()) -> list[str]:
         """The asked specs in canonical form; UsageError if this source cannot be read in one of them.
@@ -140,20 +141,20 @@ def open_source(text: str, image_size: int | None = None) -> Source:
     ours, network = content["ssl_vit"], network_of(content, path, which)
     backbone = backbone_of(content, path, which, image_size)
     name = _run_name(Path(path)) + _suffix(network)
-    return _of_recipe(name, ours["recipe"]["method"], ours["readout"], ours["recipe"], ours["init"], backbone, image_size)
+    recipe, method = ours["recipe"], ours["recipe"]["method"]
+    recipe_name = ours.get("name") or f"{method} {recipe['backbone']['name'].partition('_patch')[0]}"
+    return replace(_of_recipe(name, method, ours["readout"], recipe, ours["init"], backbone, image_size), recipe_name=recipe_name)
 
 
 def random_source(recipe: str, options: list[str], image_size: int | None = None) -> Source:
     """The backbone that a recipe starts from: its architecture, its initialisation, its seed, and no training."""
-    from ssl_vit.train.pretrain import build_method, parse_recipe  # lightning's parser, which the other sources do without
+    from ssl_vit.train.pretrain import build_method, parse_recipe, recipe_name  # lightning's parser, which the other sources do without
 
     parser, config = parse_recipe(recipe, options)
     module = build_method(config, parser.instantiate(config))
     backbone: Backbone = module.backbone.eval()
     check_size(image_size, backbone.patch, recipe)
-    file = Path(recipe)  # of a path, the last part that tells something: a run folder's recipe.yaml is named after the folder
-    name = file.parent.name if file.stem == "recipe" and file.parent.name else file.stem
-    return _of_recipe(f"random:{name}", "random", None, module.recipe, None, backbone, image_size)
+    return _of_recipe(f"random:{recipe_name(recipe)}", "random", None, module.recipe, None, backbone, image_size)
 
 
 def _run_name(path: Path) -> str:

@@ -68,6 +68,7 @@ class Method(lightning.LightningModule):
         self.spec = ReadoutSpec.parse(fields["readout"])
         self.optim, self.seed, self._compile = cast(OptimConfig, fields["optim"]), int(fields["seed"]), bool(fields["backbone"].compile)
         self.recipe: dict[str, Any] = {"method": self.name, **plain({**fields, "readout": str(self.spec)})}
+        self.recipe_name = self.name  # what the comparison calls it where folders have other names
         self.initial_hash: str | None = None  # hash of the backbone's first weights: what a gain over random initialisation is paired by
         self.scheduled: dict[str, float] = {}  # the values of this step
         self.compiled = False  # from the start of a fit on, where `backbone.compile` asks for it
@@ -181,6 +182,7 @@ class Method(lightning.LightningModule):
         checkpoint["ssl_vit"] = {
             "format": FORMAT,
             "recipe": self.recipe,
+            "name": self.recipe_name,
             "readout": str(self.spec),
             "init": self.initial_hash,
             "mean": list(self.backbone.mean),

@@ -88,6 +88,12 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
     return parser, config
 
 
+def recipe_name(recipe: str) -> str:
+    """Of a path, the last part that tells something: a run folder's recipe.yaml is named after the folder."""
+    file = Path(recipe)
+    return file.parent.name if file.stem == "recipe" and file.parent.name else file.stem
+
+
 def likely_options(recipe: str) -> str:
     """The options that are changed most, with what the recipe says: the head of `--help`, whose whole list has hundreds of lines.
 
@@ -159,7 +165,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     values = parser.instantiate(config)
     flops = training_flops(build_method(config, values))  # on a model of its own: counting changes gradients and DINO's centre
     module = build_method(config, values)
-    module.accumulate = config.accumulate
+    module.accumulate, module.recipe_name = config.accumulate, recipe_name(recipe)
     record = RunFolder(folder, flops, config.keep_every_epochs)
     log = TrainingLog(tracking, folder) if tracking else None
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import yaml
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.comparison import Cell, Gain, build
-from ssl_vit_eval.compare.runs import find_runs, recipe_name
+from ssl_vit_eval.compare.runs import find_runs, short_name
 from ssl_vit_eval.metrics import metric_of
 from ssl_vit_eval.report.score_tables import differences, gain_text, score_text, scores, tables, under_text
 from ssl_vit_eval.report.terminal import compare, screen
@@ -140,9 +140,9 @@ def test_different_recipes_and_equal_seeds_are_not_averaged(store: RowStore) -> 
 @pytest.mark.parametrize(
     ("names", "recipe"),
     [
-        (("my_cls", "my_gap"), "my"),
-        (("cls-of-mine", "gap-of-mine"), "of"),
-        (("one", "another"), "family-h"),  # the hash of the recipe
+        (("my_cls", "my_gap"), "dino_smoke"),
+        (("one", "another"), "dino vit_tiny"),
+        (("one-r1", "another-r1"), "dino"),  # rows of earlier versions do not know the recipe's name
         (("toy-cls-s0", "toy-gap-s0"), "toy"),
     ],
 )
@@ -152,11 +152,11 @@ def test_arms_are_joined_by_what_the_rows_hold_and_not_by_the_folder(store: RowS
             source = name.replace("s0", f"s{seed}") if "-s0" in name else f"{name}{seed or ''}"
             for network in ("", ":student"):
                 own = {"init": f"start{seed}", "seed": seed, "source": source + network, "trained_with": readout}
+                own["recipe_name"] = None if recipe == "dino" else recipe
                 for read_with in ("cls", "gap"):
                     plant(store, answers(0.8), read_with=read_with, **own)
     comparison = build([store.folder])
-    if recipe == "my":  # of my_cls, my_cls1, my_gap and my_gap1
-        assert comparison.sections == [("dino", "my"), ("dino", "my:student")]
+    assert comparison.sections == [("dino", recipe), ("dino", f"{recipe}:student")]
     (table,) = comparison.tables
     arms = [("dino", name, spec) for _, name in comparison.sections for spec in ("cls", "gap")]
     assert [arm for arm in comparison.trained(table) if arm.trained_with] == arms
@@ -407,11 +407,11 @@ def test_runs(tmp_path: Path) -> None:
         (folder / "recipe.yaml").write_text(yaml.safe_dump({"method": "dino", "readout": "cls+gap", "seed": 1}))
     (finished / "run.json").write_text(json.dumps({"steps": 3}))
     (killed / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
-    unfinished, done = find_runs([tmp_path, tmp_path / "cells"])
+    unfinished, done = find_runs([tmp_path, tmp_path / "cells"], {})
     # of one recipe: one name, and the cells of a study have it without the readout and the seed
     assert (done.name, done.summary, done.metrics) == ("toy", {"steps": 3}, [])
     assert (unfinished.name, unfinished.summary, unfinished.metrics) == ("toy", None, [{"step": 1, "loss": 2.5}])
-    assert recipe_name("random:toy", None, 1) == "random:toy"
+    assert short_name("random:toy", None, 1) == "random:toy"
     (finished / "run.json").write_text("{")
     with pytest.raises(Failure, match=r"run\.json"):
-        find_runs([tmp_path])
+        find_runs([tmp_path], {})

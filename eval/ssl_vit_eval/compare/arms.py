@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ssl_vit_eval.compare.notes import Note
-from ssl_vit_eval.compare.runs import common_name, recipe_name
+from ssl_vit_eval.compare.runs import short_name
 from ssl_vit_eval.rows import Row
 
 FIRST = ("cls", "gap", "register")  # then the others as they come
@@ -15,7 +15,8 @@ Weights = tuple[str, str]
 class Arm(NamedTuple):
     """One line of a table; its seeds are averaged.
 
-    recipe: what the runs of one recipe are called without readout and seed, of other sources their name. trained_with: None for what was
+    recipe: what the folders of its runs are called without readout and seed, or its own name where they differ; of other sources their
+    name. trained_with: None for what was
     not trained here; the random initialisation of a recipe has its method and name.
     """
 
@@ -44,18 +45,18 @@ def weights_of(row: Row) -> Weights:
     return row.checkpoint, row.transform  # raw pixels have no weights, and their size is in the transform
 
 
-def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], list[Note]]:
-    """The arm of all weights, and notes on those that are kept apart.
+def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], dict[str, str], list[Note]]:
+    """The arm of all weights, what each recipe is called, by family, and notes on what is kept apart.
 
     Runs are of one recipe where method and `family` are equal, whatever their folders are called; seeds are those of the rows. Two
     checkpoints of one arm and seed are not seeds of one thing: their hashes keep them apart. So do those of recipes that share a name.
     """
     named = {weights_of(row): row for row in rows}
-    recipes: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # names by method, family and network (teacher or student)
+    recipes: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)  # own names by folder, by method, family and network
     for row in named.values():
         network = _recipe(row)[2]
-        recipes[_recipe(row)].append(recipe_name(row.source, row.trained_with, row.seed).removesuffix(network))
-    names = {recipe: common_name(of, recipe[1]) for recipe, of in recipes.items()}
+        recipes[_recipe(row)][short_name(row.source, row.trained_with, row.seed).removesuffix(network)] = row.recipe_name or row.method
+    names = {recipe: min(of) if len(of) == 1 else next(iter(of.values())) for recipe, of in recipes.items()}
     places = [Arm(recipe[0], names[recipe] + recipe[2], None) for recipe in recipes]
     shared = dict.fromkeys(place for place in places if places.count(place) > 1)
     names |= {recipe: f"{names[recipe]} {recipe[1][:8]}" for recipe, place in zip(recipes, places, strict=True) if place in shared}
@@ -67,7 +68,8 @@ def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], list[Note]]
     clashes = {arm: (seed, of) for (arm, seed), of in reversed(checkpoints.items()) if len(of) > 1}
     notes = [Note("other recipes", {"arm": place, "count": places.count(place)}) for place in shared]
     notes += [Note("other checkpoints", {"arm": arm, "seed": seed, "checkpoints": list(of)}) for arm, (seed, of) in clashes.items()]
-    return {key: arm._replace(recipe=f"{arm.recipe} {key[0][:8]}") if arm in clashes else arm for key, arm in arms.items()}, notes
+    apart = {key: arm._replace(recipe=f"{arm.recipe} {key[0][:8]}") if arm in clashes else arm for key, arm in arms.items()}
+    return apart, {family: name for (_, family, _), name in names.items()}, notes
 
 
 def starts(rows: Iterable[Row], arms: Mapping[Weights, Arm]) -> dict[str, dict[Arm, None]]:
@@ -84,4 +86,4 @@ def _recipe(row: Row) -> tuple[str, str, str]:
     if row.trained_with is None:
         return row.method, row.source, ""
     _, colon, network = row.source.partition(":")
-    return row.method, row.family or recipe_name(row.source, row.trained_with, row.seed), colon + network
+    return row.method, row.family or short_name(row.source, row.trained_with, row.seed), colon + network

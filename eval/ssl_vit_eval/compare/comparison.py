@@ -147,11 +147,11 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
     answers = Answers(found)
     rows = [answers.checked(row) for row, _ in found]
     _complete(rows)
-    arms, clashes = arms_and_notes(rows)
+    arms, names, clashes = arms_and_notes(rows)
     tables = _tables(rows, arms, answers)
     trained = [arm for arm in arms.values() if arm.trained_with]
 
-    runs, declared, cells = find_runs(folders), find_declared(folders, margin, family), cells_of(rows, arms)
+    runs, declared, cells = find_runs(folders, names), find_declared(folders, margin, family), cells_of(rows, arms)
     cells = {table.setting: cells[table.setting] for table in tables if table.setting in cells}  # in their order
     families = null_controls(runs)
     asked = ask(cells, {arms[weights_of(row)][:2] for row in rows if row.family in families}, declared.primary)

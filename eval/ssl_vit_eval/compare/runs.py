@@ -1,9 +1,7 @@
 """Run folders of `ssl-vit pretrain`, as a comparison shows them, and what the recipe of several runs is called."""
 
 import json
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from ssl_vit_eval.sources import family_of
 class Run:
     """One pretraining: its recipe, the logged steps, and the summary (steps, images, seconds, ...), None while it is unfinished.
 
-    joined: what all runs of its recipe are called together, where they were found together."""
+    joined: what all runs of its recipe are called together."""
 
     folder: Path
     recipe: dict[str, Any]
@@ -30,7 +28,7 @@ class Run:
     @property
     def name(self) -> str:
         """What its runs with other readouts and seeds are called as well."""
-        return self.joined or recipe_name(self.folder.name, self.recipe["readout"], self.recipe["seed"])
+        return self.joined or short_name(self.folder.name, self.recipe["readout"], self.recipe["seed"])
 
     @property
     def family(self) -> str:
@@ -38,7 +36,7 @@ class Run:
         return family_of(self.recipe)
 
 
-def recipe_name(source: str, trained_with: str | None, seed: int | None) -> str:
+def short_name(source: str, trained_with: str | None, seed: int | None) -> str:
     """A run's name without the readout and the seed that a study puts behind it: `dino_photos-cls-s0` is `dino_photos`."""
     if trained_with is None:
         return source
@@ -46,23 +44,14 @@ def recipe_name(source: str, trained_with: str | None, seed: int | None) -> str:
     return name.removesuffix(f"-{ReadoutSpec.parse(trained_with).slug}-s{seed}") + colon + network
 
 
-def common_name(names: Iterable[str], family: str) -> str:
-    """What runs of one recipe are called together: the words that all their names share (`my_cls` and `my_gap` are `my`), or the first
-    digits of the hash of their recipe where there is none."""
-    different = list(dict.fromkeys(names))
-    if len(different) == 1:
-        return different[0]
-    words = [re.findall(r"[^-_.]+", name) for name in different]
-    return "_".join(word for word in words[0] if all(word in other for other in words)) or family[:8]
+def find_runs(folders: Sequence[str | Path], names: Mapping[str, str]) -> list[Run]:
+    """Every run in and below the folders, in the order of their names; Failure for a file of a run that cannot be read.
 
-
-def find_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Every run in and below the folders, in the order of their names; Failure for a file of a run that cannot be read."""
+    names: of recipes, by family; runs of another one are called as the first of them."""
     found = {file.resolve(): file.parent for folder in folders for file in sorted(Path(folder).rglob("recipe.yaml"))}
-    runs, names = [_read(folder) for folder in found.values()], defaultdict(list)
-    for run in runs:
-        names[run.family].append(run.name)
-    return [replace(run, joined=common_name(names[run.family], run.family)) for run in runs]
+    runs = [_read(folder) for folder in found.values()]
+    names = {run.family: run.name for run in reversed(runs)} | dict(names)
+    return [replace(run, joined=names[run.family]) for run in runs]
 
 
 def _read(folder: Path) -> Run:
