@@ -65,54 +65,51 @@ def ask(cells: Cells, nulls: set[Section], primary: Primary | None) -> Asked:
     """All families, the primary one first. The primary comparison leaves the family that it would be in. nulls: the sections whose cls and
     register are exchangeable."""
     asked = Asked()
-    if primary:
-        primary = _found(primary, cells, asked.notes)
+    declared = _place(primary, cells, asked.notes) if primary else None
     for setting, arms in cells.items():
         if setting.control:
             continue
+        order = ordered(arm.trained_with for arm in arms if arm.trained_with)
         sections: dict[Section, list[Arm]] = defaultdict(list)
-        for trained_with in ordered(arm.trained_with for arm in arms if arm.trained_with):
-            for arm in arms:
-                if arm.trained_with == trained_with:
-                    sections[arm[:2]].append(arm)
+        for arm in sorted((arm for arm in arms if arm.trained_with), key=lambda arm: order.index(str(arm.trained_with))):
+            sections[arm[:2]].append(arm)
         for section, own in sections.items():
-            _ask_trained_with(asked, setting, arms, own, section in nulls, primary)
+            sides = declared[1] if declared and (setting, section) == (declared[0], declared[1][0][:2]) else ()
+            _ask_trained_with(asked, setting, arms, own, section in nulls, sides)
             consistency = [pair for arm in own if (pair := _self_consistency(arm, arms[arm], asked.notes))]
             asked.add("self-consistency", setting, own[0].section, consistency)
         for arm in [*(arm for own in sections.values() for arm in own), *(arm for arm in arms if not arm.trained_with)]:
             read, norm = _post_hoc(arm, arms[arm])
             asked.add("read with", setting, arm.name, read)
             asked.add("norm", setting, arm.name, norm)
-    if primary and not any(family.primary for family in asked.families):
+    if declared and not any(family.primary for family in asked.families):
         asked.notes.append(Note("primary has no pairs", {"primary": primary}))
     questions = get_args(Question)
     asked.families.sort(key=lambda family: (not family.primary, questions.index(family.question)))  # stable: by setting within a question
     return asked
 
 
-def _found(primary: Primary, cells: Cells, notes: list[Note]) -> Primary | None:
-    """The primary comparison, if it is in exactly one setting and one section."""
+def _place(primary: Primary, cells: Cells, notes: list[Note]) -> tuple[Setting, tuple[Arm, Arm]] | None:
+    """The setting of the primary comparison and its two arms, if it is in exactly one setting and one section."""
     places = []
     for setting, arms in cells.items():
-        if primary.is_in(setting):
-            read = [arm for arm, specs in arms.items() if arm.trained_with in specs]
-            sections = {arm[:2]: [other for other in read if other[:2] == arm[:2]] for arm in read}
-            places += [setting for own in sections.values() if primary.sides(own)]
+        read = [arm for arm, specs in arms.items() if arm.trained_with in specs and primary.is_in(setting)]
+        found = [primary.sides([arm for arm in read if arm[:2] == section]) for section in dict.fromkeys(arm[:2] for arm in read)]
+        places += [(setting, sides) for sides in found if sides]
     if len(places) == 1:
-        return primary
+        return places[0]
     notes.append(Note("primary has no place", {"primary": primary, "places": len(places)}))
     return None
 
 
 def _ask_trained_with(
-    asked: Asked, setting: Setting, cells: Mapping[Arm, dict[str, Seeds]], own: Sequence[Arm], null: bool, primary: Primary | None
+    asked: Asked, setting: Setting, cells: Mapping[Arm, dict[str, Seeds]], own: Sequence[Arm], null: bool, primary: Sequence[Arm]
 ) -> None:
-    """All pairs of arms of one recipe, each read as it was trained; the primary pair and the null control apart."""
-    sides = primary.sides(own) if primary and primary.is_in(setting) else None
+    """All pairs of arms of one recipe, each read as it was trained; the primary pair, if there is one, and the null control apart."""
     together = []
     for one, other in combinations(own, 2):
-        is_primary = sides is not None and {one, other} == set(sides)
-        a, b = sides if sides and is_primary else (one, other)
+        is_primary = {one, other} == set(primary)
+        a, b = primary if is_primary else (one, other)
         read_a, read_b = str(a.trained_with), str(b.trained_with)
         rows = _same_start(cells[a].get(read_a, {}), cells[b].get(read_b, {}), (a, b), asked.notes)
         if not rows:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def watched(backbone: Backbone, see: Callable[[int, Float[Tensor, "b heads s s"]
         try:
             for number, module in enumerate(modules):
                 module.fused_attn = False
-                handle = module.attn_drop.register_forward_pre_hook(_hook(number, module, see))
+                handle = module.attn_drop.register_forward_pre_hook(partial(_show, number, module, see))
                 hooks.callback(handle.remove)
             yield
         finally:
@@ -46,15 +47,12 @@ def _attention_module(block: nn.Module, number: int) -> Any:
     return found[0]
 
 
-def _hook(number: int, module: Any, see: Callable[[int, Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        attention = inputs[0]
-        # differential attention drops 2 x heads matrices and subtracts them afterwards: neither half is what the tokens are mixed by
-        if attention.dim() != 4 or attention.shape[1] != module.num_heads or attention.shape[2] != attention.shape[3]:
-            raise NoAttention(f"block {number} mixes its tokens by more than one softmax a head (shape {list(attention.shape)})")
-        see(number, attention)
-
-    return hook
+def _show(number: int, module: Any, see: Callable[[int, Tensor], None], _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    attention = inputs[0]
+    # differential attention drops 2 x heads matrices and subtracts them afterwards: neither half is what the tokens are mixed by
+    if attention.dim() != 4 or attention.shape[1] != module.num_heads or attention.shape[2] != attention.shape[3]:
+        raise NoAttention(f"block {number} mixes its tokens by more than one softmax a head (shape {list(attention.shape)})")
+    see(number, attention)
 
 
 def attention_statistics(

@@ -152,12 +152,12 @@ class Trained(NamedTuple):
 
     def predict(self, features: Sequence[Float[Tensor, "m d"]], rows: Int64[Tensor, " k"]) -> Int64[Tensor, "r g k seeds"]:
         """The class that every head gives to these rows."""
-        answers = [self.logits(read(features, part, self.standard)).argmax(dim=2).cpu() for part in torch.split(rows, ROWS)]
+        answers = []
+        for part in torch.split(rows, ROWS):
+            x = read(features, part, self.standard).repeat_interleave(self.seeds, dim=0)
+            answers.append(self.heads.logits(x).argmax(dim=2).cpu())
         found = torch.cat(answers, dim=2)
         return found.view(len(features), self.seeds, *found.shape[1:]).permute(0, 2, 3, 1)
-
-    def logits(self, x: Float[Tensor, "r m d"]) -> Float[Tensor, "rs g c m"]:
-        return self.heads.logits(x.repeat_interleave(self.seeds, dim=0))
 
     def alive(self) -> Bool[Tensor, "r g"]:
         """Which settings did not diverge, with any seed."""

@@ -21,12 +21,12 @@ from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import Readout
 from ssl_vit.train.callbacks import RunFolder
 from ssl_vit_eval.distributed import merge_parts, parts
+from ssl_vit_eval.features.extract import BATCH
 from ssl_vit_eval.probes.knn import KNNProbe
 from ssl_vit_eval.probes.selection import stratified_slice
 from ssl_vit_eval.splits import Split, load_train_test
 
 BANK, QUERIES = 10_000, 2_000  # images at most
-BATCH = 256  # images; the same for any number of processes, so that every image is computed in the same company
 SEED = 0
 
 
