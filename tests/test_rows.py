@@ -9,7 +9,9 @@ import torch
 from pydantic import TypeAdapter
 
 from ssl_vit.errors import Failure, UsageError
+from ssl_vit_eval.results import sentence
 from ssl_vit_eval.rows import FORMAT, Row, RowStore, find_rows
+from tests.planted import plant
 
 PREDICTIONS, LABELS = torch.tensor([1, 0, 2]), torch.tensor([1, 1, 2])
 
@@ -209,3 +211,12 @@ def test_folders_without_rows_are_refused(tmp_path: Path) -> None:
     assert len(find_rows([run, tmp_path / "rows"])) == 1
     with pytest.raises(UsageError, match="there is no folder"):
         find_rows([tmp_path / "nowhere"])
+
+
+def test_the_line_of_an_evaluation_names_the_metric_that_its_dataset_declares(tmp_path: Path) -> None:
+    labels = torch.tensor([0, 0, 0, 1])
+    chosen = {"selected": {"k": 20}, "grid": {"k": [1.0, 20.0]}, "edge_of_grid": False}
+    for declared, said in ((None, "top-1 75.0 % ["), ("top1_macro", "macro top-1 50.0 % [")):
+        line = sentence(plant(RowStore(tmp_path), [1, 1, 1, 0], labels, dataset_metric=declared, **chosen))
+        assert line.startswith(f"toy-cls-s0 read with cls, builtin:photos, knn: {said}")
+        assert line.endswith("(k 20)")

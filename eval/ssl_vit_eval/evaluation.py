@@ -268,5 +268,5 @@ class Evaluation:
             share = seconds * work[spec] / sum(work.values())
             rows = make_rows(self.source, key, found[spec], images.train, images.test, width, share, [*rule.deviations, *remarks])
             self.referee.store.append(rows, found[spec].predictions, images.test.labels)
-            self.referee.tell("  warning: ".join([sentence(rows[0]), *remarks]))
+            self.referee.tell("  warning: ".join([sentence(rows), *remarks]))
         return lost

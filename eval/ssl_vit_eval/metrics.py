@@ -9,6 +9,7 @@ from torch import Tensor
 from ssl_vit_eval.rows import Row
 
 METRICS = TOP1, MACRO = "top1", "top1_macro"  # accuracy over images, and the mean over classes
+METRIC_NAMES = {TOP1: "top-1", MACRO: "macro top-1"}  # as lines, columns and axes have them
 # Kornblith et al. 2019, "Do better ImageNet models transfer better?"; by the words that they are called by
 _BY_CLASS = [{"pets"}, {"iiit", "pet"}, {"oxfordiiitpet"}, {"flowers"}, {"aircraft"}, {"fgvcaircraft"}, {"caltech"}]
 _WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # `OxfordIIITPet`, `oxford_flowers102`, `FGVC-Aircraft`

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ssl_vit.provenance import git_revision
-from ssl_vit_eval.metrics import METRICS, accuracies
+from ssl_vit_eval.metrics import METRIC_NAMES, METRICS, accuracies, metric_of
 from ssl_vit_eval.probes.selection import Found
 from ssl_vit_eval.rows import Key, Row
 from ssl_vit_eval.sources import PIXELS, Source
@@ -34,15 +34,18 @@ def make_rows(
     ]
 
 
-def sentence(row: Row) -> str:
-    """What a row says, on one line of the terminal."""
+def sentence(rows: Sequence[Row]) -> str:
+    """What an evaluation found, by the metric of the dataset, on one line of the terminal."""
+    row = next(row for row in rows if row.metric == metric_of(row))
     read = row.source if row.read_with == PIXELS else f"{row.source} read with {row.read_with}"
     control = f" ({row.control})" if row.control else ""
-    text = f"{read}{control}, {row.dataset}, {row.protocol}: {100 * row.value:.1f} % [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
-    if row.oracle is not None and row.grid is not None:
+    value = f"{METRIC_NAMES[row.metric]} {100 * row.value:.1f} % [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
+    text = f"{read}{control}, {row.dataset}, {row.protocol}: {value}"
+    if row.grid is not None:
         axes = [name for name, values in row.grid.items() if name in row.selected and len(values) > 1]
         chosen = ", ".join(f"{name} {row.selected[name]:g}" for name in axes if isinstance(row.selected[name], int | float))
-        text += f"  ({chosen or 'chosen in each draw'}; oracle {100 * row.oracle:.1f})"
+        oracle = "" if row.oracle is None else f"; oracle {100 * row.oracle:.1f}"  # of top-1 alone
+        text += f"  ({chosen or 'chosen in each draw'}{oracle})"
     if row.edge_of_grid:
         text += "  warning: the selected value is on the edge of its grid, a better one may lie beyond"
     return text

@@ -325,8 +325,9 @@ def test_one_screen_has_the_tables_then_the_verdicts_then_what_to_do(store: RowS
     for readout, count in (("cls", 300), ("gap", 200)):
         plant_arm(store, readout, range(6), lambda seed, count=count: torch.arange(400) < count)
     text = screen(build([store.folder]))
+    assert "\n\nTop-1 in %; ±: standard deviation over seeds; *: read as trained.\n\n" in text  # of what is there alone
     parts = ["75.0 ± 0.0*", "verdicts, at a margin of 1 point\n", "Which readout to train with (B): 1 better"]
-    parts += ["dino (toy), builtin:photos, knn: cls > gap +25.0 [", "next: See whether", "--verbose", "Warnings there: 1."]
+    parts += ["dino (toy), builtin:photos, knn v1: cls > gap +25.0 [", "next: See whether", "--verbose", "Warnings there: 1."]
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
 
 

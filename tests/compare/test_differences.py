@@ -108,7 +108,7 @@ def test_many_comparisons_need_more_seeds_than_the_one_that_was_declared(store: 
     assert specs(rest) == [("cls", "register"), ("gap", "register")]
     assert all(found.corrected == pytest.approx(2 * 2 / 64) and found.outcome == "undecided" for found in rest.differences)
     text = screen(comparison)
-    assert text.index("declared: dino (toy), builtin:photos, knn: cls is better") < text.index(
+    assert text.index("declared: dino (toy), builtin:photos, knn v1: cls is better") < text.index(
         "Which readout to train with (B): 2 undecided"
     )
 

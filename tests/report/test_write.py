@@ -156,7 +156,7 @@ def test_the_declared_comparison_leads_and_every_difference_is_in_its_table(stud
     (primary,) = [family for family in comparison.families if family.primary]
     assert primary.differences[0].outcome == "better"
     header = page.sections[""]
-    said = f"Declared before training, dino (toy), builtin:photos, knn: {words(comparison, primary.differences[0])}."
+    said = f"Declared before training, dino (toy), builtin:photos, knn v1: {words(comparison, primary.differences[0])}."
     assert header.index(said) < header.index("What to conclude.") < header.index("How sure that is.") < header.index("What to do next.")
     assert rule_text(comparison.rule) in page.sections["findings"]
     for question in ("trained with", "read with", "self-consistency", "norm"):
@@ -186,7 +186,7 @@ def test_two_sentences_say_what_was_compared_and_what_came_out(study: tuple[Path
     assert "Of 6 comparisons of two trainings, each read as it was trained, 1 found a better readout, 0 no difference" in header
     assert "5 of the undecided could not be decided with so few seeds" in header
     assert "Train 8 seeds of each arm, or 6 and declare one primary comparison before the training; see whether" in header
-    assert "Better: cls over gap (dino (toy), builtin:photos, knn)." in header
+    assert "Better: cls over gap (dino (toy), builtin:photos, knn v1)." in header
 
 
 def test_counts_are_written_in_full() -> None:

@@ -120,8 +120,8 @@ def _winner(family: Family, of: Difference) -> str:
 
 
 def about(family: Family) -> str:
-    """`dino (dino_photos), builtin:photos, knn`."""
-    return f"{family.scope}, {family.setting.dataset}, {family.setting.rule}"
+    """`dino (dino_photos), builtin:photos, knn v2`."""
+    return f"{family.scope}, {family.setting.dataset}, {family.setting.rule} v{family.setting.version}"
 
 
 def _glances(comparison: Comparison) -> list[Block]:

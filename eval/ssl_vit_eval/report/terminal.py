@@ -64,8 +64,8 @@ def screen(comparison: Comparison) -> str:
     floors = first_page.floors(comparison)
     others = len(first_page.warnings_of(comparison)) - len(floors)
     parts = ["\n".join(line for note in floors for line in wrap(f"warning: {note}", width, subsequent_indent="  "))]
-    parts += [_tables(comparison, dataset, width) for dataset in dict.fromkeys(table.setting.dataset for table in comparison.tables)]
-    parts.append(WORDS["legend"])
+    tables = [_tables(comparison, dataset, width) for dataset in dict.fromkeys(table.setting.dataset for table in comparison.tables)]
+    parts += [*tables, "; ".join(meaning for sign, meaning in WORDS["legend"].items() if sign in "\n".join(tables)) + "."]
     verdicts = [f"verdicts, at a margin of {points_text(comparison.rule.margin)}", *_verdicts(comparison)]
     verdicts += wrap(f"next: {first_page.next_step(comparison)}", width, subsequent_indent="  ")
     parts.append("\n".join(verdicts))

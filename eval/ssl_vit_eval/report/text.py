@@ -12,10 +12,10 @@ from jinja2 import Environment, StrictUndefined, Template
 from ssl_vit_eval.compare.across_datasets import Ranking
 from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.compare.verdict import Difference, Family, Outcome, Question, Rule, Side, excludes_zero, within_margin
+from ssl_vit_eval.metrics import METRIC_NAMES as METRIC_NAMES
 from ssl_vit_eval.stats.seeds import seeds_needed, smallest_p
 
 WORDS: dict[str, Any] = yaml.safe_load(files("ssl_vit_eval.report").joinpath("templates/words.yaml").read_text(encoding="utf-8"))
-METRIC_NAMES: dict[str, str] = WORDS["metrics"]  # as columns and axes have them
 NOTES: dict[str, str] = WORDS["notes"]  # below tables and plots
 QUESTIONS: dict[Question, tuple[str, str]] = WORDS["questions"]  # a short title and a long one
 OUTCOMES: dict[Outcome, tuple[str, str]] = WORDS["outcomes"]  # a sign and what it means
