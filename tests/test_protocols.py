@@ -1,6 +1,9 @@
 """Protocol files, what they refuse, and a run of each kind against the probes and scikit-learn."""
 
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +142,7 @@ def test_a_file_may_not_pass_for_a_shipped_protocol(tmp_path: Path) -> None:
         ("version: 2", "version: one", "version is 'one'; it should be a valid integer"),
         ("0.07\n", "7e-2\n", "slice_fraction is '7e-2'; it should be a valid number .0.0001 or"),
         (KNN, KNN + "deviations: none\n", "deviations is 'none'; give a list"),
-        ("k: [5]", "k: true", "k is True; it should be a valid array"),
+        ("k: [5]", "k: true", "k is True; give a list of whole numbers above 0"),
         ("version: 2", "verson: 2", "unknown key 'verson'"),
         (KNN, "- 1", "not keys with values"),
         (KNN, "a: [", "is not YAML"),
@@ -151,6 +154,36 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, old: str, new: str,
     with pytest.raises(UsageError, match=message) as caught:
         load_protocol(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "values", "said"),
+    [
+        ("linear", "optimizer", ["sdg"], "it should be 'sgd' or 'lars'"),
+        ("linear", "normalise", ["batch"], "it should be 'none', 'standardise' or 'batchnorm'"),
+        ("linear", "schedule", ["step"], "it should be 'iteration' or 'epoch'"),
+        ("linear", "lr", [[], [0.0], ["1e-2"]], "give a list of numbers above 0"),
+        ("linear", "weight_decay", [[], [-1.0]], "give a list of numbers from 0"),
+        ("linear", "momentum", [1.0], "it should be less than 1"),
+        ("linear", "batch_size", [0, 1.5], "give a whole number above 0"),
+        ("attentive", "warmup_epochs", [-1.0], "give a number of at least 0"),
+        ("mlp", "hidden", [0], "give a whole number above 0"),
+        ("mlp", "probe_seeds", [0], "give a whole number above 0"),
+        ("finetune", "lr", [[]], "give a list of numbers above 0"),
+        ("lowshot-5", "draws", [1], "give a whole number of at least 2"),
+        ("lowshot-5", "folds", [1], "give a whole number of at least 2"),
+        ("knn", "k", [[], [0, 5], [1.5], ["20"]], "give a list of whole numbers above 0"),
+        ("knn", "temperature", [[], [0.0], [0.07, -1.0], [math.inf]], "give a list of numbers above 0"),
+        ("logreg", "C", [[], [0.0, 1.0]], "give a list of numbers above 0"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_before_any_work(tmp_path: Path, name: str, key: str, values: list[Any], said: str) -> None:
+    content = yaml.safe_load(find_asset("protocols", name).read_text())
+    for value in values:
+        content["parameters"][key] = value
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(UsageError, match=re.escape(f"parameters: {key} is {value!r}; {said}")):
+            load_protocol(str(tmp_path / "mine.yaml"))
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:

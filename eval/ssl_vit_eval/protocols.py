@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     many rows of so many features takes beyond a batch, where that grows with the dataset.
     """
 
-    parameters: Mapping[str, type]
+    parameters: Mapping[str, Any]
     run: Callable[..., dict[str, Found]]
     reads: str = "features"
     joint: bool = False

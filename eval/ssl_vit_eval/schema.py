@@ -3,13 +3,20 @@
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ssl_vit.errors import UsageError, one_of
 
 T = TypeVar("T")
+# Parameters of protocols. Numbers of a list are int or float, since a whole number that became another would change a protocol's hash.
+Count = Annotated[int, Field(gt=0, description="a whole number above 0")]
+Whole = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a number of at least 0")]
+_ABOVE, _FROM = Field(gt=0, allow_inf_nan=False), Field(ge=0, allow_inf_nan=False)
+Positives = Annotated[list[Annotated[int, _ABOVE] | Annotated[float, _ABOVE]], Field(min_length=1, description="a list of numbers above 0")]
+NotNegatives = Annotated[list[Annotated[int, _FROM] | Annotated[float, _FROM]], Field(min_length=1, description="a list of numbers from 0")]
 STRICT = ConfigDict(extra="forbid", strict=True)
 _adapter = lru_cache(TypeAdapter)  # building one takes a hundred times as long as checking a row
 

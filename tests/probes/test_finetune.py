@@ -233,8 +233,6 @@ def test_bad_input_is_named(backbone: Backbone) -> None:
         run(PARAMETERS, backbone, ["gap"], train, torch.ones_like(y), train, y, NONE)
     with pytest.raises(UsageError, match="batch_size is 1, for 40 training images; it must be 2 or more"):
         run({**PARAMETERS, "batch_size": 1}, backbone, ["gap"], train, y, train, y, NONE)
-    with pytest.raises(UsageError, match=r"lr is \[\]; it must be a list of numbers above 0"):
-        run({**PARAMETERS, "lr": []}, backbone, ["gap"], train, y, train, y, NONE)
     stripped = copy.deepcopy(backbone)
     for block in stripped.vit.blocks:
         del block.drop_path1, block.drop_path2

@@ -135,8 +135,6 @@ def test_replicates_are_runs_of_other_seeds_and_their_mean_chooses(kind: str, si
         assert of.selected["accuracy"] == pytest.approx(accuracy)
         assert of.selected["spread"] == pytest.approx(np.std(accuracy, ddof=1))
         assert len({tuple(run[name].predictions.tolist()) for run in chosen}) > 1
-    with pytest.raises(UsageError, match="probe_seeds is 0"):
-        module.run(p | {"probe_seeds": 0}, train, y, test, y_test, held_out)
 
 
 def test_features_on_disk_and_several_chunks_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,21 +246,11 @@ def test_one_point_is_trained_once_on_all_and_needs_no_slice() -> None:
 def test_bad_input_is_named() -> None:
     train, y, test, y_test, held_out = data()
     for wrong, message in (
-        ({"optimizer": "sdg"}, "unknown optimizer 'sdg': did you mean 'sgd'"),
-        ({"normalise": "batch"}, "unknown normalise 'batch'"),
-        ({"schedule": "step"}, "unknown schedule 'step'"),
-        ({"lr": []}, "lr is \\[\\]; it must be a list of numbers above 0"),
-        ({"lr": [0.0]}, "lr is \\[0.0\\]"),
-        ({"weight_decay": [-1.0]}, "weight_decay is"),
-        ({"momentum": 1.0}, "momentum is 1.0"),
-        ({"batch_size": 0}, "batch_size is 0"),
         ({"iterations": 5}, "epochs are 4.0 and iterations 5"),
         ({"epochs": 0.0}, "epochs are 0.0 and iterations 0"),
     ):
         with pytest.raises(UsageError, match=message):
             linear.run(LINEAR | wrong, train, y, test, y_test, held_out)
-    with pytest.raises(UsageError, match="hidden is 0"):
-        mlp.training({"hidden": 0})
     with pytest.raises(UsageError, match="slice holds 0 of 70"):
         linear.run(LINEAR, train, y, test, y_test, torch.zeros_like(held_out))
     with pytest.raises(UsageError, match="readout 'gap': in train, features of row 2 are not finite"):

@@ -124,7 +124,7 @@ def test_bad_input_is_named() -> None:
         KNNProbe().fit(X, y).predict(X[:, :8])
     with pytest.raises(UsageError, match="not fitted"):
         KNNProbe().predict(X)
-    with pytest.raises(UsageError, match="k must be at least 1"):
+    with pytest.raises(UsageError, match="k is 0; it must be at least 1"):
         KNNProbe(k=0).fit(X, y)
 
 
@@ -225,22 +225,16 @@ def test_what_the_protocol_refuses() -> None:
     spoilt = X.clone()
     spoilt[3, 5] = float("nan")
 
-    def refused(
-        match: str, train: torch.Tensor = X, y: torch.Tensor = y, test: torch.Tensor = X, held_out: Any = None, **rule: Any
-    ) -> None:
+    def refused(match: str, train: torch.Tensor = X, y: torch.Tensor = y, test: torch.Tensor = X, held_out: Any = None) -> None:
         held_out = stratified_slice(y) if held_out is None else held_out
         with pytest.raises(UsageError, match=match):
-            run({**RULE, **rule}, {"gap": X, "cls": train}, y, {"gap": X, "cls": test}, y, held_out)
+            run(RULE, {"gap": X, "cls": train}, y, {"gap": X, "cls": test}, y, held_out)
 
     refused("readout 'cls': in train, features of row 3 are not finite", train=spoilt)
     refused("readout 'cls': in test, features of row 3 are not finite", test=spoilt)
     refused("all 60 training labels are 2", y=torch.full((60,), 2))
     refused("holds 0 of 60", held_out=torch.zeros(60, dtype=torch.bool))
     refused("holds 60 of 60", held_out=torch.ones(60, dtype=torch.bool))
-    for k in ([], [0, 5], [1.5], ["20"]):
-        refused("k must be at least 1 and whole", k=k)
-    for temperature in ([], [0.0], [0.07, -1.0], [float("inf")], ["1e-2"]):
-        refused("the temperature above 0", temperature=temperature)
 
 
 def test_the_protocols_that_come_with_it() -> None:

@@ -213,7 +213,7 @@ def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         select_and_fit(X, y, X, y, [0.1, 1.0], [torch.zeros_like(held_out)])
     with pytest.raises(UsageError, match="slice holds 20 of 20"):
         select_and_fit(X, y, X, y, [0.1, 1.0], [torch.ones_like(held_out)])
-    with pytest.raises(UsageError, match="at least one value, all above 0"):
+    with pytest.raises(UsageError, match=r"C is \[0.0, 1.0\]; it must be above 0"):
         select_and_fit(X, y, X, y, [0.0, 1.0], [held_out])
     with pytest.raises(UsageError, match="row 2 are not finite"):
         LinearProbe().fit(X.index_fill(0, torch.tensor([2]), float("nan")), y)

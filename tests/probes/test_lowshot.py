@@ -138,8 +138,6 @@ def test_one_image_a_class_leaves_nothing_to_choose() -> None:
     [
         ({"fraction": 0.1}, "fraction 0.1 and per_class 5; give one of them"),
         ({"per_class": 0}, "fraction 0.0 and per_class 0; give one of them"),
-        ({"draws": 1}, "1 draws and 4 folds; give at least 2"),
-        ({"folds": 1}, "3 draws and 1 folds; give at least 2"),
     ],
 )
 def test_bad_parameters_are_named(change: dict[str, Any], message: str) -> None:

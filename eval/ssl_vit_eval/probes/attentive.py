@@ -6,6 +6,7 @@ normalisation before the head, the rate and the weight decay of each readout cho
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,12 +21,12 @@ from ssl_vit_eval.distributed import device
 from ssl_vit_eval.features.extract import BATCH
 from ssl_vit_eval.features.tokens import TokenReader
 from ssl_vit_eval.probes.base import class_targets, seeds_of
-from ssl_vit_eval.probes.gradient_descent import TRAINED, Course
+from ssl_vit_eval.probes.gradient_descent import COURSE, TRAINED, Course
 from ssl_vit_eval.probes.linear import rates_and_decays
 from ssl_vit_eval.probes.selection import Answers, Axes, Found, Labels, Parameters, Slice, Truth, points, select
 
 # lr for 256 images: the rate used is lr * batch / 256; weight_decay on matrices only; of epochs and iterations the unused one is 0
-PARAMETERS: dict[str, type] = TRAINED | {"epochs": float, "iterations": int, "warmup_epochs": float}
+PARAMETERS: dict[str, Any] = TRAINED | COURSE
 BETAS = (0.9, 0.95)
 DIVERGED = -1  # the prediction of a probe whose logits are not finite: right for no image
 

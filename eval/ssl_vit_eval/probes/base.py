@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit.errors import UsageError, require
+from ssl_vit.errors import UsageError
 from ssl_vit_eval.distributed import rank
 
 T = TypeVar("T")
@@ -79,9 +79,7 @@ def moments(X: Float[Tensor, "n d"], rows: Int64[Tensor, " k"] | None = None) ->
 
 def seeds_of(parameters: Mapping[str, Any]) -> tuple[int, ...]:
     """The seeds of a protocol's replicates, which differ in first weights and in the order of the batches; without `probe_seeds`, one."""
-    count = parameters.get("probe_seeds", 1)
-    require(count > 0, "probe_seeds", count, "above 0")
-    return tuple(range(parameters["seed"], parameters["seed"] + count))
+    return tuple(range(parameters["seed"], parameters["seed"] + parameters.get("probe_seeds", 1)))
 
 
 def progress(steps: Iterable[T], title: str) -> Iterable[T]:

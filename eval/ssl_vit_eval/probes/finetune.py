@@ -28,14 +28,15 @@ from ssl_vit_eval.probes.attentive import DIVERGED, classes_of
 from ssl_vit_eval.probes.base import class_targets, seeds_of
 from ssl_vit_eval.probes.gradient_descent import TRAINED, Course
 from ssl_vit_eval.probes.selection import Answers, Found, Labels, Parameters, Slice, Truth, select
+from ssl_vit_eval.schema import NotNegative, Positives
 
-PARAMETERS: dict[str, type] = TRAINED | {
-    "lr": list,  # for 256 images, at the head: the rate used is lr * batch / 256 * layer_decay ** (layers above)
+PARAMETERS: dict[str, Any] = TRAINED | {
+    "lr": Positives,  # for 256 images, at the head: the rate used is lr * batch / 256 * layer_decay ** (layers above)
     "min_lr": float,  # at the last step, at the head
     "weight_decay": float,  # on matrices only
     "layer_decay": float,
-    "epochs": float,
-    "warmup_epochs": float,
+    "epochs": NotNegative,
+    "warmup_epochs": NotNegative,
     "drop_path": float,  # at the last block, growing from 0 at the first
     "crop_scale": list,  # least and largest share of the image's area
     "mixup": float,  # alpha of its beta distribution; 0 for none
@@ -85,7 +86,6 @@ def run(
     UsageError for a single class or image, and as `selection.select`.
     """
     axes = {"lr": sorted(map(float, parameters["lr"]))}
-    require(min(axes["lr"], default=0.0) > 0, "lr", parameters["lr"], "a list of numbers above 0")
     seeds, (classes, targets) = seeds_of(parameters), class_targets(y_train)
     course = _course(parameters, len(y_train))
     details = [{"batch_size": course.batch(len(y_train)), "iterations": course.total(len(y_train))}] * len(axes["lr"])

@@ -9,21 +9,24 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from ssl_vit.errors import UsageError, one_of, require
+from ssl_vit.errors import UsageError
 from ssl_vit.methods.schedules import cosine
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.memory import available_memory
 from ssl_vit_eval.probes.base import check_readouts, class_targets, moments, progress
 from ssl_vit_eval.probes.selection import SLICE, Answers, Axes, Found, Labels, Parameters, Slice, Test, Train, Truth, points, select
+from ssl_vit_eval.schema import Count, NotNegative, NotNegatives, Positives, Whole
 
 # parameters of every protocol that trains
-TRAINED: dict[str, type] = {"lr": list, "weight_decay": list, "batch_size": int, "seed": int, "probe_seeds": int, **SLICE}
+TRAINED: dict[str, Any] = {"lr": Positives, "weight_decay": NotNegatives, "batch_size": Count, "seed": int, "probe_seeds": Count, **SLICE}
+COURSE: dict[str, Any] = {"epochs": NotNegative, "iterations": Whole, "warmup_epochs": NotNegative}  # of those with a length to choose
+Schedule = Literal["iteration", "epoch"]
 ROWS = 2048  # read, standardised or answered at once
 # Logits that readouts trained side by side may have for a batch. An accelerator waits for its launches, which one readout needs as much
 # as five. A CPU's products are as fast one readout after the other, and then no number depends on which others were asked for.
@@ -37,23 +40,19 @@ class Course:
     batch_size: images a step; a smaller dataset is one batch. An epoch is a new order drawn from each of `seeds`, and its last, incomplete
     batch is left out: which images that is changes with the order.
     epochs or iterations: one of them, the other is 0. warmup_epochs: the rates rise linearly from 0; then they fall to 0 along a half
-    cosine, at every `iteration` or every `epoch` (`schedule`). UsageError for other values.
+    cosine, at every `iteration` or every `epoch` (`schedule`). UsageError for both of epochs and iterations, or none.
     """
 
     batch_size: int
     epochs: float
     iterations: int
     warmup_epochs: float
-    schedule: str
+    schedule: Schedule
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        require(self.batch_size > 0, "batch_size", self.batch_size, "above 0")
-        require(self.warmup_epochs >= 0, "warmup_epochs", self.warmup_epochs, "at least 0")
-        if min(self.epochs, self.iterations) < 0 or (self.epochs > 0) == (self.iterations > 0):
+        if (self.epochs > 0) == (self.iterations > 0):
             raise UsageError(f"epochs are {self.epochs} and iterations {self.iterations}: set one of them above 0 and the other to 0")
-        if self.schedule not in ("iteration", "epoch"):
-            raise UsageError(f"unknown schedule {self.schedule!r}: {one_of(self.schedule, ('iteration', 'epoch'))}")
 
     def batch(self, n: int) -> int:
         """Images a step, of n."""

@@ -2,19 +2,22 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
+from pydantic import Field
 from torch import Tensor
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import require
 from ssl_vit_eval.distributed import agreed, device, merge_parts, parts
 from ssl_vit_eval.probes.base import Probe, check_readouts, check_training, moments
 from ssl_vit_eval.probes.neighbours import CHUNK, QUERIES, Vectors, neighbours
 from ssl_vit_eval.probes.selection import SLICE, Answers, Axes, Found, Labels, Parameters, Slice, Test, Train, Truth, points, select
+from ssl_vit_eval.schema import Count, Positives
 
-PARAMETERS: dict[str, type] = {"k": list, "temperature": list, "standardise": bool, **SLICE}
+Counts = Annotated[list[Count], Field(min_length=1, description="a list of whole numbers above 0")]
+PARAMETERS: dict[str, Any] = {"k": Counts, "temperature": Positives, "standardise": bool, **SLICE}
 
 
 class KNNProbe(Probe):
@@ -38,7 +41,8 @@ class KNNProbe(Probe):
 
     def fit(self, X: Float[Tensor, "n d"], y: Int64[Tensor, " n"]) -> "KNNProbe":
         """Keep features [n d] and class indices [n] as the bank; UsageError for non-finite features, an empty set or a single class."""
-        _check_grid([self.k], [self.temperature])
+        require(self.k >= 1, "k", self.k, "at least 1")
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0")
         check_training(X, y)
         self.classes_, self._targets = torch.unique(y.to(X.device), return_inverse=True)
         self._bank = Vectors(X, torch.arange(len(X)))
@@ -61,9 +65,8 @@ def run(parameters: Parameters, train: Train, y_train: Labels, test: Test, y_tes
 
     A k above the bank's rows is cut to them. Of equally good points the first is chosen, temperatures before k, both in the order of
     their lists. A grid of one point leaves the slice alone. Several processes share the queries, so that all of them must call this.
-    UsageError for a grid that cannot be used, and for features, by readout, split and row.
+    UsageError for features, by readout, split and row.
     """
-    _check_grid(parameters["k"], parameters["temperature"])
     ks = list(dict.fromkeys(min(k, len(y_train)) for k in parameters["k"]))
     axes = {"temperature": [float(t) for t in parameters["temperature"]], "k": ks}
     check_readouts(train, y_train, test)
@@ -115,9 +118,3 @@ def _answers(bank: Vectors, y: Int64[Tensor, " bank"], queries: Vectors, axes: A
                 columns += [classes[winners[k]] for k in used]
             answers.append(torch.stack(columns, dim=1))
     return torch.cat(answers)
-
-
-def _check_grid(ks: Sequence[Any], temperatures: Sequence[Any]) -> None:
-    numbers = all(type(k) is int for k in ks) and all(type(t) in (int, float) for t in temperatures)
-    if not (ks and temperatures and numbers and min(ks) >= 1 and min(temperatures) > 0 and max(temperatures) < math.inf):
-        raise UsageError(f"k-NN got k {ks} and temperature {temperatures}: k must be at least 1 and whole, the temperature above 0")

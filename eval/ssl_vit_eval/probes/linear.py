@@ -3,28 +3,28 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int64
+from pydantic import Field
 from torch import Tensor
 
-from ssl_vit.errors import UsageError, one_of, require
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.probes import gradient_descent
 from ssl_vit_eval.probes.base import seeds_of
-from ssl_vit_eval.probes.gradient_descent import TRAINED, Course, Heads, Training
+from ssl_vit_eval.probes.gradient_descent import COURSE, TRAINED, Course, Heads, Schedule, Training
 from ssl_vit_eval.probes.selection import Parameters, points
+from ssl_vit_eval.schema import NotNegative
 
-PARAMETERS: dict[str, type] = TRAINED | {"optimizer": str, "momentum": float, "epochs": float, "iterations": int, "warmup_epochs": float}
-PARAMETERS |= {"schedule": str, "normalise": str, "init_std": float}
-OPTIMIZERS = ("sgd", "lars")
-NORMALISE = ("none", "standardise", "batchnorm")
+PARAMETERS: dict[str, Any] = TRAINED | COURSE | {"schedule": Schedule, "init_std": NotNegative, "optimizer": Literal["sgd", "lars"]}
+PARAMETERS |= {"momentum": Annotated[float, Field(ge=0, lt=1)], "normalise": Literal["none", "standardise", "batchnorm"]}
 _TRUST = 0.001  # of LARS, as in MAE's evaluation
 _NORM_EPS, _NORM_MOMENTUM = 1e-6, 0.1  # of the batch norm, as there
 
 
 def training(parameters: Parameters, dtype: torch.dtype = torch.float32) -> Training:
-    """What the parameters of a `linear` protocol ask for; UsageError for values that are not allowed.
+    """What the parameters of a `linear` protocol ask for; UsageError as `Course`.
 
     lr: base rates, for 256 images a step: the rate is `lr * images a step / 256`, of a dataset smaller than `batch_size` with that many.
     normalise: nothing, by mean and standard deviation of train, or by a batch norm without parameters, whose running statistics normalise
@@ -32,10 +32,6 @@ def training(parameters: Parameters, dtype: torch.dtype = torch.float32) -> Trai
     `Course`, `LinearHeads`, `seeds_of`.
     """
     p = parameters
-    for name, options in (("optimizer", OPTIMIZERS), ("normalise", NORMALISE)):
-        if p[name] not in options:
-            raise UsageError(f"unknown {name} {p[name]!r}: {one_of(p[name], options)}")
-    require(0 <= p["momentum"] < 1, "momentum", p["momentum"], "at least 0 and below 1")
     axes = rates_and_decays(p)
     grid = points(axes)
 
@@ -54,11 +50,8 @@ run = partial(gradient_descent.run, training)  # the protocol kind `linear`
 
 
 def rates_and_decays(parameters: Parameters) -> dict[str, list[float]]:
-    """The axes of the grid, ascending; UsageError for an empty list, a rate that is not above 0 or a decay below 0."""
-    axes = {name: sorted(map(float, parameters[name])) for name in ("lr", "weight_decay")}
-    require(min(axes["lr"], default=0.0) > 0, "lr", parameters["lr"], "a list of numbers above 0")
-    require(min(axes["weight_decay"], default=-1.0) >= 0, "weight_decay", parameters["weight_decay"], "a list of numbers from 0 on")
-    return axes
+    """The axes of the grid, ascending."""
+    return {name: sorted(map(float, parameters[name])) for name in ("lr", "weight_decay")}
 
 
 class LinearHeads(Heads):

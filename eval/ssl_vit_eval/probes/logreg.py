@@ -10,10 +10,11 @@ from scipy.optimize import OptimizeResult, minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import require
 from ssl_vit_eval.memory import place_for
 from ssl_vit_eval.probes.base import Probe, check_readouts, check_training, moments, progress
-from ssl_vit_eval.probes.selection import Answers, Found, select
+from ssl_vit_eval.probes.selection import SLICE, Answers, Found, select
+from ssl_vit_eval.schema import Count, NotNegative, Positives
 
 _ROWS = 4096  # rows a block, so that the logits stay in the cache and memory does not grow with the classes
 _RESTART = 200  # iterations, after which the scaling is chosen anew
@@ -85,8 +86,7 @@ def fit_path(
     because a float32 loss stalls the line search near the minimum.
     UsageError as `LinearProbe.fit`.
     """
-    if len(grid) == 0 or min(grid) <= 0:
-        raise UsageError(f"the grid of C is {list(grid)}: give at least one value, all above 0")
+    require(min(grid, default=0.0) > 0, "C", list(grid), "above 0")
     check_training(X, y)
     classes, targets = torch.unique(y.to(X.device), return_inverse=True)
     mean, scale = moments(X)
@@ -217,7 +217,7 @@ def cross_entropy(
     return loss / len(Z), gradient / len(Z)
 
 
-PARAMETERS: dict[str, type] = {"C": list, "max_iter": int, "tol": float, "slice_fraction": float, "slice_seed": int}
+PARAMETERS: dict[str, Any] = {"C": Positives, "max_iter": Count, "tol": NotNegative, **SLICE}
 
 
 def run(

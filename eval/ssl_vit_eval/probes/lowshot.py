@@ -7,10 +7,12 @@ the claim of so many images does not count.
 
 import statistics
 from dataclasses import replace
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field
 from torch import Tensor
 
 from ssl_vit.errors import UsageError
@@ -18,16 +20,18 @@ from ssl_vit_eval.distributed import device
 from ssl_vit_eval.probes.base import check_readouts
 from ssl_vit_eval.probes.logreg import select_and_fit
 from ssl_vit_eval.probes.selection import Found, Labels, Parameters, Test, Train, Truth
+from ssl_vit_eval.schema import Count, Positives
 
-PARAMETERS: dict[str, type] = {
+Several = Annotated[int, Field(ge=2, description="a whole number of at least 2")]
+PARAMETERS: dict[str, Any] = {
     "fraction": float,  # of every class, at least one image; 0 where per_class is used
     "per_class": int,  # all images of a class that has fewer; 0 where fraction is used
-    "draws": int,
+    "draws": Several,
     "seed": int,
-    "C": list,
+    "C": Positives,
     "C_of_single_images": float,  # where every class has one image, so that nothing can be held out
-    "folds": int,
-    "max_iter": int,
+    "folds": Several,
+    "max_iter": Count,
     "tol": float,
 }
 
@@ -35,13 +39,10 @@ PARAMETERS: dict[str, type] = {
 def run(parameters: Parameters, train: Train, y_train: Labels, test: Test, y_test: Truth, groups: Labels) -> dict[str, Found]:
     """The protocol kind `lowshot`. `Found.predictions` [m draws]; `selected` has for each draw its images, C and accuracy, and the
     accuracy's standard deviation over draws (n - 1). The grid's accuracies are means over draws, and so is the oracle: of each
-    draw's best. groups: of images that overlap, which no fold cuts. UsageError unless one of fraction and per_class is above 0, and
-    for fewer than two draws or folds."""
+    draw's best. groups: of images that overlap, which no fold cuts. UsageError unless one of fraction and per_class is above 0."""
     p = parameters
     if (p["fraction"] > 0) == (p["per_class"] > 0):
         raise UsageError(f"low-shot got fraction {p['fraction']} and per_class {p['per_class']}; give one of them, and 0 for the other")
-    if min(p["draws"], p["folds"]) < 2:
-        raise UsageError(f"low-shot got {p['draws']} draws and {p['folds']} folds; give at least 2 of each")
     check_readouts(train, y_train, test)
     subsets = draw(y_train, p["fraction"], p["per_class"], p["draws"], p["seed"])
     return {spec: _run(p, X, y_train, test[spec], y_test, groups, subsets) for spec, X in train.items()}

@@ -6,30 +6,30 @@ It asks what a readout holds that a linear probe cannot take out. More parameter
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.errors import require
 from ssl_vit_eval.distributed import device
 from ssl_vit_eval.probes import gradient_descent
 from ssl_vit_eval.probes.base import seeds_of
 from ssl_vit_eval.probes.gradient_descent import TRAINED, Course, Heads, Training
 from ssl_vit_eval.probes.linear import rates_and_decays
 from ssl_vit_eval.probes.selection import Parameters, points
+from ssl_vit_eval.schema import Count
 
-PARAMETERS: dict[str, type] = TRAINED | {"hidden": int, "iterations": int}
+PARAMETERS: dict[str, Any] = TRAINED | {"hidden": Count, "iterations": Count}
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # of AdamW, as everywhere
 
 
 def training(parameters: Parameters, dtype: torch.dtype = torch.float32) -> Training:
-    """What the parameters of an `mlp` protocol ask for; UsageError for values that are not allowed.
+    """What the parameters of an `mlp` protocol ask for.
 
     lr: the rates themselves, whatever the batch, which fall to 0 along a half cosine."""
     p = parameters
-    require(p["hidden"] > 0, "hidden", p["hidden"], "above 0")
     axes = rates_and_decays(p)
     lr, weight_decay = ([point[name] for point in points(axes)] for name in ("lr", "weight_decay"))
 

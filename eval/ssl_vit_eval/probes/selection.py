@@ -25,7 +25,7 @@ Test = Mapping[str, Float[Tensor, "m _"]]
 Labels = Int64[Tensor, " n"]
 Truth = Int64[Tensor, " m"]
 Slice = Bool[Tensor, " n"]
-SLICE: dict[str, type] = {"slice_fraction": float, "slice_seed": int}  # parameters of every protocol that selects on a slice
+SLICE: dict[str, Any] = {"slice_fraction": float, "slice_seed": int}  # parameters of every protocol that selects on a slice
 
 # where a setting ends by its nature, so that a choice there hides nothing beyond it
 ENDS = {"weight_decay": 0.0, "k": 1}
