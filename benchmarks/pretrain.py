@@ -18,6 +18,7 @@ ViT over the same tokens (student's views and the teacher's forward for DINO; th
 """
 
 import argparse
+import atexit
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -256,10 +258,12 @@ class Data(lightning.LightningDataModule):
         self.batches: Iterator[Any] = iter(loader)
         self.workers: list[Any] = getattr(self.batches, "_workers", [])
         self.ready = len(self.workers)  # batches that were made in the turns of others
+        atexit.register(self.signal, signal.SIGCONT)  # halted ones could not end
 
     def signal(self, number: int) -> None:
         for worker in self.workers:
-            os.kill(worker.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, number)
 
     def __iter__(self) -> Iterator[Any]:
         while True:
@@ -399,8 +403,6 @@ def compare(method: str, name: str, options: argparse.Namespace, best: float) ->
             print(f"{method} {name} {side} {number or 'warm-up'}: {1e3 * measured[0]:.1f} ms a step", file=sys.stderr, flush=True)
             if number:
                 times[side].append(measured)
-    for _, data in sides.values():
-        data.signal(signal.SIGCONT)  # or they could not end
     for side, blocks in times.items():
         seconds, waited = (statistics.median(column) for column in zip(*blocks, strict=True))
         ratios = [theirs[0] / mine[0] for theirs, mine in zip(blocks, times["ours"], strict=True)]

@@ -25,7 +25,7 @@ from tests.processes import THREADS, begun
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests run on the CPU on every machine, but for `-m gpu`."""
-    if "gpu" not in config.option.markexpr:
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -33,8 +33,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def unchecked() -> Iterator[None]:
     """No checks of shapes: not every compiler can follow them."""
     jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 TINY = BackboneConfig(name="vit_tiny_patch16_224", image_size=16, patch=4, width=24, depth=3, heads=2, registers=2)

@@ -38,7 +38,8 @@ def test_without_a_compiler_all_runs_plain(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler warns about its own code
 def test_compiled_training_equals_plain_within_rounding(device: str) -> None:
-    """The whole step: views, both networks, loss. 64 roundings of float32 at the size of a parameter's largest gradient."""
+    """The whole step: views, both networks, loss. 64 roundings of float32 at the size of a parameter's largest gradient, on a GPU 1,024."""
+    roundings, close = (1024, 1e-4) if device == "cuda" else (64, 1e-5)
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     torch.manual_seed(0)
@@ -55,10 +56,10 @@ def test_compiled_training_equals_plain_within_rounding(device: str) -> None:
         assert module.compiled == on
         gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
     for plain, fused in zip(*views, strict=True):
-        assert not torch.equal(plain, fused) or device == "cpu"  # something was compiled
-        torch.testing.assert_close(fused, plain, rtol=0, atol=1e-4)
+        assert not torch.equal(plain, fused)  # something was compiled
+        torch.testing.assert_close(fused, plain, rtol=0, atol=close)
     for name, value in gradients[0].items():
-        assert (gradients[1][name] - value).abs().max() <= 1024 * 2**-23 * max(value.abs().max().item(), 1), name
+        assert (gradients[1][name] - value).abs().max() <= roundings * 2**-23 * max(value.abs().max().item(), 1), name
 
 
 @pytest.mark.slow

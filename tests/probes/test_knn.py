@@ -124,8 +124,9 @@ def test_bad_input_is_named() -> None:
         KNNProbe().fit(X, y).predict(X[:, :8])
     with pytest.raises(UsageError, match="not fitted"):
         KNNProbe().predict(X)
-    with pytest.raises(UsageError, match="k is 0; it must be at least 1"):
-        KNNProbe(k=0).fit(X, y)
+    for k in (0, 2.5, True):
+        with pytest.raises(UsageError, match=f"k is {k}; it must be a whole number, at least 1"):
+            KNNProbe(k=k).fit(X, y)  # type: ignore[arg-type]
 
 
 def test_wrong_types_are_named() -> None:

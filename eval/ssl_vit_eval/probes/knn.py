@@ -41,7 +41,7 @@ class KNNProbe(Probe):
 
     def fit(self, X: Float[Tensor, "n d"], y: Int64[Tensor, " n"]) -> "KNNProbe":
         """Keep features [n d] and class indices [n] as the bank; UsageError for non-finite features, an empty set or a single class."""
-        require(self.k >= 1, "k", self.k, "at least 1")
+        require(type(self.k) is int and self.k >= 1, "k", self.k, "a whole number, at least 1")
         require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0")
         check_training(X, y)
         self.classes_, self._targets = torch.unique(y.to(X.device), return_inverse=True)
