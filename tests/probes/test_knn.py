@@ -124,9 +124,9 @@ def test_bad_input_is_named() -> None:
         KNNProbe().fit(X, y).predict(X[:, :8])
     with pytest.raises(UsageError, match="not fitted"):
         KNNProbe().predict(X)
-    for k in (0, 2.5, True):
+    for k in (0, True):
         with pytest.raises(UsageError, match=f"k is {k}; it must be a whole number, at least 1"):
-            KNNProbe(k=k).fit(X, y)  # type: ignore[arg-type]
+            KNNProbe(k=k).fit(X, y)
 
 
 def test_wrong_types_are_named() -> None:
