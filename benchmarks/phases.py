@@ -81,8 +81,8 @@ def phases(method: str, name: str, batch: int, compiled: bool, half: bool, devic
     seconds = (time.perf_counter() - begin) / 8
     for _ in range(5):
         step(timed=True)
-    what = f"{method} {name} batch {batch}{', compiled' if compiled else ''}"
-    print(f"{what}: {1e3 * seconds:.1f} ms a step, {batch / seconds:.0f} images/s; {begin - first:.0f} s for the first three steps")
+    title = f"{method} {name} batch {batch}{', compiled' if compiled else ''}"
+    print(f"{title}: {1e3 * seconds:.1f} ms a step, {batch / seconds:.0f} images/s; {begin - first:.0f} s for the first three steps")
     parts = {what: [1e3 * statistics.median(column) for column in zip(*times, strict=True)] for what, times in alone.items()}
     print("   ms alone (host): " + ", ".join(f"{what} {whole:.1f} ({host:.1f})" for what, (whole, host) in parts.items()), flush=True)
     if device.type == "cuda":

@@ -423,7 +423,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["mae", "dino"], choices=["mae", "dino"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--compile", action="store_true", help="ours with compiled blocks")
+    parser.add_argument("--compile", action="store_true", help="ours with `backbone.compile`: blocks, views and loss")
     parser.add_argument("--batch", type=int, help="images a step; 128, 64 and 8 if not given")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--blocks", type=int, default=7, help="measured turns of each side")

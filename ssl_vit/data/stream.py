@@ -48,7 +48,7 @@ class Stream:
 
     def _begin(self, order: Order, step: int) -> None:
         self.order, self.consumed, self.seconds, self.replaced = order, step * order.accumulate, 0.0, 0
-        self.pin = False
+        self.pin = False  # unless `Stream` is asked to; workers are ahead by themselves
 
     def __len__(self) -> int:
         return self.order.limit * self.order.accumulate

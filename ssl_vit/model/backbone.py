@@ -176,7 +176,7 @@ class Backbone(nn.Module):
         if keep is None and not images.is_cuda:
             x = vit.patch_embed(images)
             x = x.flatten(1, 2) if x.ndim == 4 else x
-        else:  # the convolution as a matrix product, on the kept patches alone; a GPU takes a tenth of the time for it
+        else:  # the convolution as a matrix product, on the kept patches alone; on a GPU the convolution is slow (benchmarks/gpu.log)
             kernel, patches = vit.patch_embed.proj, patchify(images, self.patch)
             if keep is not None:
                 patches = patches.gather(1, keep[:, :, None].expand(-1, -1, 3 * self.patch**2))

@@ -51,6 +51,7 @@ def fusible(function: Function) -> Function:
 
 @contextmanager
 def fusing(on: bool) -> Iterator[None]:
+    """Compile, or not, the `fusible` functions that are called within."""
     global _fusing
     before, _fusing = _fusing, on
     try:

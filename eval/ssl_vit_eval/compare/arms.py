@@ -16,8 +16,7 @@ class Arm(NamedTuple):
     """One line of a table; its seeds are averaged.
 
     recipe: what the folders of its runs are called without readout and seed, or its own name where they differ; of other sources their
-    name. trained_with: None for what was
-    not trained here; the random initialisation of a recipe has its method and name.
+    name. trained_with: None for what was not trained here; the random initialisation of a recipe has its method and name.
     """
 
     method: str
@@ -56,7 +55,7 @@ def arms_and_notes(rows: Sequence[Row]) -> tuple[dict[Weights, Arm], dict[str, s
     for row in named.values():
         network = _recipe(row)[2]
         recipes[_recipe(row)][short_name(row.source, row.trained_with, row.seed).removesuffix(network)] = row.recipe_name or row.method
-    names = {recipe: min(of) if len(of) == 1 else next(iter(of.values())) for recipe, of in recipes.items()}
+    names = {recipe: next(iter(of)) if len(of) == 1 else next(iter(of.values())) for recipe, of in recipes.items()}
     places = [Arm(recipe[0], names[recipe] + recipe[2], None) for recipe in recipes]
     shared = dict.fromkeys(place for place in places if places.count(place) > 1)
     names |= {recipe: f"{names[recipe]} {recipe[1][:8]}" for recipe, place in zip(recipes, places, strict=True) if place in shared}
