@@ -1,6 +1,7 @@
 """`ssl-vit COMMAND`: dispatch only. The one module that knows both packages; it imports the judging side where a command needs it."""
 
 import argparse
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -58,6 +59,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
     _quiet_the_libraries()
     try:
         dispatch(arguments)
+        sys.stdout.flush()
         return 0
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         go_on = "go on with --resume" if arguments[:1] == ["pretrain"] else "the same command goes on"
@@ -72,6 +74,8 @@ def run(arguments: list[str], debug: bool = False) -> int:
                 code, message = 143, f"ended by SIGTERM; {go_on}"
             case SystemExit():  # argparse's --help, --print_config; Lightning after a second Ctrl-C
                 return int(error.code or 0)
+            case BrokenPipeError() if _stdout_is_closed():
+                return 141  # as of a process that SIGPIPE ends
             case _:
                 code, message = 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
         if debug and not isinstance(error, SystemExit):
@@ -162,7 +166,7 @@ def evaluate(arguments: list[str]) -> None:
     if values.wandb_predictions and values.wandb is None:
         raise UsageError("--wandb-predictions needs --wandb PROJECT")
     tracking = None if values.wandb is None else replace(Tracking.parse(values.wandb), predictions=values.wandb_predictions)
-    from ssl_vit_eval.distributed import process_group
+    from ssl_vit_eval.distributed import process_group, rank
     from ssl_vit_eval.evaluate import evaluate as run_evaluate
     from ssl_vit_eval.sources import open_source
     from ssl_vit_eval.suites import Dataset, load_suite
@@ -173,7 +177,10 @@ def evaluate(arguments: list[str]) -> None:
         raise UsageError("split and column names go with --data; a suite has its own in its file")
     data = [*(Dataset(name, *columns) for name in names), *(load_suite(values.suite) if values.suite else ())]
     with process_group():
-        sources = [open_source(name, values.image_size) for name in values.sources]
+        sources, first = [open_source(name, values.image_size) for name in values.sources], dict[tuple[str, int], str]()
+        for name, source in zip(values.sources, sources, strict=True):
+            if (other := first.setdefault((source.weights, source.image_size), name)) != name and rank() == 0:
+                print(f"{name}: same weights as {other}, so both have the same rows")
         options = (values.controls, values.cache, values.diagnostics)
         run_evaluate(sources, data, values.protocols, values.readouts, values.out, *options, tracking=tracking)
 
@@ -249,6 +256,16 @@ def quickstart(arguments: list[str]) -> None:
 
 
 COMMANDS = {"quickstart": quickstart, "pretrain": pretrain, "eval": evaluate, "compare": compare, "study": study, "export": export}
+
+
+def _stdout_is_closed() -> bool:
+    """Whether its reader is gone, as in `ssl-vit compare DIR | head -1`; then it leads nowhere, or Python would complain at its end."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _quiet_the_libraries() -> None:

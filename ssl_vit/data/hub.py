@@ -17,19 +17,16 @@ def hub_answers() -> bool:
     return True
 
 
-def hub_tables(source: str) -> Tables:
-    """The splits of `owner/name` or `owner/name:config`; Failure for one that cannot be fetched."""
+def hub_tables(source: str, fetch: bool = True) -> Tables:
+    """The splits of `owner/name` or `owner/name:config`; without `fetch` none, it is only asked for. Failure for one that cannot be had."""
     datasets = hf_datasets()
     name, _, config = source.partition(":")
-    advice = f"no folder {source!r} is here either; give a local folder"
-    if not constants.HF_HUB_OFFLINE and not hub_answers():
-        raise Failure(
-            f"the dataset {name!r} cannot be fetched: {constants.ENDPOINT} does not answer; {advice} or set HF_HUB_OFFLINE=1 for a "
-            "cached copy"
-        )
+    offline = constants.HF_HUB_OFFLINE
     try:
-        loaded = datasets.load_dataset(name, config or None)
+        if not offline and not hub_answers():
+            raise ConnectionError(f"{constants.ENDPOINT} does not answer; set HF_HUB_OFFLINE=1 for a cached copy")
+        loaded = (datasets.load_dataset if fetch else datasets.load_dataset_builder)(name, config or None)
     except Exception as error:
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-        raise Failure(f"the dataset {name!r} cannot be fetched{offline}: {reason(error)}; {advice}") from error
-    return {str(split): partial(loaded.__getitem__, split) for split in loaded}
+        known = " (HF_HUB_OFFLINE is set)" * offline
+        raise Failure(f"the dataset {name!r} cannot be fetched{known}: {reason(error)}; give a local folder") from error
+    return {str(split): partial(loaded.__getitem__, split) for split in (loaded if fetch else ())}

@@ -2,9 +2,11 @@
 
 import argparse
 import glob
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import PositiveInt
@@ -60,6 +62,10 @@ LIKELY = {
     "trainer.precision": "bf16-mixed on recent GPUs",
 }
 
+# what a type of an option allows, in words
+ALLOWED: dict[Any, str] = {int: "a whole number", PositiveInt: "a whole number above 0", float: "a number", tuple: "numbers in brackets"}
+ALLOWED |= {str: "text", bool: "true or false", type(None): "null", list: "a list in brackets", None: "KEY: VALUE pairs in braces"}
+
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy")
 
 
@@ -81,11 +87,23 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
         parser.default_config_files = [glob.escape(str(path))]  # so --help shows the recipe's values
         config = parser.parse_args(options)
     except argparse.ArgumentError as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(_refusal(" ".join(str(error).split()), parser, fields, options)) from error
     if config.method != method:
         raise UsageError(f"--method {config.method} with a recipe for {method}; choose a recipe of that method")
     check_strategy(config.trainer.strategy)
     return parser, config
+
+
+def _refusal(said: str, parser: LightningArgumentParser, fields: dict[str, Any], options: list[str]) -> str:
+    """What jsonargparse said of a value, in a user's words: what came for which key, and what its type allows."""
+    keys = re.findall(r'Parser key "([\w.]+)"', said)
+    types = [getattr(action, "_typehint", None) for action in parser._actions if action.dest in keys[-1:]]
+    given = _flatten(fields) | {word[2:]: value for word, value in pairwise("=".join(options).split("=")) if word.startswith("--")}
+    for kind in types:
+        kinds = (kind,) if get_origin(kind) in (None, Literal, tuple, list) else get_args(kind)  # of a union
+        words = [ALLOWED.get(get_origin(of) or of) or " or ".join(map(str, get_args(of))) or str(of) for of in kinds]
+        said = f"{keys[-1]} is {given.get(keys[-1], given.get(keys[0]))}; it must be {' or '.join(words)}"
+    return said
 
 
 def recipe_name(recipe: str) -> str:
@@ -293,8 +311,6 @@ def _check_key(key: str, known: list[str], where: str) -> None:
     groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
     if key in known or key in groups or ".".join(key.split(".")[:2]) in [k for k in known if k.startswith("trainer.")]:
         return
-    group = key.rsplit(".", 1)[0] + "." if "." in key else ""
-    siblings = [name for name in known if name.startswith(group)] if group.rstrip(".") in groups else known
-    if not group:
-        siblings = sorted({name.split(".")[0] for name in known})
-    raise UsageError(f"{where}unknown key {key!r}; {one_of(key, siblings)}")
+    group = key.rsplit(".", 1)[0]
+    siblings = [name for name in known if name.startswith(f"{group}.")] if group in groups else {name.split(".")[0] for name in known}
+    raise UsageError(f"{where}unknown key {key!r}; {one_of(key, siblings, known if '.' in key else ())}")
