@@ -21,12 +21,11 @@ def hub_tables(source: str, fetch: bool = True) -> Tables:
     """The splits of `owner/name` or `owner/name:config`; without `fetch` none, it is only asked for. Failure for one that cannot be had."""
     datasets = hf_datasets()
     name, _, config = source.partition(":")
-    offline = constants.HF_HUB_OFFLINE
     try:
-        if not offline and not hub_answers():
+        if not constants.HF_HUB_OFFLINE and not hub_answers():
             raise ConnectionError(f"{constants.ENDPOINT} does not answer; set HF_HUB_OFFLINE=1 for a cached copy")
         loaded = (datasets.load_dataset if fetch else datasets.load_dataset_builder)(name, config or None)
     except Exception as error:
-        known = " (HF_HUB_OFFLINE is set)" * offline
-        raise Failure(f"the dataset {name!r} cannot be fetched{known}: {reason(error)}; give a local folder") from error
+        offline = " (HF_HUB_OFFLINE is set)" * constants.HF_HUB_OFFLINE
+        raise Failure(f"the dataset {name!r} cannot be fetched{offline}: {reason(error)}; give a local folder") from error
     return {str(split): partial(loaded.__getitem__, split) for split in (loaded if fetch else ())}

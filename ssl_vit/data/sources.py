@@ -99,7 +99,7 @@ def open_tables(source: str, fetch: bool = True) -> Tables:
         return local_tables(path.resolve())
     if unset := re.search(r"\$\w+|\$\{\w+\}", str(path)):
         raise UsageError(f"{source} names the environment variable {unset[0].strip('${}')}, which is not set: set it to a folder")
-    near, where = near_path(path, folders=True), f"no such folder: {source}, which is {path.absolute()} here"
+    near, where = near_path(path, folders=True), f"no such folder: {path.absolute()} (given as {source})"
     if not _HUB_ID.fullmatch(source) or path.suffix in (".parquet", ".arrow"):
         raise UsageError(f"{where}; {near}give a local folder, a Hugging Face id (owner/name), or {' or '.join(_BUILTINS)}")
     try:

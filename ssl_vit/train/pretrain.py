@@ -4,7 +4,6 @@ import argparse
 import glob
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -97,12 +96,12 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
 def _refusal(said: str, parser: LightningArgumentParser, fields: dict[str, Any], options: list[str]) -> str:
     """What jsonargparse said of a value, in a user's words: what came for which key, and what its type allows."""
     keys = re.findall(r'Parser key "([\w.]+)"', said)
-    types = [getattr(action, "_typehint", None) for action in parser._actions if action.dest in keys[-1:]]
-    given = _flatten(fields) | {word[2:]: value for word, value in pairwise("=".join(options).split("=")) if word.startswith("--")}
-    for kind in types:
+    given = dict(re.findall(r"--([\w.]+)=(.*?)(?==--|$)", "=".join(options)))
+    for kind in [getattr(action, "_typehint", None) for action in parser._actions if action.dest in keys[-1:]]:
         kinds = (kind,) if get_origin(kind) in (None, Literal, tuple, list) else get_args(kind)  # of a union
-        words = [ALLOWED.get(get_origin(of) or of) or " or ".join(map(str, get_args(of))) or str(of) for of in kinds]
-        said = f"{keys[-1]} is {given.get(keys[-1], given.get(keys[0]))}; it must be {' or '.join(words)}"
+        words = [ALLOWED.get(get_origin(of) or of) or getattr(part, "__name__", str(part)) for of in kinds for part in get_args(of) or [of]]
+        came = given.get(keys[-1], given.get(keys[0], _flatten(fields).get(keys[-1])))  # as an option, in its group's, or in the recipe
+        said = f"{keys[-1]} is {came}; it must be {' or '.join(dict.fromkeys(words))}"
     return said
 
 

@@ -1,6 +1,6 @@
 """`ssl-vit study --dry-run`: what a study will cost. Trains nothing that is kept, and writes nothing."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -69,13 +69,12 @@ def cell_costs(cells: Sequence[Cell]) -> pd.DataFrame:
 
 def evaluations(plan: Plan) -> str:
     """How many evaluations the study holds, how many are there, and what the rest takes by the rows that there are."""
-    wanted: dict[str, int] = defaultdict(int)
-    controls = plan.controls(plan.starts)
-    for start, random in zip(plan.starts, controls[-len(plan.starts) :], strict=True):
-        controls += [replace(random, method="trained", trained_with=cell.readout) for cell in plan.cells if cell.start == start]
-    for source in controls:
-        for rule, count in _evaluations(plan, source).items():
-            wanted[rule] += count * len(plan.data)
+    wanted = Counter[str]()
+    sources = plan.controls(plan.starts)
+    for start, random in zip(plan.starts, sources[-len(plan.starts) :], strict=True):
+        sources += [replace(random, method="trained", trained_with=cell.readout) for cell in plan.cells if cell.start == start]
+    for source in sources:
+        wanted.update(_evaluations(plan, source))
     rows = [row for row in RowStore(plan.folder / "eval").rows() if row.metric == "top1"]
     parts, seconds, unknown = [], 0.0, False
     for rule, count in wanted.items():
@@ -88,14 +87,14 @@ def evaluations(plan: Plan) -> str:
 
 
 def _evaluations(plan: Plan, source: Source) -> dict[str, int]:
-    """Of one source on one dataset, by protocol."""
+    """Of one source, by protocol."""
     specs = wanted_specs(source, plan.rules, plan.study.read_with, [cell.readout for cell in plan.cells])
     counts = {}
     for rule in plan.rules:
         diagnosed = plan.study.diagnostics and source.seed == plan.study.seeds[0] and rule.kind == "knn"
         of = with_blocks(specs[rule.name], source.backbone.depth) if diagnosed and source.backbone else specs[rule.name]
         controls = plan.study.controls if rule.reads == "features" else []
-        counts[rule.name] = sum(len(controls_of(controls, spec, rule.kind != "knn")) for spec in of)
+        counts[rule.name] = sum(len(controls_of(controls, spec, rule.kind != "knn")) for spec in of) * len(plan.data)
     return counts
 
 
