@@ -288,6 +288,7 @@ def test_two_names_of_one_network_are_said(capsys: pytest.CaptureFixture[str]) -
 
 
 def sleep_in_logreg() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, such as these tests may be, ignores it
     KINDS["logreg"] = KINDS["logreg"]._replace(run=lambda *_: time.sleep(100))
 
 
