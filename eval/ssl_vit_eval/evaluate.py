@@ -100,7 +100,7 @@ def evaluate_dataset(dataset: Dataset, sources: Sequence[tuple[Source, Specs]], 
             failed.append((source, error))
     for size, group in by_size.items():
         try:
-            images = Images.load(dataset, size, referee.say)
+            images = Images.load(dataset, size, referee)
         except (UsageError, Failure) as error:
             failed += [(source, error) for source, _ in group]
             continue

@@ -9,12 +9,11 @@ from ssl_vit.errors import Failure, reason
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached, within seconds: its own client, and `datasets`, retry for half a minute."""
+    """Whether the hub can be reached and works, within seconds: its own client, and `datasets`, retry for half a minute."""
     try:
-        get_session().head(constants.ENDPOINT, timeout=3)
+        return bool(get_session().head(constants.ENDPOINT, timeout=3).status_code < 500)
     except Exception:  # whatever the HTTP library of this version of the hub's package raises
         return False
-    return True
 
 
 def hub_tables(source: str, fetch: bool = True) -> Tables:
