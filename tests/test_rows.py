@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+import ssl_vit_eval.rows
 from ssl_vit.errors import Failure, UsageError
 from ssl_vit_eval.results import sentence
 from ssl_vit_eval.rows import FORMAT, Row, RowStore, find_rows
@@ -119,16 +120,18 @@ def test_the_last_of_equal_ids_wins(tmp_path: Path) -> None:
     assert store.predictions(row(predictions=store.rows()[0].predictions))[0][:, 0].tolist() == LABELS.tolist()
 
 
-def test_a_kill_at_any_byte_costs_the_last_line_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tail", [7, 4096])
+def test_a_kill_at_any_byte_costs_the_last_line_only(tail: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssl_vit_eval.rows, "_TAIL", tail)
     store = RowStore(tmp_path)
     store.append([row()], PREDICTIONS, LABELS)
     first = len(store.file.read_bytes())
     store.append([row(read_with="cls")], PREDICTIONS, LABELS)
     whole = store.file.read_bytes()
-    for size in (first + 1, first + 100, len(whole) - 1):
+    for size in (first, first + 1, first + 100, len(whole) - 1):
         store.file.write_bytes(whole[:size])
         assert [r.read_with for r in store.rows()] == ["gap"]
-        assert "last line was cut short" in store.cut_line()
+        assert ("last line was cut short" in store.cut_line()) == (size > first)
         store.append([row(read_with="cls")], PREDICTIONS, LABELS)
         assert store.cut_line() == ""
         assert store.file.read_bytes() == whole

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from ssl_vit.files import locked, write_atomically
 from ssl_vit_eval.schema import STRICT, checked
 
 FORMAT = 2  # of a line: since 2 it says the hash of its predictions; one with a higher number was written by a later version
+_TAIL = 4096  # bytes, about two lines
 REMOVE = "remove this line and the other one of its evaluation, which belong together"
 
 
@@ -204,9 +205,8 @@ class RowStore:
 
     def _add(self, rows: Sequence[Row]) -> None:
         lines = [json.dumps({"format": FORMAT, "id": row.id, **asdict(row)}, allow_nan=False) + "\n" for row in rows]
-        text, cut = self._read()
-        with open(self.file, "ab") as file:
-            file.truncate(len(text) - len(cut))
+        with open(self.file, "ab+") as file:
+            file.truncate(_end_of_lines(file))
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -245,6 +245,17 @@ def find_rows(folders: Sequence[str | Path]) -> list[tuple[Row, RowStore]]:
                 f"folder {str(folder)!r} holds no rows (rows.jsonl): run `ssl-vit eval {source} --out {where}` first, then compare {where}"
             )
     return rows
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """The length of a file without what follows its last complete line; read from the end, since a store may have many lines."""
+    start = file.seek(0, os.SEEK_END)
+    while start > 0:
+        end, start = start, max(start - _TAIL, 0)
+        file.seek(start)
+        if (at := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + at + 1
+    return 0
 
 
 def _digest(content: bytes) -> str:

@@ -413,6 +413,10 @@ def test_runs(tmp_path: Path) -> None:
     assert (done.name, done.summary, done.metrics) == ("toy", {"steps": 3}, [])
     assert (unfinished.name, unfinished.summary, unfinished.metrics) == ("toy", None, [{"step": 1, "loss": 2.5}])
     assert short_name("random:toy", None, 1) == "random:toy"
-    (finished / "run.json").write_text("{")
-    with pytest.raises(Failure, match=r"run\.json"):
-        find_runs([tmp_path], {})
+    for damaged in ("run.json", "recipe.yaml"):
+        for content in ("{", "", "3\n", "[]\n"):
+            whole = (finished / damaged).read_text()
+            (finished / damaged).write_text(content)
+            with pytest.raises(Failure, match=f"cannot read .*{damaged}"):
+                find_runs([tmp_path], {})
+            (finished / damaged).write_text(whole)

@@ -58,12 +58,18 @@ def _read(folder: Path) -> Run:
     metrics, summary = folder / "metrics.jsonl", folder / "run.json"
     file = folder / "recipe.yaml"
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        recipe = _keys(yaml.safe_load(file.read_text(encoding="utf-8")))
         file = summary
-        finished = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        finished = _keys(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
         file = metrics
         # a kill can cut the last line
         lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-        return Run(folder, recipe, finished, [json.loads(line) for line in lines])
+        return Run(folder, recipe, finished, [_keys(json.loads(line)) for line in lines])
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise Failure(f"cannot read {file}: {' '.join(str(error).split())}; remove the run folder or pretrain again") from error
+
+
+def _keys(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {content!r}, not keys with values")
+    return content
