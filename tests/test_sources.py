@@ -154,7 +154,8 @@ def test_names_that_are_no_source() -> None:
         "run": r"run is a folder, not a checkpoint; name the file in it: run/last\.ckpt",
         "empty": "it holds no",
         "run/last.ckpt:student": "holds no student: it holds one network, trained with mae",
-        "run/last.ckpt:studnet": "there is no checkpoint run/last.ckpt:studnet; give a",
+        "run/last.ckpt:studnet": r"run/last.ckpt has no network 'studnet'; did you mean ':student'\?",
+        "run/lats.ckpt": r"there is no checkpoint run/lats.ckpt; did you mean 'run/last.ckpt'\? give a",
         "pixels:big": "needs a side in pixels above 0",
         "timm:vit_tinny_patch16_224": "did you mean",
     }.items():

@@ -55,6 +55,7 @@ def test_the_file_holds_the_pixels_and_is_used_again(tmp_path: Path, monkeypatch
 def test_small_sets_are_decoded_alike_without_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)  # a log has no bar
     mapped = load_split(str(tmp_path / "set"), "train", progress=False).images
     (tmp_path / "cache" / left(tmp_path)[0]).unlink()
     assert "decoding set: train: 100%" in capsys.readouterr().err  # whichever process has the lock shows the bar
