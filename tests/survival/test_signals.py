@@ -19,7 +19,7 @@ from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.processes import Command, ranks
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
-STEPS = 150
+STEPS = 60
 OPTIONS = ("--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", f"{STEPS}")
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGHUP: 129, signal.SIGINT: 130}
@@ -63,7 +63,7 @@ def same_weights(one: str, other: str) -> bool:
 )
 def test_a_signal_saves_within_a_step_and_the_run_goes_on_exactly(number: signal.Signals) -> None:
     command = ("pretrain", "mae.yaml", "--out", "run", *OPTIONS, "--resume", "auto")
-    for step in (5, 20):  # of a new run, and of one that goes on
+    for step in (3, 10):  # of a new run, and of one that goes on
         process = Command(*command, before=slow_down)
         wait_for_step(step, "run", process)
         before = steps("run")[-1]
