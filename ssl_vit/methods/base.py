@@ -176,7 +176,7 @@ class Method(lightning.LightningModule):
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Decide, on the device and alike on all ranks, whether the step is taken: not where a rank's loss, or the norm of a gradient, is
-        not finite, and not after `MAX_SKIPPED` such steps in a row. The optimiser's kernel then leaves weights, moments and count alone."""
+        not finite, and not after `MAX_SKIPPED` such steps in a row. The fused kernel then leaves weights, moments and count alone."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
         failed, self._failed = torch.zeros_like(bad) if self._failed is None else self._failed, None
@@ -191,7 +191,11 @@ class Method(lightning.LightningModule):
         # a scaler of float16 lowers its scale by means of gradients that are not finite, often several times in a row
         counts = skip if getattr(self.trainer.precision_plugin, "scaler", None) is None else failed | (in_a_row >= MAX_SKIPPED)
         self._skipped = torch.stack([count + skip, (in_a_row + 1) * counts])
-        self.skip = optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        self.skip = skip.float()
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = self.skip  # type: ignore[attr-defined]
+        elif skip:  # an optimiser of a method's own: the host waits, and there is no gradient for it
+            optimizer.zero_grad()
 
     def skipped(self) -> tuple[int, int]:
         """Steps that were not taken, those before a resume among them, and how many of them are the last ones. Waits for the device."""

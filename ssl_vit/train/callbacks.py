@@ -26,7 +26,7 @@ CHECKPOINT_SECONDS = 300.0
 
 
 class RunFolder(Checkpoint):
-    """`recipe.yaml`, `last.ckpt` (every five minutes, at the end, and at a signal to stop), the one before it, `metrics.jsonl`, and
+    """`recipe.yaml`, `last.ckpt` (every so often, at the end, and at a signal to stop), the one before it, `metrics.jsonl`, and
     `run.json` once all steps are done.
 
     flops: of one image through the method. keep_every_epochs: `epoch-NNNN.ckpt` stays after so many epochs. checkpoint_seconds: between
@@ -89,6 +89,7 @@ class RunFolder(Checkpoint):
             write_atomically(metrics, "".join(json.dumps(record) + "\n" for record in self._records() if record["step"] <= self._step))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert isinstance(module, Method)
         step = trainer.global_step
         if step == self._step:  # gradients are still being accumulated; a checkpoint would not hold them
             return
@@ -106,7 +107,7 @@ class RunFolder(Checkpoint):
         epoch_kept = self.keep_every_epochs and step % (self._per_epoch * self.keep_every_epochs) == 0
         if stop and (processes := getattr(trainer.strategy.launcher, "procs", None)):
             processes.clear()  # Lightning ends this process once one that it has started has ended by a signal
-        if stop or due or epoch_kept:
+        if stop or epoch_kept or (due and not module.skipped()[1]):  # after a step that was not taken, one that was is waited for
             self._save(trainer, self.checkpoint)
         if epoch_kept:
             self._save(trainer, self.folder / f"epoch-{step // self._per_epoch:04}.ckpt")

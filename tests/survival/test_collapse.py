@@ -17,8 +17,10 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING and "collapsed" in record.getMessage()]
 
 
-@pytest.mark.parametrize("kind", ["uniform", "one prototype"])
-@pytest.mark.parametrize("every", ["1", "10", "50"])
+ALL = [("one prototype", "50"), *((kind, every) for kind in ("uniform", "one prototype") for every in ("1", "10"))]
+
+
+@pytest.mark.parametrize(("kind", "every"), [ALL[0], *(pytest.param(*case, marks=pytest.mark.survival) for case in ALL[1:])])
 def test_a_collapse_is_warned_of_within_100_steps(
     kind: str, every: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any
 ) -> None:
@@ -31,6 +33,7 @@ def test_a_collapse_is_warned_of_within_100_steps(
     assert len(warnings(caplog)) == 1
 
 
+@pytest.mark.survival
 def test_a_healthy_warm_up_is_not_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Any) -> None:
     """200 steps that are nothing but warm-up."""
     long = ["--trainer.max_steps", "200", "--optim.warmup_epochs", "2", "--trainer.log_every_n_steps", "1"]

@@ -92,7 +92,7 @@ def kill(times: int, count: int, seconds: float, *options: str) -> None:
 
 STREAM = ("--data.decode", "stream", "--data.workers")
 ALL = [
-    ("dino", 1, 2, (), ()),
+    ("dino", 1, 1, (), ()),
     ("dino", 1, 20, (), ()),
     ("mae", 1, 10, (*STREAM, "0"), (*STREAM, "0")),
     ("dino", 1, 10, (*STREAM, "0"), (*STREAM, "1")),  # equal to a run without workers
