@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow survival lint clean
 
 quickstart: .venv/.installed
 	$(BIN)/ssl-vit quickstart
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not survival"
+
+survival: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/survival
 
 test-slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow

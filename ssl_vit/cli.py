@@ -1,6 +1,7 @@
 """`ssl-vit COMMAND`: dispatch only. The one module that knows both packages; it imports the judging side where a command needs it."""
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -67,13 +68,16 @@ def run(arguments: list[str], debug: bool = False) -> int:
             case UsageError() | Failure():
                 code, message = (2 if isinstance(error, UsageError) else 1), str(error)
             case Interrupted():
-                code, message = 130, f"{error}; {go_on}"
+                code, message = 128 + error.number, f"{error}; {go_on}"
+            case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                file = error.filename or "a file"
+                code, message = 1, f"disk full: {file} cannot be written, what was there is kept; make room, and {go_on}"
             case KeyboardInterrupt():
                 code, message = 130, "interrupted"
-            case SystemExit() if type(error).__name__ == "SIGTERMException":  # Lightning's, which is heavy to import, and has no code
-                code, message = 143, f"ended by SIGTERM; {go_on}"
-            case SystemExit():  # argparse's --help, --print_config; Lightning after a second Ctrl-C
+            case SystemExit() if not isinstance(error.__context__, KeyboardInterrupt):  # argparse's --help, --print_config
                 return int(error.code or 0)
+            case SystemExit():  # Lightning's, of a Ctrl-C before the first step
+                code, message = 130, "interrupted"
             case BrokenPipeError() if _stdout_is_closed():
                 return 141  # as of a process that SIGPIPE ends
             case _:

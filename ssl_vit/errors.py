@@ -1,6 +1,7 @@
 """The kinds of error that a user meets. Each message is one line: what came, what is allowed, what to change."""
 
 import difflib
+import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ class Failure(RuntimeError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, after what was finished was saved. The command exits with code 130."""
+    """Ctrl-C, or a scheduler's signal, after what was finished was saved. The command exits with 128 + its number: 130, 143."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def one_of(name: str, options: Iterable[str], more: Iterable[str] = ()) -> str:

@@ -3,13 +3,18 @@
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_held = set[BinaryIO]()  # the files of locks; a child process, as a data worker, does not hold on to them
+os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
+
 
 def write_atomically(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
-    """Write beside the target, sync, rename: the name always holds a whole file, the old one or the new. `content` may write it itself."""
+    """Write beside the target, sync, rename: the name always holds a whole file, the old one or the new. `content` may write it itself.
+
+    OSError, which names the file, where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -21,8 +26,25 @@ def write_atomically(path: Path, content: str | Callable[[BinaryIO], object]) ->
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        system = error if isinstance(error, OSError) else error.__context__  # torch.save puts an error of its own on top
+        if not isinstance(system, OSError):
+            raise
+        system.filename = system.filename or str(path)
+        raise system from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Else a power cut may take back what was renamed."""
+    with suppress(OSError):  # not every file system knows it
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -39,4 +61,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             yield False
         else:
-            yield True
+            _held.add(file)
+            try:
+                yield True
+            finally:
+                _held.discard(file)

@@ -117,18 +117,23 @@ def available_cores() -> int:
 
 def begin_worker(worker: int) -> None:
     """What a scheduler or Ctrl-C sends to the group is the main process's to answer; workers end with it. Not by torch's own watch alone:
-    a worker whose images fill the pipe that nobody reads any more would stay for ever, and keep the lock it has inherited."""
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    a worker whose images fill the pipe that nobody reads any more would stay for ever."""
+    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    threading.Thread(target=_end_with_main, args=(os.getppid(),), daemon=True).start()
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # from the main process it is torch's word to end
+    threading.Thread(target=end_with_main, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_main(parent: int) -> None:
+def end_with_main(parent: int) -> None:
     """End this process once the main one is gone. Its parent tells under fork, where a sibling keeps `is_alive` true; under forkserver,
     Python 3.14's default, the parent is a server that outlives the main process, and `is_alive` tells."""
     main = multiprocessing.parent_process()
     while os.getppid() == parent and (main is None or main.is_alive()):
-        time.sleep(0.5)
+        if not hasattr(signal, "sigtimedwait"):
+            time.sleep(0.5)
+        elif (told := signal.sigtimedwait([signal.SIGTERM], 0.5)) is not None and told.si_pid in (parent, main and main.pid):
+            os._exit(0)
     os._exit(1)
 
 

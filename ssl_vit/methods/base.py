@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl_vit.data.rng import uniform_by_stream
 from ssl_vit.data.views import Batch, Crops
-from ssl_vit.errors import Failure, UsageError
+from ssl_vit.errors import UsageError
 from ssl_vit.methods.optim import OptimConfig, adamw
 from ssl_vit.methods.schedules import cosine
 from ssl_vit.model.backbone import Backbone
@@ -23,6 +23,7 @@ from ssl_vit.provenance import versions
 from ssl_vit.weights.checkpoint import FORMAT
 
 DROP_PATH_STREAM = 100  # of the random numbers; view v takes 100 + v
+MAX_SKIPPED = 3  # steps in a row that are not finite: after them no step is taken any more
 
 
 class Method(lightning.LightningModule):
@@ -75,7 +76,10 @@ class Method(lightning.LightningModule):
         self.compiled = False  # from the start of a fit on, where `backbone.compile` asks for it
         self.accumulate = 1  # micro-batches of an optimiser step
         self.completes_step = True  # whether this micro-batch is the last one of its step
-        self._failed_at: Tensor | None = None  # on the device: the first step whose loss was not finite, 0 if there was none
+        self._failed: Tensor | None = None  # on the device: whether a loss of this step was not finite
+        self.skip: Tensor | None = None  # on the device: 1.0 where this step is not taken, else 0.0
+        self._skipped: Tensor | None = None  # on the device: steps that were not taken, and how many of them are the last ones
+        self._skipped_before = (0, 0)  # of the checkpoint
         self._reported: Tensor | None = None  # on the device: the mean so far of what this step reports
 
     def views(self, batch: Batch) -> Tensor | tuple[Tensor, ...]:
@@ -147,11 +151,9 @@ class Method(lightning.LightningModule):
 
     def report(self, loss: Float[Tensor, ""], **metrics: Float[Tensor, ""]) -> dict[str, float]:
         """Note on the device whether the loss is finite. At the end of a step that is read: log the loss, the method's own metrics
-        (means over the micro-batches and the ranks) and the schedules, and return those read; Failure if a loss was not finite since
-        the last time. Steps count from 1, as in metrics.jsonl."""
-        if self._failed_at is None:
-            self._failed_at = torch.zeros((), dtype=torch.int64, device=loss.device)
-        self._failed_at.masked_fill_(~loss.detach().isfinite() & (self._failed_at == 0), self.global_step + 1)
+        (means over the micro-batches and the ranks) and the schedules, and return those read."""
+        failed = ~loss.detach().isfinite()
+        self._failed = failed if self._failed is None else self._failed | failed
         if not self.is_read:
             return {}
         part = torch.stack([value.detach().float() for value in (loss, *metrics.values())]) / self.accumulate
@@ -163,29 +165,55 @@ class Method(lightning.LightningModule):
         self.log_dict({**values, **self.scheduled})
         return values
 
-    def _read(self, *reported: Float[Tensor, " n"]) -> list[float]:
-        """Means over the ranks, by one exchange and one wait; Failure if a rank's loss was not finite."""
-        assert self._failed_at is not None
-        own = torch.cat([self._failed_at.float()[None], *reported])
+    def _read(self, own: Float[Tensor, " n"]) -> list[float]:
+        """Means over the ranks, by one exchange and one wait."""
         ranks = [own]
         if torch.distributed.is_initialized():
             ranks = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
             torch.distributed.all_gather(ranks, own)
-        failed, *values = torch.stack(ranks).T.tolist()
-        if any(failed):
-            first = int(min(step for step in failed if step))
-            raise Failure(f"the loss is not finite at step {first}; lower optim.lr or use --trainer.precision bf16-mixed")
-        return [sum(value) / len(value) for value in values]
+        return [sum(value) / len(value) for value in torch.stack(ranks).T.tolist()]
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Decide, on the device and alike on all ranks, whether the step is taken: not where a rank's loss, or the norm of a gradient, is
+        not finite, and not after `MAX_SKIPPED` such steps in a row. The fused kernel then leaves weights, moments and count alone."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        bad = ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+        failed, self._failed = torch.zeros_like(bad) if self._failed is None else self._failed, None
+        if torch.distributed.is_initialized():
+            ranks = torch.stack([bad, failed]).int()
+            torch.distributed.all_reduce(ranks, torch.distributed.ReduceOp.MAX)
+            bad, failed = (ranks > 0).unbind()
+        if self._skipped is None:
+            self._skipped = torch.stack([torch.full((), n, dtype=torch.int64, device=bad.device) for n in self._skipped_before])
+        count, in_a_row = self._skipped.unbind()
+        skip = bad | failed | (in_a_row >= MAX_SKIPPED)
+        # a scaler of float16 lowers its scale by means of gradients that are not finite, often several times in a row
+        counts = skip if getattr(self.trainer.precision_plugin, "scaler", None) is None else failed | (in_a_row >= MAX_SKIPPED)
+        self._skipped = torch.stack([count + skip, (in_a_row + 1) * counts])
+        self.skip = skip.float()
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = self.skip  # type: ignore[attr-defined]
+        elif skip:  # an optimiser of a method's own: the host waits, and there is no gradient for it
+            optimizer.zero_grad()
+
+    def skipped(self) -> tuple[int, int]:
+        """Steps that were not taken, those before a resume among them, and how many of them are the last ones. Waits for the device."""
+        count, in_a_row = self._skipped_before if self._skipped is None else self._skipped.tolist()
+        return count, in_a_row
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        count, in_a_row = checkpoint["ssl_vit"].get("skipped", (0, 0))
+        self._skipped_before = (count, in_a_row)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._failed_at is not None:
-            self._read()  # weights behind such a loss never replace good ones
         checkpoint["ssl_vit"] = {
             "format": FORMAT,
             "recipe": self.recipe,
             "name": self.recipe_name,
             "readout": str(self.spec),
             "init": self.initial_hash,
+            "skipped": [*self.skipped()],
             "mean": list(self.backbone.mean),
             "std": list(self.backbone.std),
             "image_size": self.recipe["backbone"]["image_size"],

@@ -141,6 +141,7 @@ class DINO(Method):
         self.teacher.requires_grad_(False)
         self.center = nn.Buffer(torch.zeros(head.prototypes))
         self.batch_center = nn.Buffer(torch.zeros(head.prototypes), persistent=False)  # of the micro-batches so far
+        self.old_center = nn.Buffer(torch.zeros(head.prototypes), persistent=False)
         self._answer: Tensor | None = None  # the teacher's mean output in this step so far, where it is read
         self._collapsed_since: int | None = None  # step
         self._warned = False
@@ -181,20 +182,25 @@ class DINO(Method):
 
     @torch.no_grad()
     def update_center(self, teacher: Float[Tensor, "2 b k"]) -> None:
-        """Equation 4: a moving average of the teacher's output over the global batch, once its last loss has used the old one."""
+        """Equation 4: a moving average of the teacher's output over the global batch, once its last loss has used the old one.
+        `optimizer_step` takes it back if the step is not taken."""
         mean = mean_over_ranks(teacher.mean(dim=(0, 1)))
         self.batch_center.add_(mean.to(self.center.dtype) / self.accumulate)
         if self.completes_step:
+            self.old_center.copy_(self.center)
             self.center.lerp_(self.batch_center, 1 - self.teacher_config.center_momentum)
             self.batch_center.zero_()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The teacher's moving average, after the step. Not in a callback: checkpoints are written before callbacks run."""
         super().optimizer_step(*args, **kwargs)
+        assert self.skip is not None
         with torch.no_grad():
             teacher: list[Tensor] = [*self.teacher.parameters()]
             student: list[Tensor] = [*self.student.parameters()]
-            torch._foreach_lerp_(teacher, student, 1 - self.scheduled["teacher_momentum"])
+            share = (1 - self.scheduled["teacher_momentum"]) * (1 - self.skip.to(teacher[0].dtype))  # 0 for a step that is not taken
+            torch._foreach_lerp_(teacher, student, [share] * len(teacher))
+            self.center.copy_(torch.where(self.skip > 0, self.old_center, self.center))
 
     def schedule(self, step: int) -> dict[str, float]:
         """Beside the shared values the teacher's. Its temperature is constant within an epoch, as in the authors' code, whose
@@ -221,7 +227,7 @@ class DINO(Method):
     def warn_of_collapse(self, read: dict[str, float]) -> None:
         """Warn once when the teacher's information, each time that it is read, has been near 0 for a while. Needs no labels, and tells
         what the loss cannot."""
-        if read.get("teacher_information", 1.0) >= COLLAPSED:
+        if not read.get("teacher_information", 1.0) < COLLAPSED:  # also where it is not finite
             self._collapsed_since = None if read else self._collapsed_since
             return
         if self._collapsed_since is None:

@@ -2,9 +2,8 @@
 
 import io
 import json
-import signal
+import math
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,35 +11,35 @@ from typing import Any
 import torch
 import yaml
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from ssl_vit.data.loader import whole_batches
-from ssl_vit.errors import Interrupted, UsageError
+from ssl_vit.errors import Failure, UsageError
 from ssl_vit.files import write_atomically
 from ssl_vit.methods import Method
+from ssl_vit.methods.base import MAX_SKIPPED
 from ssl_vit.provenance import git_revision, recipe_hash
+from ssl_vit.train.folder import LAST, LOCK
+from ssl_vit.train.signals import Signals
 
-CHECKPOINT_SECONDS, CHECK_EVERY_STEPS = 300.0, 50
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, then renames: the name always holds a whole checkpoint, the old one or the new."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+CHECKPOINT_SECONDS = 300.0
 
 
 class RunFolder(Checkpoint):
-    """`recipe.yaml`, `last.ckpt` (every five minutes, at the end, and at Ctrl-C in a single process), `metrics.jsonl`, and `run.json`
-    once all steps are done. flops: of one image through the method. keep_every_epochs: `epoch-NNNN.ckpt` stays after so many epochs."""
+    """`recipe.yaml`, `last.ckpt` (every so often, at the end, and at a signal to stop), the one before it, `metrics.jsonl`, and
+    `run.json` once all steps are done.
 
-    def __init__(self, folder: Path, flops: int, keep_every_epochs: int | None = None) -> None:
+    flops: of one image through the method. keep_every_epochs: `epoch-NNNN.ckpt` stays after so many epochs. checkpoint_seconds: between
+    two checkpoints."""
+
+    def __init__(
+        self, folder: Path, flops: int, keep_every_epochs: int | None = None, checkpoint_seconds: float = CHECKPOINT_SECONDS
+    ) -> None:
         super().__init__()
-        self.folder, self.flops, self.keep_every_epochs = folder, flops, keep_every_epochs
-        self.checkpoint = folder / "last.ckpt"
-        self.interrupted = False
+        self.folder, self.flops, self.keep_every_epochs, self.seconds = folder, flops, keep_every_epochs, checkpoint_seconds
+        self.checkpoint, self.signals = folder / LAST, Signals()
+        self._saved_step = 0  # of the last good checkpoint
         self._new = False  # whether this start wrote the folder's recipe
         self._total: int | None = None
         self._step = -1  # the last one seen; micro-batches of an accumulated step repeat it
@@ -48,7 +47,6 @@ class RunFolder(Checkpoint):
         self._stream: Any = None
         self._trainer: Any = None
         self._start = time.monotonic()
-        self._previous: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds of the run and those that a rank, on average, has waited for data; unreadable images of all ranks that were replaced."""
@@ -78,14 +76,12 @@ class RunFolder(Checkpoint):
         if trainer.is_global_zero:
             self._new = not (self.folder / "recipe.yaml").exists()
             write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(module.recipe, sort_keys=False))
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            # several ranks may be at different steps, so there Ctrl-C is left to Lightning
-            self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, Method)
         self._total, self._step, self._stream = module.total_steps, trainer.global_step, trainer.train_dataloader
-        self._trainer = trainer
+        self._trainer, self._saved_step = trainer, trainer.global_step
+        self.signals.take(self._step)
         if len(set(trainer.strategy.all_gather(torch.tensor(trainer.global_step, device=module.device)).view(-1).tolist())) > 1:
             raise UsageError(f"not all nodes found a run to go on with in {self.folder}; they must share it: name another one with --out")
         self._per_epoch = int(trainer.num_training_batches) // trainer.accumulate_grad_batches
@@ -94,30 +90,52 @@ class RunFolder(Checkpoint):
             write_atomically(metrics, "".join(json.dumps(record) + "\n" for record in self._records() if record["step"] <= self._step))
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert isinstance(module, Method)
         step = trainer.global_step
         if step == self._step:  # gradients are still being accumulated; a checkpoint would not hold them
             return
         self._step = step
         every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if step % every == 0 or step == self._total:
-            record = {"step": step, **{key: float(value) for key, value in trainer.callback_metrics.items()}}
+            values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            record = {"step": step, **{key: value for key, value in values.items() if math.isfinite(value)}}
+            record["skipped_steps"] = self._skipped(module)
             record["data_seconds"] = round(self._before["data_seconds"] + self._of_stream("seconds", "mean"), 3)  # all ranks ask
             if trainer.is_global_zero:
                 with (self.folder / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(record) + "\n")
-        if self.interrupted:
-            trainer.save_checkpoint(self.checkpoint, weights_only=False)
-            raise Interrupted(f"stopped at step {step} and saved {self.checkpoint}")
-        if step % CHECK_EVERY_STEPS == 0 and trainer.strategy.broadcast(time.monotonic() - self._saved > CHECKPOINT_SECONDS):
-            trainer.save_checkpoint(self.checkpoint, weights_only=False)
-            self._saved = time.monotonic()
-        if self.keep_every_epochs and step % (self._per_epoch * self.keep_every_epochs) == 0:
-            for path in (self.checkpoint, self.folder / f"epoch-{step // self._per_epoch:04}.ckpt"):
-                trainer.save_checkpoint(path, weights_only=False)
+        stop, due = self.signals.agreed(trainer, step, time.monotonic() - self._saved > self.seconds)
+        epoch_kept = self.keep_every_epochs and step % (self._per_epoch * self.keep_every_epochs) == 0
+        if stop and (processes := getattr(trainer.strategy.launcher, "procs", None)):
+            processes.clear()  # Lightning ends this process once one that it has started has ended by a signal
+        if stop or epoch_kept or (due and not module.skipped()[1]):  # after a step that was not taken, one that was is waited for
+            self._save(trainer, self.checkpoint)
+        if epoch_kept:
+            self._save(trainer, self.folder / f"epoch-{step // self._per_epoch:04}.ckpt")
+        if stop:
+            self.signals.leave(stop, f"stopped at step {step} and saved {self.checkpoint}")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step:
-            trainer.save_checkpoint(self.checkpoint, weights_only=False)
+            self._save(trainer, self.checkpoint)
+
+    def _save(self, trainer: Trainer, path: Path) -> None:
+        self._skipped(trainer.lightning_module)
+        trainer.save_checkpoint(path, weights_only=False)
+        self._saved, self._saved_step = time.monotonic(), trainer.global_step
+
+    def _skipped(self, module: LightningModule) -> int:
+        """How many steps were not taken so far; Failure after three in a row. Waits for the device."""
+        assert isinstance(module, Method)
+        count, in_a_row = module.skipped()
+        if in_a_row >= MAX_SKIPPED:
+            first, saved = self._step - in_a_row + 1, self._saved_step
+            good = f"the last good checkpoint is {self.checkpoint} of step {saved}" if saved else "there is no checkpoint yet"
+            raise Failure(
+                f"the loss or a gradient was not finite in step {first} and those after it, and none of them was taken; {good}; lower "
+                "optim.lr, or use --trainer.precision bf16-mixed"
+            )
+        return count
 
     def finish(self, trainer: Trainer, module: Method) -> bool:
         """After the fit: write `run.json` if all steps are done, also when a resumed run found nothing left to do."""
@@ -131,6 +149,7 @@ class RunFolder(Checkpoint):
             "flops": images * self.flops,
             "parameters": sum(parameter.numel() for parameter in module.backbone.parameters()),
             **{key: round(value, 2) for key, value in self.state_dict().items()},
+            "skipped_steps": module.skipped()[0],
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "recipe_hash": recipe_hash(module.recipe),
             "data": {key: trainer.datamodule.identity[key] for key in ("count", "hash", "by")},  # type: ignore[attr-defined]
@@ -142,23 +161,17 @@ class RunFolder(Checkpoint):
         return True
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if self._new and [path.name for path in self.folder.iterdir()] == ["recipe.yaml"]:
+        self.signals.give_back()
+        if self._new and {path.name for path in self.folder.iterdir()} <= {"recipe.yaml", LOCK}:
             (self.folder / "recipe.yaml").unlink()  # nothing was trained: the next start is not asked for --resume
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        self.signals.give_back()
 
     def _records(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl; a kill can cut the last one."""
         file = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
-
-    def _interrupt(self, signum: int, frame: Any) -> None:
-        if self.interrupted:  # a second Ctrl-C does not wait for the step
-            raise KeyboardInterrupt
-        self.interrupted = True
 
 
 def set_loop_counters(checkpoint: dict[str, Any], per_epoch: int, accumulate: int) -> None:

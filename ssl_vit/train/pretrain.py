@@ -2,14 +2,18 @@
 
 import argparse
 import glob
+import os
 import re
+import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning import Trainer, seed_everything
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
@@ -18,17 +22,19 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ssl_vit.assets import find_asset, read_yaml
-from ssl_vit.data.loader import told_of_lost_workers
+from ssl_vit.data.loader import end_with_main, told_of_lost_workers
 from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import UsageError, one_of, require
+from ssl_vit.files import locked
 from ssl_vit.methods import METHODS, Method
 from ssl_vit.methods.base import plain
 from ssl_vit.model.precision import tf32
-from ssl_vit.train.callbacks import AtomicCheckpointIO, Progress, RunFolder
+from ssl_vit.train.callbacks import CHECKPOINT_SECONDS, Progress, RunFolder
 from ssl_vit.train.cost import training_flops
+from ssl_vit.train.folder import LOCK, AtomicCheckpointIO, check_folder, flatten, prepare_folder
+from ssl_vit.train.signals import told_of_lost_ranks
 from ssl_vit.train.tracking import Tracking
 from ssl_vit.train.training_log import TrainingLog
-from ssl_vit.weights.checkpoint import read_checkpoint
 
 # Of the Trainer's options, those that change the result, with their defaults: they are a part of the recipe, the others of the machine.
 TRAINER_IDENTITY: dict[str, Any] = {
@@ -77,7 +83,7 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
         raise UsageError(f"recipe {recipe} has method {method!r}; {one_of(str(method), METHODS)}")
     parser = recipe_parser(METHODS[method])
     known = list(parser.get_defaults().keys())
-    for key in _flatten(fields):
+    for key in flatten(fields):
         _check_key(key, known, f"recipe {recipe}: ")
     for option in options:
         if option.startswith("--"):
@@ -100,7 +106,7 @@ def _refusal(said: str, parser: LightningArgumentParser, fields: dict[str, Any],
     for kind in [getattr(action, "_typehint", None) for action in parser._actions if action.dest in keys[-1:]]:
         kinds = (kind,) if get_origin(kind) in (None, Literal, tuple, list) else get_args(kind)  # of a union
         words = [ALLOWED.get(get_origin(of) or of) or getattr(part, "__name__", str(part)) for of in kinds for part in get_args(of) or [of]]
-        came = given.get(keys[-1], given.get(keys[0], _flatten(fields).get(keys[-1])))  # as an option, in its group's, or in the recipe
+        came = given.get(keys[-1], given.get(keys[0], flatten(fields).get(keys[-1])))  # as an option, in its group's, or in the recipe
         said = f"{keys[-1]} is {came}; it must be {' or '.join(dict.fromkeys(words))}"
     return said
 
@@ -115,7 +121,7 @@ def likely_options(recipe: str) -> str:
     """The options that are changed most, with what the recipe says: the head of `--help`, whose whole list has hundreds of lines.
 
     Of a recipe that lacks something or is wrong as well: only that it is YAML is asked."""
-    said = _flatten(read_yaml(find_asset("recipes", recipe)))
+    said = flatten(read_yaml(find_asset("recipes", recipe)))
     lines = [f"what is changed most (in parentheses: what {recipe} says):"]
     for option, meaning in LIKELY.items():
         lines.append(f"  --{option:20}{meaning}" + (f" ({said[option]})" if said.get(option) is not None else ""))
@@ -148,6 +154,8 @@ def recipe_parser(method: type[Method]) -> LightningArgumentParser:
     parser.add_argument("--resume", nargs="?", const=True, default=False, type=bool | Literal["auto"], help=resume)
     kept = "keep epoch-NNNN.ckpt after so many epochs each"
     parser.add_argument("--keep_every_epochs", type=PositiveInt | None, default=None, help=kept)
+    between = "between two checkpoints"
+    parser.add_argument("--checkpoint_seconds", type=PositiveFloat, default=CHECKPOINT_SECONDS, help=between)
     parser.add_argument("--accumulate", type=PositiveInt, default=1, help="micro-batches that a device cuts its share of a batch into")
     parser.add_class_arguments(method, None)
     parser.add_lightning_class_args(ImageData, "data")
@@ -183,10 +191,22 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     flops = training_flops(build_method(config, values))  # on a model of its own: counting changes gradients and DINO's centre
     module = build_method(config, values)
     module.accumulate, module.recipe_name = config.accumulate, recipe_name(recipe)
-    record = RunFolder(folder, flops, config.keep_every_epochs)
+    record = RunFolder(folder, flops, config.keep_every_epochs, config.checkpoint_seconds)
+    with ExitStack() as holding:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            check_folder(folder, config.resume)
+            if not holding.enter_context(locked(folder / LOCK, wait=False)):
+                raise UsageError(f"another process is training in {folder}; wait until it has ended, or name another folder with --out")
+            prepare_folder(folder, module.recipe)
+        return _train(config, values, module, record, callbacks, tracking)
+
+
+def _train(
+    config: Namespace, values: Namespace, module: Method, record: RunFolder, callbacks: Sequence[Callback], tracking: Tracking | None
+) -> Path:
+    """The rest of `pretrain`, once the folder is this run's."""
+    folder = record.folder
     log = TrainingLog(tracking, folder) if tracking else None
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        _check_folder(folder, record.checkpoint, module.recipe, config.resume)
     if config.resume and (folder / "run.json").exists():
         rank_zero_info(f"{folder} is finished; nothing to do")
         if log:
@@ -199,7 +219,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
     if config.resume is True and resumed is None:
         rank_zero_info(f"{folder} holds no checkpoint yet: starting again")
-    with tf32(), told_of_lost_workers(taking=False):
+    with tf32(), told_of_lost_workers(taking=False), told_of_lost_ranks():
         trainer.strategy.precision_plugin.convert_module(module)  # Lightning's turn is after loading, and would round float64 weights
         trainer.fit(module, datamodule=values.data, ckpt_path=resumed, weights_only=True)
     rest = "" if record.finish(trainer, module) else f" of {module.total_steps}; go on with --resume"
@@ -259,7 +279,12 @@ def build_trainer(values: Namespace, record: RunFolder) -> Trainer:
         # Else torch lays the gradients out anew after the first step, of a resumed run as well: the ranks of that step would be added
         # in another order, and the run would not be exact.
         trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+    # Lightning's answer to SIGTERM saves nothing, and speaks to the other processes from within the handler; train/signals.py has ours
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0:
+        threading.Thread(target=end_with_main, args=(os.getppid(),), daemon=True).start()
     if isinstance(environment, SLURMEnvironment):
         # Lightning's own requeueing leaves hpc_ckpt files, and a later run would start from one of another run; --resume auto goes on
         environment.auto_requeue = False
@@ -271,39 +296,6 @@ def build_trainer(values: Namespace, record: RunFolder) -> Trainer:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [] if value is None else [value]
-
-
-def _check_folder(folder: Path, checkpoint: Path, recipe: dict[str, Any], resume: bool | str) -> None:
-    """UsageError if the run would overwrite something, or if there is nothing to resume."""
-    begun = checkpoint.exists() or (folder / "recipe.yaml").exists()
-    if not resume or (resume == "auto" and not begun):
-        # W&B's files and half-written ones alone: killed before the first step
-        if folder.exists() and (not folder.is_dir() or any(p.name != "wandb" and p.suffix != ".partial" for p in folder.iterdir())):
-            what, advice = ("a run", "add --resume to go on with it, or ") if begun else ("something else", "")
-            raise UsageError(f"{folder} already holds {what}; {advice}name another folder with --out")
-        return
-    if not begun:
-        raise UsageError(f"nothing to resume: there is no run in {folder}; leave --resume out to start")
-    # a run that was killed before its first checkpoint has only its recipe, and starts again
-    before = read_checkpoint(checkpoint)["ssl_vit"]["recipe"] if checkpoint.exists() else read_yaml(folder / "recipe.yaml")
-    if changed := recipe_changes(before, recipe):
-        raise UsageError(f"cannot resume {folder} with another recipe ({changed}); use the same one, or another --out")
-
-
-def recipe_changes(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """`"optim.lr 0.1 -> 0.2, ..."`, empty if the recipes are the same."""
-    old, new = _flatten(before), _flatten(after)
-    changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return ", ".join(changed[:4])
-
-
-def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{a: {b: 1}}` -> `{"a.b": 1}`. What hangs below `trainer.NAME` belongs to Lightning."""
-    flat: dict[str, Any] = {}
-    for key, value in fields.items():
-        nested = isinstance(value, dict) and value and not prefix.startswith("trainer.")
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
 
 
 def _check_key(key: str, known: list[str], where: str) -> None:

@@ -5,6 +5,7 @@ import difflib
 import inspect
 import json
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -87,6 +88,10 @@ def _read_file(path: str | Path) -> Any:
             "file of DINO, MAE or DINOv2, timm:NAME, random:RECIPE or pixels"
         )
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as records:
+                if damaged := records.testzip():  # torch does not look at the checksums
+                    raise zipfile.BadZipFile(f"damaged: {damaged} has another checksum than when it was written")
         with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)

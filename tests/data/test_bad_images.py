@@ -60,7 +60,7 @@ def test_replaced_images_are_counted_over_a_resume(decode: str, monkeypatch: pyt
     original = RunFolder.on_train_batch_end
 
     def interrupted(self: RunFolder, trainer: object, *args: object) -> None:
-        self.interrupted = trainer.global_step == 4  # type: ignore[attr-defined]
+        self.signals.received = signal.SIGINT * (trainer.global_step == 4)  # type: ignore[attr-defined]
         original(self, trainer, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)

@@ -311,7 +311,7 @@ def test_weights_do_not_depend_on_workers_and_resume_is_exact(method: str, monke
     for stop, workers in ((1, "2"), (3, "0"), (5, "2")):
 
         def interrupted(self: RunFolder, trainer: object, *args: object, stop: int = stop) -> None:
-            self.interrupted = trainer.global_step == stop  # type: ignore[attr-defined]
+            self.signals.received = signal.SIGINT * (trainer.global_step == stop)  # type: ignore[attr-defined]
             original(self, trainer, *args)  # type: ignore[arg-type]
 
         monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)

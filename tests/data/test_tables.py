@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import datasets
@@ -44,7 +45,7 @@ def test_tables_stream_as_the_files_they_were_made_of(monkeypatch: pytest.Monkey
     original = RunFolder.on_train_batch_end
 
     def interrupted(self: RunFolder, trainer: object, *args: object) -> None:
-        self.interrupted = trainer.global_step == 2  # type: ignore[attr-defined]
+        self.signals.received = signal.SIGINT * (trainer.global_step == 2)  # type: ignore[attr-defined]
         original(self, trainer, *args)  # type: ignore[arg-type]
 
     for kind, workers, then in (("parquet", "2", "0"), ("arrow", "0", "2"), ("arrow", "2", "0"), ("saved", "2", "0")):

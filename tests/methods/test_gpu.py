@@ -47,6 +47,7 @@ def test_a_whole_step_does_not_wait(build: Any, precision: torch.dtype, monkeypa
                 loss = module.training_step(batch, 0)
             optimizer.zero_grad()
             loss.backward()
+            module.on_before_optimizer_step(optimizer)
             if isinstance(module, DINO):
                 module.configure_gradient_clipping(optimizer)
             module.optimizer_step(0, 0, optimizer)

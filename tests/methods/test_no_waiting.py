@@ -46,7 +46,8 @@ def mae() -> Method:
 
 
 def step(module: Method, batch: Batch) -> None:
-    """Both passes, clipping, AdamW and the teacher's average. Without the backward pass on a fake GPU: there gradients are given."""
+    """Both passes, the look at their numbers, clipping, AdamW and the teacher's average. Without the backward pass on a fake GPU: there
+    gradients are given."""
     optimizer = module.configure_optimizers()
 
     def both_passes() -> torch.Tensor:
@@ -57,6 +58,7 @@ def step(module: Method, batch: Batch) -> None:
         else:
             for parameter in module.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        module.on_before_optimizer_step(optimizer)
         if isinstance(module, DINO):
             module.configure_gradient_clipping(optimizer)
         return loss

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_a_resumed_run_measures_what_the_whole_one_does(stop: int, monkeypatch: 
     original = RunFolder.on_train_batch_end
 
     def interrupted(self: RunFolder, trainer: Any, *args: Any) -> None:
-        self.interrupted = trainer.global_step == stop
+        self.signals.received = signal.SIGINT * (trainer.global_step == stop)
         original(self, trainer, *args)
 
     monkeypatch.setattr(RunFolder, "on_train_batch_end", interrupted)

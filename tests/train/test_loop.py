@@ -149,11 +149,11 @@ def test_overfit_repeats_its_batches_and_limits_count_global_ones() -> None:
 def test_checkpoints_are_kept_every_so_many_epochs() -> None:
     options = ("--trainer.max_steps", "13", "--keep_every_epochs", "2", "--accumulate", "2")  # three steps an epoch
     train("mae.yaml", "run", *options, callback=Stop(22))
-    assert sorted(path.name for path in Path("run").glob("*.ckpt")) == ["epoch-0002.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in Path("run").glob("*.ckpt")) == ["epoch-0002.ckpt", "last.ckpt", "previous.ckpt"]
     train("mae.yaml", "run", *options, "--resume")
-    assert sorted(path.name for path in Path("run").glob(".*")) == []
+    assert sorted(path.name for path in Path("run").glob(".*")) == [".lock"]
     steps = {path.name: read_checkpoint(path)["global_step"] for path in Path("run").glob("*.ckpt")}
-    assert steps == {"epoch-0002.ckpt": 6, "epoch-0004.ckpt": 12, "last.ckpt": 13}
+    assert steps == {"epoch-0002.ckpt": 6, "epoch-0004.ckpt": 12, "previous.ckpt": 12, "last.ckpt": 13}
     whole = train("mae.yaml", "whole", "--trainer.max_steps", "13", "--accumulate", "2")
     assert all(torch.equal(value, read_checkpoint("run/last.ckpt")["state_dict"][key]) for key, value in whole.items())
 

@@ -14,7 +14,8 @@ from ssl_vit.data.loader import Order
 from ssl_vit.data.stream import Stream
 from ssl_vit.errors import UsageError
 from ssl_vit.methods import Method
-from ssl_vit.train.pretrain import build_method, parse_recipe, recipe_changes
+from ssl_vit.train.folder import recipe_changes
+from ssl_vit.train.pretrain import build_method, parse_recipe
 from ssl_vit_eval.study.plan import Cell, Start
 
 IMAGES = 8  # of the first batch: views are functions of the seed and of an image's position in the stream, and of no other image

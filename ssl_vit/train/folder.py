@@ -1,0 +1,95 @@
+"""What lies in a run folder: whole checkpoints, the last two of them; and whether a run may begin there or go on."""
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+
+from ssl_vit.assets import read_yaml
+from ssl_vit.errors import Failure, UsageError
+from ssl_vit.files import write_atomically
+from ssl_vit.weights.checkpoint import read_checkpoint
+
+LAST, PREVIOUS, LOCK = "last.ckpt", "previous.ckpt", ".lock"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, then renames: the name always holds a whole checkpoint, the old one or the new. The old
+    `last.ckpt` stays as `previous.ckpt`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        def write(file: BinaryIO) -> None:
+            torch.save(checkpoint, file)
+            if Path(path).name == LAST and Path(path).exists():
+                keep(Path(path))
+
+        write_atomically(Path(path), write)
+
+
+def keep(last: Path) -> None:
+    """As `previous.ckpt`: by a second name for the file, so that the first one is never missing."""
+    partial = last.with_name(f".{PREVIOUS}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        os.link(last, partial)
+        os.replace(partial, last.with_name(PREVIOUS))
+    except OSError:  # not every file system has second names
+        os.replace(last, last.with_name(PREVIOUS))
+
+
+def check_folder(folder: Path, resume: bool | str) -> None:
+    """UsageError if the run would overwrite something, or if there is nothing to resume."""
+    begun = any((folder / name).exists() for name in (LAST, PREVIOUS, "recipe.yaml"))
+    if resume is True and not begun:
+        raise UsageError(f"nothing to resume: there is no run in {folder}; leave --resume out to start")
+    # W&B's files, the lock and half-written ones alone: killed before the first step
+    passing = (path.name in ("wandb", LOCK) or path.suffix == ".partial" for path in (folder.iterdir() if folder.is_dir() else ()))
+    if (not resume or not begun) and folder.exists() and not (folder.is_dir() and all(passing)):
+        what, advice = ("a run", "add --resume to go on with it, or ") if begun else ("something else", "")
+        raise UsageError(f"{folder} already holds {what}; {advice}name another folder with --out")
+
+
+def prepare_folder(folder: Path, recipe: dict[str, Any]) -> None:
+    """Clear away what a kill has left, and see to it that `last.ckpt`, if there is any checkpoint, is the newest that can be read.
+
+    UsageError if another recipe was trained here, Failure if no checkpoint can be read."""
+    for partial in folder.glob(".*.partial"):
+        partial.unlink()
+    kept, damaged = sorted(folder.glob("epoch-*.ckpt"), reverse=True), list[Failure]()
+    # a run that was killed before its first checkpoint has only its recipe, and starts again
+    before = read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").exists() else recipe
+    for path in [path for path in (folder / LAST, folder / PREVIOUS, *kept) if path.exists()]:
+        try:
+            content = read_checkpoint(path)
+        except Failure as error:
+            damaged.append(error)
+            continue
+        before, damaged = content["ssl_vit"]["recipe"], []
+        if path.name != LAST:
+            rank_zero_info(f"{folder / LAST} is missing or cannot be read: going on from {path} of step {content['global_step']}")
+            write_atomically(folder / LAST, lambda file, path=path: file.write(path.read_bytes()))  # type: ignore[misc]
+            (folder / "run.json").unlink(missing_ok=True)  # the steps behind it are to be done again
+        break
+    if damaged:
+        raise damaged[0]
+    if changed := recipe_changes(before, recipe):
+        raise UsageError(f"cannot resume {folder} with another recipe ({changed}); use the same one, or another --out")
+
+
+def recipe_changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """`"optim.lr 0.1 -> 0.2, ..."`, empty if the recipes are the same."""
+    old, new = flatten(before), flatten(after)
+    changed = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return ", ".join(changed[:4])
+
+
+def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{a: {b: 1}}` -> `{"a.b": 1}`. What hangs below `trainer.NAME` belongs to Lightning."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        nested = isinstance(value, dict) and value and not prefix.startswith("trainer.")
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

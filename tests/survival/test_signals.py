@@ -1,0 +1,221 @@
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C, sent to real processes: saved within a step, exit code 128 + signal, and the run goes on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ssl_vit.cli import run
+from ssl_vit.methods import Method
+from ssl_vit.weights.checkpoint import read_checkpoint
+from tests.processes import Command, ranks
+
+pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
+STEPS = 60
+OPTIONS = ("--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", f"{STEPS}")
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGHUP: 129, signal.SIGINT: 130}
+
+
+def slow_down(seconds: float = 0.05) -> None:
+    """So that a signal comes in the middle of the run, whatever the machine."""
+    original = Method.on_before_optimizer_step
+
+    def slowly(self: Method, optimizer: Any) -> None:
+        time.sleep(seconds)
+        original(self, optimizer)
+
+    Method.on_before_optimizer_step = slowly  # type: ignore[method-assign]
+
+
+def steps(folder: str) -> list[int]:
+    file = Path(folder, "metrics.jsonl")
+    return [json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def wait_for_step(step: int, folder: str, process: Command) -> None:
+    until = time.monotonic() + 100
+    while not any(found >= step for found in steps(folder)):
+        assert process.running, process.said
+        assert time.monotonic() < until, process.said
+        time.sleep(0.01)
+
+
+def saved(folder: str) -> int:
+    return int(read_checkpoint(f"{folder}/last.ckpt")["global_step"])
+
+
+def same_weights(one: str, other: str) -> bool:
+    first, second = (read_checkpoint(f"{folder}/last.ckpt")["state_dict"] for folder in (one, other))
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.survival) for number in CODES if number != signal.SIGTERM)]
+)
+def test_a_signal_saves_within_a_step_and_the_run_goes_on_exactly(number: signal.Signals) -> None:
+    command = ("pretrain", "mae.yaml", "--out", "run", *OPTIONS, "--resume", "auto")
+    for step in (3, 10):  # of a new run, and of one that goes on
+        process = Command(*command, before=slow_down)
+        wait_for_step(step, "run", process)
+        before = steps("run")[-1]
+        process.send(number)
+        assert process.wait(30) == CODES[number], process.said
+        assert process.said.splitlines()[-1] == f"ssl-vit: stopped at step {saved('run')} and saved run/last.ckpt; go on with --resume"
+        assert "Traceback" not in process.said
+        assert before <= saved("run") <= before + 2  # the one that was under way, and one that was written meanwhile
+        assert steps("run")[-1] == saved("run")
+    assert run(list(command)) == 0
+    assert run(["pretrain", "mae.yaml", "--out", "whole", *OPTIONS]) == 0
+    assert same_weights("run", "whole")
+
+
+def ignore() -> None:
+    slow_down(0.01)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    """As under nohup, and in the background of a shell without job control."""
+    process = Command("pretrain", "mae.yaml", "--out", "run", *OPTIONS[:-1], "40", before=ignore)
+    wait_for_step(3, "run", process)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        process.send(number)
+    assert process.wait(60) == 0, process.said
+
+
+def block() -> None:
+    """Step 5 takes ten minutes."""
+    original = Method.on_before_optimizer_step
+
+    def blocked(self: Method, optimizer: Any) -> None:
+        if self.global_step == 4:
+            Path("blocked").touch()
+            time.sleep(600)
+        original(self, optimizer)
+
+    Method.on_before_optimizer_step = blocked  # type: ignore[method-assign]
+
+
+def test_ctrl_c_twice_leaves_at_once() -> None:
+    process = Command("pretrain", "mae.yaml", "--out", "run", *OPTIONS, before=block)
+    process.wait_for("blocked")
+    process.send(signal.SIGINT)
+    time.sleep(1.0)
+    assert process.running
+    process.send(signal.SIGINT)
+    assert process.wait(5) in (-signal.SIGINT, 130)
+
+
+def requeue(number: int, frame: Any) -> None:
+    Path("requeued").write_text(str(saved("run")))
+    sys.exit(-1)
+
+
+def submitit() -> None:
+    slow_down()
+    signal.signal(signal.SIGUSR2, requeue)
+
+
+def test_a_handler_that_was_there_follows_the_checkpoint() -> None:
+    """submitit's, which puts its job back into the queue and ends the process."""
+    process = Command("pretrain", "mae.yaml", "--out", "run", *OPTIONS, before=submitit)
+    wait_for_step(5, "run", process)
+    process.send(signal.SIGUSR2)
+    assert process.wait(30) == 255, process.said
+    assert int(Path("requeued").read_text()) == saved("run") >= 5
+
+
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGTERM, "rank 1"),
+        *(pytest.param(signal.SIGTERM, to, marks=pytest.mark.survival) for to in ("rank 0", "both")),
+        pytest.param(signal.SIGUSR1, "rank 0", marks=pytest.mark.survival),
+        pytest.param(signal.SIGINT, "both", marks=pytest.mark.survival),
+    ],
+)
+def test_ranks_agree_on_the_step(number: signal.Signals, to: str) -> None:
+    """As torchrun and Slurm start them; whichever process the signal reaches."""
+    command = ("pretrain", "mae.yaml", "--out", "run", *OPTIONS, *TWO, "--resume", "auto")
+    started = ranks(2, *command, before=slow_down)
+    wait_for_step(5, "run", started[0])
+    before = steps("run")[-1]
+    for rank, process in enumerate(started):
+        if to in ("both", f"rank {rank}"):
+            process.send(number)
+    assert [process.wait(30) for process in started] == [CODES[number]] * 2, [process.said for process in started]
+    assert before <= saved("run") <= before + 2
+    for process in started:
+        assert f"stopped at step {saved('run')} and saved run/last.ckpt" in process.said
+        assert "Traceback" not in process.said
+    assert [process.wait(100) for process in ranks(2, *command)] == [0, 0]
+    assert [process.wait(100) for process in ranks(2, *command[:3], "whole", *OPTIONS, *TWO)] == [0, 0]
+    assert same_weights("run", "whole")
+
+
+LAUNCHERS = {
+    "Lightning": [str(Path(sys.executable).parent / "ssl-vit")],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ssl_vit"],
+}
+
+
+@pytest.mark.survival
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("group", [False, True])
+def test_launchers(launcher: str, number: signal.Signals, group: bool) -> None:
+    """To the launcher alone, as a scheduler does, and to the whole group, as Slurm and a terminal do; with data workers in it."""
+    command = [*LAUNCHERS[launcher], "pretrain", "mae.yaml", "--out", "run", *OPTIONS[:-1], "100000", *TWO]
+    command += ["--data.decode", "stream", "--data.workers", "1"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with Path("said").open("w") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
+    until = time.monotonic() + 200
+    while not any(step >= 5 for step in steps("run")):
+        assert process.poll() is None, Path("said").read_text()
+        assert time.monotonic() < until, Path("said").read_text()
+        time.sleep(0.1)
+    (os.killpg if group else os.kill)(process.pid, number)
+    code, text = process.wait(60), Path("said").read_text()
+    assert text.count(f"ssl-vit: stopped at step {saved('run')} and saved run/last.ckpt") == 2, text
+    if launcher == "Lightning":
+        assert code == CODES[number], text
+        assert "Traceback" not in text
+    else:
+        assert code != 0
+
+
+@pytest.mark.survival
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_study_passes_it_on_to_the_cell_and_goes_on(number: signal.Signals) -> None:
+    recipe = yaml.safe_load(Path("mae.yaml").read_text())
+    recipe["data"]["source"], recipe["backbone"]["image_size"], recipe["crop"]["size"] = "builtin:photos-new", 32, 32
+    recipe["trainer"]["max_steps"] = 60
+    Path("mae.yaml").write_text(yaml.safe_dump(recipe))
+    study = {"recipes": ["mae.yaml"], "trained_with": ["cls", "gap"], "seeds": [0], "data": ["builtin:photos-new"], "protocols": ["knn"]}
+    Path("study.yaml").write_text(yaml.safe_dump({**study, "read_with": ["cls", "gap"]}))
+    process = Command("study", "study.yaml", "--out", "out", before=slow_down)
+    until = time.monotonic() + 100
+    while not (logs := list(Path("out").glob("cells/*/metrics.jsonl"))):
+        assert process.running, process.said
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send(number)
+    assert process.wait(30) == CODES[number], process.said
+    assert process.said.splitlines()[-1].endswith("; the same command goes on")
+    assert 0 < saved(str(logs[0].parent)) < 60
+    again = Command("study", "study.yaml", "--out", "out")
+    assert again.wait() == 0, again.said
+    whole = Command("study", "study.yaml", "--out", "whole")
+    assert whole.wait() == 0, whole.said
+    assert same_weights(str(logs[0].parent), f"whole/cells/{logs[0].parent.name}")
