@@ -120,19 +120,21 @@ def begin_worker(worker: int) -> None:
     a worker whose images fill the pipe that nobody reads any more would stay for ever."""
     for name in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # from the main process it is torch's word to end
-    threading.Thread(target=end_with_main, args=(os.getppid(),), daemon=True).start()
+    blocked = [signal.SIGTERM] if hasattr(signal, "sigtimedwait") else []  # from the main process it is torch's word to end
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    threading.Thread(target=end_with_main, args=(os.getppid(), blocked), daemon=True).start()
 
 
-def end_with_main(parent: int) -> None:
-    """End this process once the main one is gone. Its parent tells under fork, where a sibling keeps `is_alive` true; under forkserver,
-    Python 3.14's default, the parent is a server that outlives the main process, and `is_alive` tells."""
+def end_with_main(parent: int, blocked: Sequence[signal.Signals] = ()) -> None:
+    """End this process once the main one is gone, or sends one of the blocked signals.
+
+    Its parent tells under fork, where a sibling keeps `is_alive` true; under forkserver, Python 3.14's default, the parent is a server
+    that outlives the main process, and `is_alive` tells."""
     main = multiprocessing.parent_process()
     while os.getppid() == parent and (main is None or main.is_alive()):
-        if not hasattr(signal, "sigtimedwait"):
+        if not blocked:
             time.sleep(0.5)
-        elif (told := signal.sigtimedwait([signal.SIGTERM], 0.5)) is not None and told.si_pid in (parent, main and main.pid):
+        elif (told := signal.sigtimedwait(blocked, 0.5)) is not None and told.si_pid in (parent, main and main.pid):
             os._exit(0)
     os._exit(1)
 

@@ -39,7 +39,7 @@ class Method(lightning.LightningModule):
         f(self.seed, batch.positions, batch.step) and of no other image, so that devices and resumes do not change them.
     training_step: the scalar loss of `views(batch)`, told to `report`. It also runs without a Trainer, on two images, to be counted
         (train/cost.py). Every trainable parameter takes part in it.
-    on_train_start: where a method has its own, it calls this one's, which compiles.
+    on_train_start, on_before_optimizer_step, on_load_checkpoint, on_save_checkpoint: where a method has its own, it calls this one's.
 
     A class without name, views, training_step or one of the four arguments is refused when it is made.
 

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class RunFolder(Checkpoint):
         super().__init__()
         self.folder, self.flops, self.keep_every_epochs, self.seconds = folder, flops, keep_every_epochs, checkpoint_seconds
         self.checkpoint, self.signals = folder / LAST, Signals()
+        self.begin: Callable[[], None] = lambda: None  # what comes before anything is written
         self._saved_step = 0  # of the last good checkpoint
         self._new = False  # whether this start wrote the folder's recipe
         self._total: int | None = None
@@ -74,6 +76,7 @@ class RunFolder(Checkpoint):
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start = self._saved = time.monotonic()
         if trainer.is_global_zero:
+            self.begin()
             self._new = not (self.folder / "recipe.yaml").exists()
             write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(module.recipe, sort_keys=False))
 

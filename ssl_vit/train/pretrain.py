@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.loader import end_with_main, told_of_lost_workers
 from ssl_vit.data.stream import ImageData
-from ssl_vit.errors import UsageError, one_of, require
+from ssl_vit.errors import Interrupted, UsageError, one_of, require
 from ssl_vit.files import locked
 from ssl_vit.methods import METHODS, Method
 from ssl_vit.methods.base import plain
@@ -154,8 +154,7 @@ def recipe_parser(method: type[Method]) -> LightningArgumentParser:
     parser.add_argument("--resume", nargs="?", const=True, default=False, type=bool | Literal["auto"], help=resume)
     kept = "keep epoch-NNNN.ckpt after so many epochs each"
     parser.add_argument("--keep_every_epochs", type=PositiveInt | None, default=None, help=kept)
-    between = "between two checkpoints"
-    parser.add_argument("--checkpoint_seconds", type=PositiveFloat, default=CHECKPOINT_SECONDS, help=between)
+    parser.add_argument("--checkpoint_seconds", type=PositiveFloat, default=CHECKPOINT_SECONDS, help="between two checkpoints")
     parser.add_argument("--accumulate", type=PositiveInt, default=1, help="micro-batches that a device cuts its share of a batch into")
     parser.add_class_arguments(method, None)
     parser.add_lightning_class_args(ImageData, "data")
@@ -193,11 +192,19 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
     module.accumulate, module.recipe_name = config.accumulate, recipe_name(recipe)
     record = RunFolder(folder, flops, config.keep_every_epochs, config.checkpoint_seconds)
     with ExitStack() as holding:
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            check_folder(folder, config.resume)
+
+        def begin(resume: bool | str = False) -> None:
             if not holding.enter_context(locked(folder / LOCK, wait=False)):
                 raise UsageError(f"another process is training in {folder}; wait until it has ended, or name another folder with --out")
+            check_folder(folder, resume)
             prepare_folder(folder, module.recipe)
+
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            check_folder(folder, config.resume)
+            if folder.exists():
+                begin(config.resume)
+            else:
+                record.begin = begin  # once the data are there: a wrong start leaves nothing
         return _train(config, values, module, record, callbacks, tracking)
 
 
@@ -205,8 +212,7 @@ def _train(
     config: Namespace, values: Namespace, module: Method, record: RunFolder, callbacks: Sequence[Callback], tracking: Tracking | None
 ) -> Path:
     """The rest of `pretrain`, once the folder is this run's."""
-    folder = record.folder
-    log = TrainingLog(tracking, folder) if tracking else None
+    folder, log = record.folder, TrainingLog(tracking, record.folder) if tracking else None
     if config.resume and (folder / "run.json").exists():
         rank_zero_info(f"{folder} is finished; nothing to do")
         if log:
@@ -226,6 +232,8 @@ def _train(
     rank_zero_info(f"{record.checkpoint}: {trainer.global_step} steps{rest}, trained with {module.spec}")
     if log:
         log.close()
+    if number := record.signals.received:  # after the last step
+        raise Interrupted(f"stopped after {trainer.global_step} steps and saved {record.checkpoint}", number)
     return record.checkpoint
 
 

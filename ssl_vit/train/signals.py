@@ -1,5 +1,6 @@
 """What Ctrl-C and schedulers send to a run: noted when it comes, and answered at the end of the step, by all processes at the same one."""
 
+import os
 import signal
 import threading
 import time
@@ -40,8 +41,9 @@ class Signals:
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = self.received or number
-        if number == signal.SIGINT:  # a second Ctrl-C leaves at once, even where Python waits for other processes
+        if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+            os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")  # print may be what was interrupted
 
     def agreed(self, trainer: Trainer, step: int, due: bool) -> tuple[int, bool]:
         """The signal to stop for, or 0, and whether a checkpoint is due for any process: the same answer on all of them.

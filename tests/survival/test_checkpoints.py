@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 
 from ssl_vit.cli import run
 from ssl_vit.errors import Failure
+from ssl_vit.files import write_atomically
 from ssl_vit.methods import Method
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.conftest import errors
@@ -77,6 +79,20 @@ def test_the_interval_is_kept_by_slow_steps() -> None:
 
 def take_half_a_second() -> None:
     slow_down(0.6)
+
+
+def test_file_and_folder_are_synced_around_the_rename(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a power cut would undo cannot be tried: only that the system is asked, and when."""
+    done, fsync, replace = list[str](), os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), replace(*names)))
+    write_atomically(tmp_path / "file", "content")
+    assert done == ["sync file", "rename", "sync folder"]
 
 
 DAMAGES = {

@@ -7,16 +7,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
+from lightning import Trainer
 
 from ssl_vit.cli import run
 from ssl_vit.methods import Method
+from ssl_vit.train.signals import Signals
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.processes import Command, ranks
+from tests.train.test_ranks_pretrain import slurm_tasks
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
 STEPS = 60
@@ -161,6 +166,53 @@ def test_ranks_agree_on_the_step(number: signal.Signals, to: str) -> None:
     assert [process.wait(100) for process in ranks(2, *command)] == [0, 0]
     assert [process.wait(100) for process in ranks(2, *command[:3], "whole", *OPTIONS, *TWO)] == [0, 0]
     assert same_weights("run", "whole")
+
+
+@pytest.mark.survival
+def test_slurm_s_signal_leaves_nothing_of_lightning_s() -> None:
+    """Its own requeueing would write hpc_ckpt files into the working directory, which other runs load."""
+    command = ("pretrain", "mae.yaml", "--out", "run", *OPTIONS, *TWO, "--resume", "auto")
+    tasks = [Command(*command, before=slow_down, **task) for task in slurm_tasks()]
+    wait_for_step(5, "run", tasks[0])
+    for task in tasks:
+        task.send(signal.SIGUSR1)
+    assert [task.wait(30) for task in tasks] == [138, 138], [task.said for task in tasks]
+    assert saved("run") >= 5
+    assert not list(Path.cwd().rglob("hpc_ckpt*"))
+
+
+def test_several_gpus_are_asked_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of an eighth of a second by a clock of our own; the GPU is not there, and what the others were sent is added by hand."""
+    clock, exchanges, others = [0.0], list[float](), [0]
+
+    def all_reduce(found: torch.Tensor, op: object) -> None:
+        exchanges.append(clock[0])
+        found[0] = max(found[0].item(), others[0])
+
+    there = SimpleNamespace(all_reduce=all_reduce, ReduceOp=SimpleNamespace(MAX="max"))
+    tensor = lambda values, **_: torch.tensor(values, dtype=torch.float64)  # noqa: E731
+    monkeypatch.setattr("ssl_vit.train.signals.torch", SimpleNamespace(tensor=tensor, float64=None, distributed=there))
+    monkeypatch.setattr("ssl_vit.train.signals.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    trainer = Mock(spec=Trainer, world_size=2, strategy=SimpleNamespace(root_device=SimpleNamespace(type="cuda")))
+    signals, answers = Signals(), list[tuple[int, bool]]()
+    signals.take(0)
+    try:
+        for step in range(1, 101):
+            clock[0] = step / 8
+            others[0] = signal.SIGTERM if step >= 45 else 0
+            answers.append(signals.agreed(trainer, step, due=False))
+    finally:
+        signals.give_back()
+    assert exchanges == [step / 8 for step in range(1, 101, 8)]
+    assert next(step for step, (number, _) in enumerate(answers, 1) if number) == 49
+
+
+def test_handlers_are_given_back() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    for out, options in (("run", ("--trainer.max_steps", "2")), ("bad", ("--data.source", "nowhere"))):
+        run(["pretrain", "mae.yaml", "--out", out, "--trainer.accelerator", "cpu", *options])
+        assert [signal.getsignal(number) for number in numbers] == before
 
 
 LAUNCHERS = {
