@@ -66,9 +66,13 @@ def read_weights(path: str | Path) -> Any:
 
     UsageError if it is not there, Failure if it cannot be read or another version of ssl-vit wrote it."""
     content = _read_exported(path) if (Path(path).expanduser() / "config.json").exists() else _read_file(path)
-    if is_ours(content) and content["ssl_vit"]["format"] != FORMAT:
-        entry = content["ssl_vit"]
-        raise Failure(f"{path} has checkpoint format {entry['format']}, this version reads {FORMAT}; it was written by {entry['versions']}")
+    if is_ours(content):
+        entry = content["ssl_vit"] if isinstance(content["ssl_vit"], dict) else {}
+        if (found := entry.get("format")) != FORMAT:
+            raise Failure(
+                f"{path} has checkpoint format {found}, this version of ssl-vit reads {FORMAT}; it was written by "
+                f"{entry.get('versions', 'an unknown version')}: use that one, or pretrain again"
+            )
     return content
 
 

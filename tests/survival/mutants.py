@@ -1,17 +1,14 @@
-"""Images and Parquet files with damaged bytes, through the readers: `python -m tests.survival.mutants KIND SEED COUNT`.
-
-Prints how many were read and how many were refused, the slowest in seconds, and how far the memory's peak rose, in MB."""
+"""Images and Parquet files with damaged bytes, through the readers, in a process of its own."""
 
 import io
 import logging
 import random
 import resource
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -78,41 +75,44 @@ def mutant(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def read_image(data: bytes) -> None:
+def read_image(data: bytes, folder: Path) -> None:
     header_size(data)
     assert decode(data, reduction=len(data) % 2 + 1).mode == "RGB"
 
 
-def read_table(data: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "train.parquet").write_bytes(data)
-        load_split(folder, "train", progress=False)
+def read_table(data: bytes, folder: Path) -> None:
+    (folder / "train.parquet").write_bytes(data)
+    load_split(str(folder), "train", progress=False)
 
 
-KINDS: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes], None]]] = {
+KINDS: dict[str, tuple[Callable[[], list[bytes]], Callable[[bytes, Path], None]]] = {
     "images": (images, read_image),
     "tables": (tables, read_table),
 }
 
 
-def main(kind: str, seed: int, count: int) -> None:
+def main(kind: str, seed: int, count: int, folder: Path, found: Any) -> None:
+    """How many of so many mutants were read and how many refused, in one line; the slowest, in seconds; by how far the peak of the
+    memory rose, in bytes."""
+    import datasets
+
     logging.disable()
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
     make, read = KINDS[kind]
     whole, rng = make(), random.Random(seed)
-    for data in whole:
-        read(data)
+    for number, data in enumerate(whole):
+        (folder / f"whole{number}").mkdir()
+        read(data, folder / f"whole{number}")
     before, slowest, came = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0, Counter[str]()
-    for _ in range(count):
-        data, begin = mutant(rng.choice(whole), rng), time.perf_counter()
+    for number in range(count):
+        data, own = mutant(rng.choice(whole), rng), folder / str(number)
+        own.mkdir()
+        begin = time.perf_counter()
         try:
-            read(data)
+            read(data, own)
             came["read"] += 1
         except (Failure, UsageError) as error:
             came["refused" if "\n" not in str(error) else "of several lines"] += 1
         slowest = max(slowest, time.perf_counter() - begin)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    print(came["read"], came["refused"], f"{slowest:.2f}", peak)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    found.put((came["read"], came["refused"], slowest, peak))
