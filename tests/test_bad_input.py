@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
         (["dinos.yaml"], 2, "did you mean 'dino.yaml'? choose one of: dino_cifar10, "),
         (["dino.yaml", "--backbone.widht", "3"], 2, "unknown key 'backbone.widht'; did you mean 'backbone.width'?"),
         (["dino.yaml", "--back.width", "3"], 2, "unknown key 'back.width'"),
-        (["dino.yaml", "--bakbone.width", "3"], 2, "did you mean 'backbone.width'? choose one of: accumulate, backbone, clip_grad, "),
+        (["dino.yaml", "--bakbone.width", "3"], 2, "did you mean 'backbone.width'? choose one of: accumulate, backbone, "),
         (["dino.yaml", "--readout.x", "3"], 2, "unknown key 'readout.x'; did you mean 'readout'? choose one of: accumulate, backbone, "),
         (["dino.yaml", "--trainer.device", "2"], 2, "did you mean 'trainer.devices'?"),
         (["dino.yaml", "--res"], 2, "unknown key 'res'"),
