@@ -31,7 +31,8 @@ def find_asset(kind: Kind, name: str) -> Path:
     shipped = _folder(kind) / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file():
         return shipped
-    raise UsageError(f"unknown {_SINGULAR[kind]} {name!r}: give the path of a YAML file, or {one_of(name, list_assets(kind))}")
+    near, folder = one_of(name, list_assets(kind), map(str, path.parent.glob("*.y*ml"))), path.parent.absolute()
+    raise UsageError(f"unknown {_SINGULAR[kind]} {name!r}: no such YAML file in {folder}; {near}, or give the path of a YAML file")
 
 
 def list_assets(kind: Kind) -> list[str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -59,6 +60,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
     _quiet_the_libraries()
     try:
         dispatch(arguments)
+        sys.stdout.flush()
         return 0
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         go_on = "go on with --resume" if arguments[:1] == ["pretrain"] else "the same command goes on"
@@ -76,6 +78,8 @@ def run(arguments: list[str], debug: bool = False) -> int:
                 return int(error.code or 0)
             case SystemExit():  # Lightning's, of a Ctrl-C before the first step
                 code, message = 130, "interrupted"
+            case BrokenPipeError() if _stdout_is_closed():
+                return 141  # as of a process that SIGPIPE ends
             case _:
                 code, message = 1, f"{type(error).__name__}: {' '.join(str(error).split())}; --debug shows where"
         if debug and not isinstance(error, SystemExit):
@@ -166,7 +170,7 @@ def evaluate(arguments: list[str]) -> None:
     if values.wandb_predictions and values.wandb is None:
         raise UsageError("--wandb-predictions needs --wandb PROJECT")
     tracking = None if values.wandb is None else replace(Tracking.parse(values.wandb), predictions=values.wandb_predictions)
-    from ssl_vit_eval.distributed import process_group
+    from ssl_vit_eval.distributed import process_group, rank
     from ssl_vit_eval.evaluate import evaluate as run_evaluate
     from ssl_vit_eval.sources import open_source
     from ssl_vit_eval.suites import Dataset, load_suite
@@ -177,7 +181,10 @@ def evaluate(arguments: list[str]) -> None:
         raise UsageError("split and column names go with --data; a suite has its own in its file")
     data = [*(Dataset(name, *columns) for name in names), *(load_suite(values.suite) if values.suite else ())]
     with process_group():
-        sources = [open_source(name, values.image_size) for name in values.sources]
+        sources, first = [open_source(name, values.image_size) for name in values.sources], dict[tuple[str, int], str]()
+        for name, source in zip(values.sources, sources, strict=True):
+            if (other := first.setdefault((source.weights, source.image_size), name)) != name and rank() == 0:
+                print(f"{name}: same weights as {other}, so both have the same rows")
         options = (values.controls, values.cache, values.diagnostics)
         run_evaluate(sources, data, values.protocols, values.readouts, values.out, *options, tracking=tracking)
 
@@ -253,6 +260,16 @@ def quickstart(arguments: list[str]) -> None:
 
 
 COMMANDS = {"quickstart": quickstart, "pretrain": pretrain, "eval": evaluate, "compare": compare, "study": study, "export": export}
+
+
+def _stdout_is_closed() -> bool:
+    """Whether its reader is gone, as in `ssl-vit compare DIR | head -1`; then it leads nowhere, or Python would complain at its end."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _quiet_the_libraries() -> None:

@@ -3,6 +3,7 @@
 import difflib
 import signal
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -15,18 +16,25 @@ class Failure(RuntimeError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, or a scheduler's signal, after the step was finished and saved. The command exits with 128 + its number: 130, 143."""
+    """Ctrl-C, or a scheduler's signal, after what was finished was saved. The command exits with 128 + its number: 130, 143."""
 
     def __init__(self, message: str, number: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.number = number
 
 
-def one_of(name: str, options: Iterable[str]) -> str:
-    """`"choose one of: a, b"`, led by the nearest option when `name` looks like a misspelt one."""
+def one_of(name: str, options: Iterable[str], more: Iterable[str] = ()) -> str:
+    """`"choose one of: a, b"`, led by the nearest option, or of `more`, which are not listed, when `name` looks like a misspelt one."""
     known = sorted(options)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, [*known, *more], n=1, cutoff=0.6)
     return (f"did you mean {near[0]!r}? " if near else "") + "choose one of: " + ", ".join(known)
+
+
+def near_path(path: Path, folders: bool = False, more: Iterable[str] = ()) -> str:
+    """`"did you mean 'runs/alpha'? "`: of what lies beside where `path` would, or of the folders there alone, and of `more`; or ""."""
+    names = [*(entry.name for entry in path.parent.glob("*") if entry.is_dir() or not folders), *more]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"did you mean {str(path.with_name(near[0]))!r}? " if near else ""
 
 
 def reason(error: BaseException) -> str:

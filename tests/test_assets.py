@@ -46,7 +46,7 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("")
     assert find_asset("recipes", str(path)) == path
-    with pytest.raises(UsageError, match=r"unknown recipe '.*other.yaml': give the path of a YAML file, or choose one of"):
+    with pytest.raises(UsageError, match=rf"unknown recipe '.*other.yaml': no such YAML file in {tmp_path};"):
         find_asset("recipes", str(tmp_path / "other.yaml"))
 
 

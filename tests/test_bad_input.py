@@ -22,17 +22,31 @@ pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
     ("options", "code", "message"),
     [
         (["dino_photo"], 2, "did you mean 'dino_photos'?"),
+        (["nowhere"], 2, "unknown recipe 'nowhere': no such YAML file in /"),
+        (["dinos.yaml"], 2, "did you mean 'dino.yaml'? choose one of: dino_cifar10, "),
         (["dino.yaml", "--backbone.widht", "3"], 2, "unknown key 'backbone.widht'; did you mean 'backbone.width'?"),
         (["dino.yaml", "--back.width", "3"], 2, "unknown key 'back.width'"),
+        (["dino.yaml", "--bakbone.width", "3"], 2, "did you mean 'backbone.width'? choose one of: accumulate, backbone, clip_grad, "),
+        (["dino.yaml", "--readout.x", "3"], 2, "unknown key 'readout.x'; did you mean 'readout'? choose one of: accumulate, backbone, "),
         (["dino.yaml", "--trainer.device", "2"], 2, "did you mean 'trainer.devices'?"),
         (["dino.yaml", "--res"], 2, "unknown key 'res'"),
-        (["dino.yaml", "--backbone.width", "wide"], 2, "backbone.width"),
+        (["dino.yaml", "--backbone.width", "wide"], 2, "backbone.width is wide; it must be a whole number or null"),
+        (["dino.yaml", "--optim.lr", "abc"], 2, "optim.lr is abc; it must be a number"),
+        (["dino.yaml", "--optim.lr=-", "--seed", "1"], 2, "optim.lr is -; it must be a number"),
+        (["dino.yaml", "--optim", "{lr: abc}"], 2, "optim.lr is {lr: abc}; it must be a number"),
+        (["dino.yaml", "--backbone", "3"], 2, "backbone is 3; it must be KEY: VALUE pairs in braces"),
+        (["dino.yaml", "--data.batch_size", "1.5"], 2, "data.batch_size is 1.5; it must be a whole number"),
+        (["dino.yaml", "--data.decode", "strem"], 2, "data.decode is strem; it must be auto or memory or stream"),
+        (["dino.yaml", "--optim.betas", "3"], 2, "optim.betas is 3; it must be numbers in brackets"),
+        (["dino.yaml", "--backbone.checkpointing", "perhaps"], 2, "backbone.checkpointing is perhaps; it must be true or false"),
+        (["dino.yaml", "--keep_every_epochs", "0"], 2, "keep_every_epochs is 0; it must be a whole number above 0 or null"),
         (["dino.yaml", "--readout", "rgister"], 2, "did you mean 'register'?"),
         (["dino.yaml", "--readout", "register", "--backbone.registers", "0"], 2, "needs registers > 0, got 0; set backbone.registers"),
         (["dino.yaml", "--backbone.image_size", "18"], 2, "a multiple of backbone.patch, 4, such as 16"),
-        (["dino.yaml", "--data.source", "./nowhere"], 2, "nowhere"),
+        (["dino.yaml", "--data.source", "./nowhere"], 2, "/nowhere (given as ./nowhere); give a local folder"),
+        (["dino.yaml", "--data.source", "pictuers"], 2, "did you mean 'pictures'? read as a Hugging Face id, the dataset 'pictuers' "),
         (["dino.yaml", "--data.source", "builtin:photo"], 2, "did you mean 'builtin:photos'?"),
-        (["dino.yaml", "--data.source", "some/dataset"], 1, "some/dataset"),
+        (["dino.yaml", "--data.source", "some/dataset"], 1, "/some/dataset (given as some/dataset); read as a Hugging Face id, the "),
         (["dino.yaml", "--data.split", "trian"], 2, "trian"),
         (["dino.yaml", "--data.batch_size", "64"], 2, "holds 26 images"),
         (["dino.yaml", "--trainer.max_steps", "-1"], 2, "set trainer.max_epochs or trainer.max_steps"),
@@ -56,7 +70,7 @@ pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
         (["dino.yaml", "--trainer.fast_dev_run", "true"], 2, "use --trainer.max_steps 2"),
         (["dino.yaml", "--trainer.strategy", "ddp_spawn"], 2, "use ddp"),
         (["dino.yaml", "--trainer.strategy", "ddp_notebook", "--trainer.devices", "2"], 2, "use ddp"),
-        (["dino.yaml", "--accumulate", "0"], 2, "accumulate"),
+        (["dino.yaml", "--accumulate", "0"], 2, "accumulate is 0; it must be a whole number above 0"),
         (["dino.yaml", "--accumulate", "3"], 2, "batch_size 8 is not divisible by 1 devices x accumulate 3"),
         (["dino.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "3"], 2, "batch_size 8 is not divisible by 3 devices;"),
         (["dino.yaml", "--trainer.limit_train_batches", "0.1"], 2, "is less than one batch; raise it"),
@@ -74,6 +88,7 @@ def test_bad_input_is_one_line(options: list[str], code: int, message: str, caps
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ssl-vit: ")]
     assert len(lines) == 1
     assert message in lines[0]
+    assert lines[0].count("did you mean") <= 1
     assert sorted(Path().rglob("*")) == before  # nothing written
 
 
@@ -86,6 +101,7 @@ def test_bad_input_is_one_line(options: list[str], code: int, message: str, caps
         ("readout: cls\n", "choose one of: dino, mae"),
         ("a: [\n", "is not YAML"),
         ("- 1\n", "holds [1], not keys with values"),
+        ("method: mae\noptim: {lr: abc}\n", "optim.lr is abc; it must be a number"),
         ("method: [mae]\n", "choose one of: dino, mae"),
     ],
 )

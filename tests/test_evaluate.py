@@ -109,6 +109,10 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
         (["eval"], 2, "SOURCE"),
         (["eval", "nowhere.ckpt"], 2, "there is no checkpoint nowhere.ckpt"),
         (["eval", "mae.yaml"], 1, "mae.yaml is not a readable checkpoint"),
+        (["eval", "pictures/tran"], 2, "there is no checkpoint pictures/tran; did you mean 'pictures/train'? give a *.ckpt file"),
+        (["eval", "mae.yaml:studnt"], 2, "mae.yaml has no network 'studnt'; did you mean ':student'?"),
+        (["eval", "pixel"], 2, "there is no checkpoint pixel; did you mean 'pixels'?"),
+        (["eval", "random:nowhere"], 2, "unknown recipe 'nowhere': no such YAML file in /"),
         (["eval", "random:mea.yaml"], 2, "unknown recipe 'mea.yaml'"),
         (["eval", "pixels:big"], 2, "needs a side in pixels"),
         (["eval", "timm:vit_tiny_patch16_24"], 2, "did you mean 'vit_tiny_patch16_224'"),
@@ -119,6 +123,16 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
         (["eval", "random:mae.yaml", "--data", "./empty"], 2, "holds no images"),
         (["eval", "random:mae.yaml", "--data", "builtin:foto"], 2, "builtin:photos"),
         (["eval", "random:mae.yaml", "--data", "owner/name"], 1, "owner/name"),
+        (
+            ["eval", "random:mae.yaml", "--data", "nowhere_folder"],
+            1,
+            "/nowhere_folder (given as nowhere_folder); read as a Hugging Face id, ",
+        ),
+        (
+            ["eval", "random:mae.yaml", "--data", "pictures/tran"],
+            2,
+            "did you mean 'pictures/train'? read as a Hugging Face id, the dataset ",
+        ),
         (["eval", "random:mae.yaml", "--data", "./pictures", "--test-split", "tset"], 2, "did you mean 'test'?"),
         (["eval", "random:mae.yaml", "--data", "./pictures", "--label-column", "lable"], 2, "did you mean 'label'?"),
         (["eval", "random:mae.yaml", "--data", "./broken"], 1, "3.png"),
@@ -130,6 +144,8 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
         (["compare", "pictures"], 2, "holds no rows"),
         (["compare", "nowhere"], 2, "there is no folder 'nowhere'"),
         (["study", "quickstrat"], 2, "did you mean 'quickstart'?"),
+        (["study", "nowhere.yaml"], 2, "unknown study 'nowhere.yaml': no such YAML file in /"),
+        (["study", "bda.yaml"], 2, "did you mean 'bad.yaml'? choose one of: quickstart"),
         (["study", "bad.yaml"], 2, "unknown key 'recipe'; did you mean 'recipes'?"),
         (["evaluate"], 2, "unknown command 'evaluate'"),
         (["quickstart", "--steps", "3"], 2, "unknown argument '--steps'"),
@@ -148,6 +164,7 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str, ca
     lines = errors(capsys)
     assert len(lines) == 1
     assert message in lines[0]
+    assert lines[0].count("did you mean") <= 1
     assert sorted(path for path in Path().rglob("*.*") if path.suffix != ".features") == before
 
 

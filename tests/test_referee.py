@@ -1,6 +1,12 @@
 """`ssl-vit eval` as a command: the cache, the controls, every kind of protocol, learned readouts, sets that fail, diagnostics."""
 
 import json
+import os
+import shutil
+import signal
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +17,11 @@ from PIL import Image
 
 from ssl_vit.assets import find_asset
 from ssl_vit.cli import run
+from ssl_vit_eval.protocols import KINDS
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.sources import open_source
 from tests.conftest import BACKBONE, errors
+from tests.processes import Command
 
 pytestmark = pytest.mark.usefixtures("three_classes")
 
@@ -166,7 +174,8 @@ def test_a_set_that_cannot_be_had_is_left_out(capsys: pytest.CaptureFixture[str]
     Path("mine.yaml").write_text("data: [owner/nowhere, ./single, ./pictures]\n")
     assert run(["eval", "random:mae.yaml", "--suite", "mine.yaml", "--out", "out", "--protocols", "knn", "--readouts", "gap"]) == 1
     captured = capsys.readouterr()
-    assert "owner/nowhere is left out: the dataset 'owner/nowhere' cannot be fetched" in captured.out
+    assert "owner/nowhere is left out: no such folder: " in captured.out
+    assert "read as a Hugging Face id, the dataset 'owner/nowhere' cannot be fetched" in captured.out
     assert "training labels are 0: a probe needs at least two classes" in captured.out
     assert "could not be evaluated: random:mae on owner/nowhere, random:mae on " in captured.err
     assert [row.dataset for row in RowStore("out").rows() if row.metric == "top1"] == ["pictures"]
@@ -266,6 +275,55 @@ def test_one_run_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]
         ("random:mae", "knn"),
         ("random:dino", "knn"),
     ]
+
+
+def test_two_names_of_one_network_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["pretrain", "mae.yaml", "--out", "run", "--trainer.accelerator", "cpu"]) == 0
+    shutil.copy("run/last.ckpt", "run/copy.ckpt")
+    sources = ["run/last.ckpt", "pixels:16", "pixels:8", "random:mae.yaml", "run/copy.ckpt"]
+    assert run(["eval", *sources, "--data", "./pictures", "--out", "out", "--protocols", "knn", "--readouts", "gap"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("same weights as") == 1
+    assert "run/copy.ckpt: same weights as run/last.ckpt, so both have the same rows\n" in text
+
+
+def sleep_in_logreg() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, such as these tests may be, ignores it
+    KINDS["logreg"] = KINDS["logreg"]._replace(run=lambda *_: time.sleep(100))
+
+
+def test_ctrl_c_says_what_is_kept() -> None:
+    """A real process and a real signal, in the second of two runs; its log has lines and no bars."""
+    command = ["eval", "random:mae.yaml", "--data", "./pictures", "--out", "out", "--readouts", "gap", "--protocols", "knn", "logreg"]
+    process = Command(*command, before=sleep_in_logreg)
+    process.wait_for("out/rows.jsonl")
+    process.send(signal.SIGINT)
+    assert (process.wait(60), process.said.splitlines()[-1]) == (
+        130,
+        "ssl-vit: interrupted; 2 rows are kept in out/rows.jsonl; the same command goes on",
+    )
+    assert "Traceback" not in process.said
+    again = Command(*command)
+    assert again.wait() == 0, again.said
+    assert [row.protocol for row in RowStore("out").rows()] == ["knn", "knn", "logreg", "logreg"]
+    assert not {"\r", "|"} & {*process.said, *again.said}
+
+
+def closed_stdout(unbuffered: bool) -> None:
+    sys.stdout = os.fdopen(1, "w", buffering=1 if unbuffered else -1, closefd=False)
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    """`ssl-vit compare out | head -1`, where Python holds what is printed back, and where it does not."""
+    assert run(["eval", "pixels:16", "--data", "./pictures", "--out", "out", "--protocols", "knn"]) == 0
+    for unbuffered in (False, True):
+        process = Command("compare", "out", "--out", f"report{unbuffered}", before=partial(closed_stdout, unbuffered))
+        assert (process.wait(), process.said) == (141, "")
+        assert Path(f"report{unbuffered}/report.html").exists()
 
 
 @pytest.mark.parametrize(

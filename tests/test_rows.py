@@ -1,6 +1,7 @@
 """Rows and predictions on disk: what is written comes back, a kill costs at most the last line, and bad lines are named."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def test_rows_and_predictions_come_back(tmp_path: Path) -> None:
     assert store.rows() == []
     written = store.append([row(), row(metric="macro", value=0.5)], PREDICTIONS, LABELS)
     assert store.rows() == written
-    assert [replace(r, predictions="") for r in written] == [row(), row(metric="macro", value=0.5)]
+    assert [replace(r, predictions="", predictions_hash=None) for r in written] == [row(), row(metric="macro", value=0.5)]
     assert written[0].predictions == written[1].predictions
     predictions, labels = store.predictions(written[0])
     assert predictions.tolist() == [[1], [0], [2]]
@@ -71,24 +72,25 @@ def test_a_metric_declared_later_is_added_to_the_rows_of_the_data(tmp_path: Path
     store = RowStore(tmp_path)
     store.append([row()], PREDICTIONS, LABELS)
     store.append([row(data="other")], PREDICTIONS, LABELS)
-    known = store.known()
+    known = store.known(row().data)
     for _ in range(2):  # the second time there is nothing to add
         store.declare(row().data, "top1_macro")
     assert [(one.data, one.dataset_metric) for one in store.rows()] == [(row().data, "top1_macro"), ("other", None)]
     assert len(store.measured()) == 3
-    assert store.known() == known
+    assert store.known(row().data) == known
 
 
 def test_what_is_there_is_known(tmp_path: Path) -> None:
     store = RowStore(tmp_path)
-    assert store.known() == set()
+    assert store.known(row().data) == set()
     (written,) = store.append([row()], PREDICTIONS, LABELS)
-    assert store.known() == {(row(value=0.1, seconds=9.0).key, "top1")}
+    assert store.known(row().data) == {(row(value=0.1, seconds=9.0).key, "top1")}
     for name in ("checkpoint", "data", "transform", "protocol", "protocol_hash", "read_with", "control"):
         assert row(**{name: "other"}).key != row().key
     assert row(protocol_version=2).key != row().key
+    assert store.known("other data") == set()
     (tmp_path / written.predictions).unlink()
-    assert store.known() == set()
+    assert store.known(row().data) == set()
 
 
 def test_rows_are_checked_by_one_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +156,7 @@ def test_a_failed_write_of_predictions_leaves_no_row(tmp_path: Path, monkeypatch
         ("<html>", "line 2 is not a row"),
         ("[1, 2]", "line 2 is not a row"),
         ('{"loss": 1.0}', "line 2 is not a row"),
-        ('{"format": 2, "id": "x", "shape": "unknown"}', "line 2 has row format 2, this version of ssl_vit reads 1"),
+        ('{"format": 3, "id": "x", "shape": "unknown"}', "line 2 has row format 3, this version of ssl_vit reads 1 to 2"),
         ('{"format": 1, "id": "x", "method": "dino"}', "line 2 is not a row .*lacks the key"),
     ],
 )
@@ -174,12 +176,37 @@ def test_a_field_of_the_wrong_type_is_named(tmp_path: Path) -> None:
         store.rows()
 
 
-def test_corrupt_predictions_are_named(tmp_path: Path) -> None:
+def bit_flipped(data: bytes) -> bytes:
+    return data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 1]) + data[len(data) // 3 + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"PAR1 cut", lambda data: data[:-9], bit_flipped, lambda data: b"", None])
+def test_damaged_predictions_are_named_and_evaluated_again(damage: Callable[[bytes], bytes] | None, tmp_path: Path) -> None:
     store = RowStore(tmp_path)
     (written,) = store.append([row()], PREDICTIONS, LABELS)
-    (tmp_path / written.predictions).write_bytes(b"PAR1 cut")
+    file = tmp_path / written.predictions
+    if damage:
+        file.write_bytes(damage(file.read_bytes()))
+    else:  # another row's file under this name, with as many right answers
+        (other,) = store.append([row(read_with="cls")], PREDICTIONS.flip(0), LABELS)
+        file.write_bytes((tmp_path / other.predictions).read_bytes())
+    assert (written.key, written.metric) not in store.known(written.data)
     with pytest.raises(Failure, match="cannot read the predictions"):
         store.predictions(written)
+    store.append([row()], PREDICTIONS, LABELS)
+    assert (written.key, written.metric) in store.known(written.data)
+
+
+def test_rows_of_format_1_are_read_and_kept(tmp_path: Path) -> None:
+    """They say no hash of their predictions."""
+    store = RowStore(tmp_path)
+    (written,) = store.append([row()], PREDICTIONS, LABELS)
+    line = json.loads(store.file.read_text())
+    del line["predictions_hash"]
+    store.file.write_text(json.dumps({**line, "format": 1}) + "\n")
+    assert store.rows() == [replace(written, predictions_hash=None)]
+    assert store.known(written.data) == {(written.key, "top1")}
+    assert store.predictions(store.rows()[0])[0].tolist() == [[1], [0], [2]]
 
 
 def test_rows_of_two_evaluations_are_not_mixed(tmp_path: Path) -> None:

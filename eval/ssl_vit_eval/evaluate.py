@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ssl_vit.errors import Failure, UsageError
+from ssl_vit.errors import Failure, Interrupted, UsageError
 from ssl_vit.model.readout import ReadoutSpec, available
 from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.controls import check_controls
@@ -68,7 +68,11 @@ def evaluate(
     alone, failed = len(data) == len(sources) == 1, []
     for dataset in data:
         errors: dict[str, list[str]] = {}  # the sources by what kept them: one reason is said once
-        for source, error in evaluate_dataset(dataset, list(zip(sources, wanted, strict=True)), referee):
+        try:
+            lost = evaluate_dataset(dataset, list(zip(sources, wanted, strict=True)), referee)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; {len(store.rows())} rows are kept in {store.file}") from None
+        for source, error in lost:
             if alone:
                 raise error
             errors.setdefault(str(error), []).append(f"{source.name} on {dataset.source}")
@@ -96,7 +100,7 @@ def evaluate_dataset(dataset: Dataset, sources: Sequence[tuple[Source, Specs]], 
             failed.append((source, error))
     for size, group in by_size.items():
         try:
-            images = Images.load(dataset, size, referee.say)
+            images = Images.load(dataset, size, referee)
         except (UsageError, Failure) as error:
             failed += [(source, error) for source, _ in group]
             continue

@@ -68,20 +68,24 @@ class Images:
     test: Split
     fingerprints: tuple[str, str]
     transform: str
-    planned: set[tuple[Key, str]] = field(default_factory=set)  # by the sources so far: two may be the same network
+    known: set[tuple[Key, str]]  # evaluations that are there, or planned by the sources so far: two may be the same network
     _slices: dict[Any, Bool[Tensor, " n"]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, dataset: Dataset, size: int, say: Say) -> "Images":
-        """Called by every process, as what follows; the first one computes the fingerprints, which are read off all images."""
-        prints = ("", "")
+    def load(cls, dataset: Dataset, size: int, referee: Referee) -> "Images":
+        """Called by every process, as what follows; the first one computes the fingerprints, which are read off all images, and looks
+        which evaluations there are."""
+        prints, known = ("", ""), set[tuple[Key, str]]()
         with agreed():
             train, test = dataset.load(size)
             for notice in dict.fromkeys((*train.notices, *test.notices)):
-                say(notice)
+                referee.say(notice)
             if rank() == 0:
                 prints = (train.fingerprint, test.fingerprint)
-        return cls(train, test, gather_objects(prints)[0], dataset.transform(size))
+                known = referee.store.known("".join(prints))
+                if known and test.metric:
+                    referee.store.declare("".join(prints), test.metric)
+        return cls(train, test, gather_objects(prints)[0], dataset.transform(size), gather_objects(known)[0])
 
     @property
     def data(self) -> str:
@@ -113,14 +117,11 @@ class Evaluation:
             specs = {rule.name: blocks if rule.kind == "knn" and self.plain else specs[rule.name] for rule in referee.rules}
             if not self.plain:
                 referee.say(f"{self.name}: diagnostics need a readout without parameters; none was asked for")
-        known = gather_objects(referee.store.known() if rank() == 0 else set())[0] | images.planned
-        if known and images.test.metric and rank() == 0:
-            referee.store.declare(images.data, images.test.metric)
-        tasks = [task for rule in referee.rules for task in self.missing(rule, specs[rule.name], known)]
+        tasks = [task for rule in referee.rules for task in self.missing(rule, specs[rule.name])]
         if not tasks:
             referee.say(f"{self.name}: done before")
         keys = (self.key(task.rule, spec, task.control) for task in tasks for spec in task.specs)
-        images.planned.update((key, metric) for key in keys for metric in METRICS)
+        images.known.update((key, metric) for key in keys for metric in METRICS)
         self.asked = sum(len(task.specs) for task in tasks) + bool(self.plain)  # runs
         refused, self.tasks = self.refused(tasks)
         self.failed = refused if rank() == 0 else []  # those that this process answers for
@@ -168,11 +169,11 @@ class Evaluation:
     def splits(self) -> list[tuple[Split, str]]:
         return list(zip((self.images.train, self.images.test), self.images.fingerprints, strict=True))
 
-    def missing(self, rule: Protocol, specs: Sequence[str], known: set[tuple[Key, str]]) -> list[Task]:
+    def missing(self, rule: Protocol, specs: Sequence[str]) -> list[Task]:
         places: dict[str, list[str]] = {}
         for spec in specs:
             for control in controls_of(self.referee.controls, spec, rule.kind != "knn") if rule.reads == "features" else [""]:
-                if not all((self.key(rule, spec, control), metric) in known for metric in METRICS):
+                if not all((self.key(rule, spec, control), metric) in self.images.known for metric in METRICS):
                     places.setdefault(control, []).append(spec)
         tasks = []
         for control, of in places.items():

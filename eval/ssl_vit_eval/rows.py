@@ -1,6 +1,7 @@
 """Rows: one line of `rows.jsonl` for each number, and beside it the per-image predictions that paired tests are computed from."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from ssl_vit.errors import Failure, UsageError, reason
 from ssl_vit.files import locked, write_atomically
 from ssl_vit_eval.schema import STRICT, checked
 
-FORMAT = 1  # of a line; one with a higher number was written by a later version
+FORMAT = 2  # of a line: since 2 it says the hash of its predictions; one with a higher number was written by a later version
 REMOVE = "remove this line and the other one of its evaluation, which belong together"
 
 
@@ -82,7 +83,8 @@ class Row:
     bank: int | None = None  # images that could vote in k-NN
     recipe_name: str | None = None  # of what was trained here; of checkpoints without it, method and backbone
     dataset_metric: str | None = None  # that its suite declares for the dataset; None where the name decides
-    predictions: str = ""  # file below the store's folder; filled in by `RowStore.append`
+    predictions: str = ""  # file below the store's folder; filled in by `RowStore.append`, as is its hash
+    predictions_hash: str | None = None  # None in rows of format 1
 
     @property
     def key(self) -> Key:
@@ -141,14 +143,14 @@ class RowStore:
         if len({row.key for row in rows}) != 1:
             raise ValueError("append takes the rows of exactly one evaluation")
         name = f"predictions/{rows[0].key.digest}.parquet"
-        rows = [replace(row, predictions=name) for row in rows]
-        path = self.folder / name
         draws = predictions.reshape(len(labels), -1).T.tolist()
         columns = {"image": range(len(labels)), "label": labels.tolist()}
         columns |= {f"prediction{number or ''}": answers for number, answers in enumerate(draws)}
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({column: pa.array(values, pa.int64()) for column, values in columns.items()}), buffer)
+        rows = [replace(row, predictions=name, predictions_hash=_digest(buffer.getvalue())) for row in rows]
         with self._locked():
-            table = pa.table({column: pa.array(values, pa.int64()) for column, values in columns.items()})
-            write_atomically(path, lambda file: pq.write_table(table, file))
+            write_atomically(self.folder / name, lambda file: file.write(buffer.getvalue()))
             self._add(rows)
         return rows
 
@@ -171,21 +173,30 @@ class RowStore:
         """A sentence about a last line that a kill has cut; empty where there is none."""
         return f"{self.file}: the last line was cut short and is ignored; evaluate again to have it back" if self._read()[1] else ""
 
-    def known(self) -> set[tuple[Key, str]]:
-        """The evaluations and metrics that are there, with their predictions."""
-        return {(row.key, row.metric) for row in self.rows() if (self.folder / row.predictions).is_file()}
+    def known(self, data: str) -> set[tuple[Key, str]]:
+        """The evaluations on this data and their metrics that are there, with their predictions as they were written."""
+        return {(row.key, row.metric) for row in self.rows() if row.data == data and self._damage(row) is None}
 
     def predictions(self, row: Row) -> tuple[Int64[Tensor, "n draws"], Int64[Tensor, " n"]]:
         """Predicted (a column a draw) and true classes of the test images, in their order; Failure where the file is gone or corrupt."""
         path = self.folder / row.predictions
         try:
+            if why := self._damage(row):
+                raise ValueError(why)
             table = pq.read_table(path)
             names = ["label", "prediction", *(name for name in table.column_names if re.fullmatch(r"prediction\d+", name))]
             label, *draws = (torch.from_numpy(table[name].to_numpy().astype(np.int64)) for name in names)
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            why = reason(error) if path.exists() else "there is no such file"
-            raise Failure(f"cannot read the predictions {path}: {why}; remove the row or evaluate again") from error
+            raise Failure(f"cannot read the predictions {path}: {reason(error)}; remove the row or evaluate again") from error
         return torch.stack(draws, dim=1), label
+
+    def _damage(self, row: Row) -> str | None:
+        """What is wrong with the predictions' file: it is gone, or not the one that was written with the row."""
+        path = self.folder / row.predictions
+        if not path.is_file():
+            return "there is no such file"
+        same = row.predictions_hash is None or _digest(path.read_bytes()) == row.predictions_hash
+        return None if same else "it is not as it was written with the row"
 
     def _locked(self) -> AbstractContextManager[bool]:
         """Not on the rows themselves: over NFS, closing a file that is read gives its locks back."""
@@ -236,6 +247,10 @@ def find_rows(folders: Sequence[str | Path]) -> list[tuple[Row, RowStore]]:
     return rows
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def _parse(line: str, where: str) -> Row:
     try:
         values = json.loads(line)
@@ -243,8 +258,8 @@ def _parse(line: str, where: str) -> Row:
         values.pop("id")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise Failure(f"{where} is not a row: {REMOVE}") from error
-    if version != FORMAT:
-        raise Failure(f"{where} has row format {version}, this version of ssl_vit reads {FORMAT}: update ssl_vit or evaluate again")
+    if version not in range(1, FORMAT + 1):
+        raise Failure(f"{where} has row format {version}, this version of ssl_vit reads 1 to {FORMAT}: update ssl_vit or evaluate again")
     try:
         return checked(Row, values, where)
     except UsageError as error:

@@ -94,7 +94,7 @@ def workers() -> int:
 def _all(images: _Decoded, count: int, title: str, progress: bool, corrupt: Corrupt) -> Generator[UInt8[np.ndarray, "3 h w"], None, None]:
     loader: Any = DataLoader(images, batch_size=_CHUNK, num_workers=count, collate_fn=list, worker_init_fn=begin_worker)
     rows, nothing = itertools.count(), np.empty((3, 0, 0), dtype=np.uint8)
-    with tqdm(total=len(images), desc=title, unit="img", disable=not progress) as bar, told_of_lost_workers():
+    with tqdm(total=len(images), desc=title, unit="img", disable=None if progress else True) as bar, told_of_lost_workers():
         for chunk in loader:
             for image, row in zip(chunk, rows, strict=False):
                 if isinstance(image, Failure):

@@ -20,7 +20,7 @@ from ssl_vit.data.identity import identity, stack_identity
 from ssl_vit.data.images import ImageStore, header_size, limit_side, to_tensor
 from ssl_vit.data.memory_map import decoded
 from ssl_vit.data.records import Records, read_records
-from ssl_vit.errors import Failure, UsageError, one_of
+from ssl_vit.errors import Failure, UsageError, near_path, one_of
 
 _SAMPLE = 256
 _BUILTINS = tuple(f"builtin:{name}" for name in photos.NAMES)
@@ -66,11 +66,11 @@ def open_records(source: str, split: str, image_column: str | None = None) -> Re
 
 def check_source(source: str) -> None:
     """UsageError or Failure, as `load_split`, for a name that cannot be one: an unknown builtin, a folder that is not there or holds
-    no images. A hub id is asked for when it is loaded."""
+    no images. A hub id is asked for when it is loaded, one that may be a misspelt folder at once; nothing is fetched."""
     if source.startswith("builtin:"):
         check_builtin(source)
-    elif local_path(source).exists() or not _HUB_ID.fullmatch(source):
-        open_tables(source)
+    elif (path := local_path(source)).exists() or not _HUB_ID.fullmatch(source) or near_path(path, folders=True):
+        open_tables(source, fetch=False)
 
 
 def check_builtin(source: str) -> None:
@@ -92,18 +92,20 @@ def pil_images(stack: torch.Tensor) -> Iterator[Image.Image]:
     return (Image.fromarray(image.permute(1, 2, 0).numpy()) for image in stack)
 
 
-def open_tables(source: str) -> Tables:
-    """The splits of a folder or hub id; UsageError or Failure where there is nothing."""
+def open_tables(source: str, fetch: bool = True) -> Tables:
+    """The splits of a folder or hub id; UsageError or Failure where there is nothing. Without `fetch`, a hub id is only asked for."""
     path = local_path(source)
     if path.exists():
         return local_tables(path.resolve())
     if unset := re.search(r"\$\w+|\$\{\w+\}", str(path)):
         raise UsageError(f"{source} names the environment variable {unset[0].strip('${}')}, which is not set: set it to a folder")
-    if "$" in source:
-        raise UsageError(f"no such folder: {source}, which is {path} here")
+    near, where = near_path(path, folders=True), f"no such folder: {path.absolute()} (given as {source})"
     if not _HUB_ID.fullmatch(source) or path.suffix in (".parquet", ".arrow"):
-        raise UsageError(f"no such folder: {source}; give a local folder, a Hugging Face id (owner/name), or {' or '.join(_BUILTINS)}")
-    return hub_tables(source)
+        raise UsageError(f"{where}; {near}give a local folder, a Hugging Face id (owner/name), or {' or '.join(_BUILTINS)}")
+    try:
+        return hub_tables(source, fetch)
+    except Failure as error:
+        raise (UsageError if near else Failure)(f"{where}; {near}read as a Hugging Face id, {error}") from error
 
 
 def find_split(source: str, wanted: str, known: list[str]) -> tuple[str, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """What a run leaves behind and what it shows: the run folder and the progress bar."""
 
+import io
 import json
 import math
 import sys
@@ -194,12 +195,12 @@ def set_loop_counters(checkpoint: dict[str, Any], per_epoch: int, accumulate: in
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar, one over the whole run, in images; loss and seconds waited for data behind it."""
+    """Lightning's bar, one over the whole run, in images; loss and seconds waited for data behind it. In a log, a line now and then."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name = name
-        self._seconds, self._shown = 0.5 if sys.stderr.isatty() else 20.0, 0.0  # a log wants few lines, and a GPU need not wait each time
+        self.name, self._log = name, not sys.stderr.isatty()
+        self._seconds, self._shown = 20.0 if self._log else 0.5, 0.0  # a log wants few lines, and a GPU need not wait each time
 
     def init_train_tqdm(self) -> Tqdm:
         return Tqdm(
@@ -210,6 +211,8 @@ class Progress(TQDMProgressBar):
             desc=self.name,
             dynamic_ncols=True,
             disable=self.is_disabled,
+            file=io.StringIO() if self._log else sys.stderr,
+            bar_format="{desc}: {n_fmt}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}{postfix}]" if self._log else None,
         )
 
     on_train_epoch_start = on_train_epoch_end = Callback.on_train_epoch_start  # nothing: the bar goes on from epoch to epoch
@@ -218,6 +221,8 @@ class Progress(TQDMProgressBar):
         if time.monotonic() - self._shown > self._seconds or trainer.global_step == trainer.estimated_stepping_batches:
             self._shown = time.monotonic()
             super().on_train_batch_end(trainer, module, outputs, batch, trainer.global_step - 1)
+            if self._log and not self.is_disabled:
+                print(self.train_progress_bar, file=sys.stderr, flush=True)
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         waited = f"{getattr(trainer.train_dataloader, 'seconds', 0.0):.0f}"

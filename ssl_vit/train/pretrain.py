@@ -3,11 +3,12 @@
 import argparse
 import glob
 import os
+import re
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
@@ -31,6 +32,7 @@ from ssl_vit.model.precision import tf32
 from ssl_vit.train.callbacks import CHECKPOINT_SECONDS, Progress, RunFolder
 from ssl_vit.train.cost import training_flops
 from ssl_vit.train.folder import LOCK, AtomicCheckpointIO, check_folder, flatten, prepare_folder
+from ssl_vit.train.options import check_options, check_share, check_strategy
 from ssl_vit.train.signals import told_of_lost_ranks
 from ssl_vit.train.tracking import Tracking
 from ssl_vit.train.training_log import TrainingLog
@@ -39,15 +41,6 @@ from ssl_vit.train.training_log import TrainingLog
 TRAINER_IDENTITY: dict[str, Any] = {
     **dict.fromkeys(("max_epochs", "min_epochs", "min_steps", "precision", "gradient_clip_val", "gradient_clip_algorithm")),
     **{"limit_train_batches": None, "max_steps": -1, "overfit_batches": 0.0, "sync_batchnorm": False},
-}
-
-# What a Trainer may be asked for and what to use instead of the rest: allowed values, advice
-CANNOT_HONOUR: dict[str, tuple[tuple[Any, ...], str]] = {
-    "accumulate_grad_batches": ((1,), "data.batch_size is what a step sees: cut it into micro-batches with --accumulate"),
-    "reload_dataloaders_every_n_epochs": ((0,), "the stream of images has no end and is never reloaded: leave it out"),
-    "use_distributed_sampler": ((False,), "the stream gives every rank its own share: leave it out"),
-    "fast_dev_run": ((False, 0), "it would pass for the whole run: use --trainer.max_steps 2 with another --out"),
-    "barebones": ((False,), "a run logs and keeps checkpoints: leave it out"),
 }
 
 # what a recipe is likely to change
@@ -66,7 +59,9 @@ LIKELY = {
     "trainer.precision": "bf16-mixed on recent GPUs",
 }
 
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "DDPStrategy", "SingleDeviceStrategy")
+# what a type of an option allows, in words
+ALLOWED: dict[Any, str] = {int: "a whole number", PositiveInt: "a whole number above 0", float: "a number", tuple: "numbers in brackets"}
+ALLOWED |= {str: "text", bool: "true or false", type(None): "null", list: "a list in brackets", None: "KEY: VALUE pairs in braces"}
 
 
 def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentParser, Namespace]:
@@ -87,11 +82,23 @@ def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentPars
         parser.default_config_files = [glob.escape(str(path))]  # so --help shows the recipe's values
         config = parser.parse_args(options)
     except argparse.ArgumentError as error:
-        raise UsageError(" ".join(str(error).split())) from error
+        raise UsageError(_refusal(" ".join(str(error).split()), parser, fields, options)) from error
     if config.method != method:
         raise UsageError(f"--method {config.method} with a recipe for {method}; choose a recipe of that method")
     check_strategy(config.trainer.strategy)
     return parser, config
+
+
+def _refusal(said: str, parser: LightningArgumentParser, fields: dict[str, Any], options: list[str]) -> str:
+    """What jsonargparse said of a value, in a user's words: what came for which key, and what its type allows."""
+    keys = re.findall(r'Parser key "([\w.]+)"', said)
+    given = dict(re.findall(r"--([\w.]+)=(.*?)(?==--|$)", "=".join(options)))
+    for kind in [getattr(action, "_typehint", None) for action in parser._actions if action.dest in keys[-1:]]:
+        kinds = (kind,) if get_origin(kind) in (None, Literal, tuple, list) else get_args(kind)  # of a union
+        words = [ALLOWED.get(get_origin(of) or of) or getattr(part, "__name__", str(part)) for of in kinds for part in get_args(of) or [of]]
+        came = given.get(keys[-1], given.get(keys[0], flatten(fields).get(keys[-1])))  # as an option, in its group's, or in the recipe
+        said = f"{keys[-1]} is {came}; it must be {' or '.join(dict.fromkeys(words))}"
+    return said
 
 
 def recipe_name(recipe: str) -> str:
@@ -109,20 +116,6 @@ def likely_options(recipe: str) -> str:
     for option, meaning in LIKELY.items():
         lines.append(f"  --{option:20}{meaning}" + (f" ({said[option]})" if said.get(option) is not None else ""))
     return "\n".join(lines) + "\n"
-
-
-def check_strategy(strategy: str | Namespace) -> None:
-    """UsageError unless it is DDP: each device holds the whole model and is a process of its own. Comes before Lightning's own answer,
-    which depends on what is installed."""
-    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if name == "ddp_find_unused_parameters_false":
-        raise UsageError(f"trainer.strategy is {name}, with which a run would not resume exactly; use ddp")
-    spawned = not isinstance(strategy, str) and strategy.init_args.get("start_method", "popen") != "popen"
-    if name not in STRATEGIES or spawned:
-        raise UsageError(
-            f"trainer.strategy is {name}{', spawned' * spawned}, which cannot be honoured: every device holds the whole model, in a "
-            "process of its own; use ddp, and --accumulate or --backbone.checkpointing where memory is short"
-        )
 
 
 def recipe_parser(method: type[Method]) -> LightningArgumentParser:
@@ -220,36 +213,6 @@ def _train(
     return record.checkpoint
 
 
-def check_options(values: Namespace) -> None:
-    """UsageError for options of a Trainer that a run folder or the stream of global batches cannot honour."""
-    options = values.trainer
-    for key, (allowed, advice) in CANNOT_HONOUR.items():
-        if options[key] not in allowed:
-            raise UsageError(f"trainer.{key} is {options[key]}, which cannot be honoured; {advice}")
-    if options.max_epochs in (None, -1) and options.max_steps == -1:
-        raise UsageError("the length of the run is not given; set trainer.max_epochs or trainer.max_steps")
-    for key in ("max_epochs", "max_steps", "limit_train_batches", "devices", "num_nodes"):
-        value = options[key]
-        if isinstance(value, int | float) and value <= 0 and (value != -1 or key == "num_nodes"):
-            raise UsageError(f"trainer.{key} is {value}; it must be above 0")
-    if str(options.precision) in ("bf16-true", "16-true"):
-        raise UsageError(f"trainer.precision is {options.precision}, which rounds small steps of the weights away; use bf16-mixed")
-    for key in ("limit_train_batches", "overfit_batches"):
-        value = options[key]
-        holds = value is None or (value >= 0 and (value <= 1 or int(value) == value))
-        require(holds, f"trainer.{key}", value, "a number of batches, or a share up to 1")
-
-
-def check_share(batch_size: int, devices: int, accumulate: int) -> None:
-    """UsageError unless a global batch can be cut into equal micro-batches on so many devices."""
-    if batch_size % (devices * accumulate):
-        parts = f"{devices} devices" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
-        near = max(round(batch_size / (devices * accumulate)), 1) * devices * accumulate
-        fewer = [count for count in range(1, devices) if batch_size % (count * accumulate) == 0]
-        advice = f"; use --trainer.devices {fewer[-1]} for the same run, or" if fewer else "; use"
-        raise UsageError(f"data.batch_size {batch_size} is not divisible by {parts}{advice} --data.batch_size {near}")
-
-
 def build_trainer(values: Namespace, record: RunFolder) -> Trainer:
     """Lightning's Trainer with the run folder, the progress bar and whole-file checkpoints; UsageError for options that it refuses."""
     check_options(values)
@@ -293,8 +256,6 @@ def _check_key(key: str, known: list[str], where: str) -> None:
     groups = {name.rsplit(".", 1)[0] for name in known if "." in name}
     if key in known or key in groups or ".".join(key.split(".")[:2]) in [k for k in known if k.startswith("trainer.")]:
         return
-    group = key.rsplit(".", 1)[0] + "." if "." in key else ""
-    siblings = [name for name in known if name.startswith(group)] if group.rstrip(".") in groups else known
-    if not group:
-        siblings = sorted({name.split(".")[0] for name in known})
-    raise UsageError(f"{where}unknown key {key!r}; {one_of(key, siblings)}")
+    group = key.rsplit(".", 1)[0]
+    siblings = [name for name in known if name.startswith(f"{group}.")] if group in groups else {name.split(".")[0] for name in known}
+    raise UsageError(f"{where}unknown key {key!r}; {one_of(key, siblings, known if '.' in key else ())}")

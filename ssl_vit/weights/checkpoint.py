@@ -21,7 +21,7 @@ from timm.models import is_model
 from torch.nn import functional as F
 
 from ssl_vit.data.hub import hub_answers
-from ssl_vit.errors import Failure, UsageError, one_of, reason, require
+from ssl_vit.errors import Failure, UsageError, near_path, one_of, reason, require
 from ssl_vit.model.backbone import Backbone, build_backbone
 from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.positions import bicubic
@@ -79,9 +79,13 @@ def _read_file(path: str | Path) -> Any:
         advice = f"name the file in it: {', '.join(inside)}" if inside else "it holds no *.ckpt and no config.json of ssl-vit export"
         raise UsageError(f"{path} is a folder, not a checkpoint; {advice}")
     if not file.exists():
+        before, colon, network = str(path).rpartition(":")
+        if colon and Path(before).expanduser().exists():
+            raise UsageError(f"{before} has no network {network!r}; {one_of(f':{network}', [':student'])}, or nothing for the teacher's")
+        near = near_path(file, more=["pixels"] if file.name == str(path) else [])
         raise UsageError(
-            f"there is no checkpoint {path}; give a *.ckpt file (CKPT:student for a DINO student), an exported folder, a weights file of "
-            "DINO, MAE or DINOv2, timm:NAME, random:RECIPE or pixels"
+            f"there is no checkpoint {path}; {near}give a *.ckpt file (CKPT:student for a DINO student), an exported folder, a weights "
+            "file of DINO, MAE or DINOv2, timm:NAME, random:RECIPE or pixels"
         )
     try:
         if zipfile.is_zipfile(file):

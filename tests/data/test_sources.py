@@ -117,7 +117,7 @@ def test_a_source_may_start_with_an_environment_variable(tmp_path: Path, monkeyp
     check_source("$OUR_DATA/set")
     train, _ = splits.load_train_test("$OUR_DATA/set", size=8, progress=False)
     assert train.dataset == "set"
-    with pytest.raises(UsageError, match=r"no such folder: \$OUR_DATA/other"):
+    with pytest.raises(UsageError, match=rf"no such folder: {tmp_path}/other \(given as \$OUR_DATA/other\)"):
         check_source("$OUR_DATA/other")
     monkeypatch.delenv("OUR_DATA")
     with pytest.raises(UsageError, match="environment variable OUR_DATA, which is not set"):

@@ -14,11 +14,12 @@ from sklearn.preprocessing import StandardScaler
 
 from ssl_vit.assets import list_assets
 from ssl_vit.errors import UsageError
-from ssl_vit_eval import KNNProbe
+from ssl_vit_eval import KNNProbe, LinearProbe
 from ssl_vit_eval.probes.base import check_features, check_training
 from ssl_vit_eval.probes.knn import PARAMETERS, run
 from ssl_vit_eval.probes.selection import stratified_slice
 from ssl_vit_eval.protocols import load_protocol
+from tests.conftest import unchecked
 
 RULE = {"k": [1, 3, 20, 60], "temperature": [0.07, 0.02, 1.0], "standardise": False, "slice_fraction": 0.2, "slice_seed": 0}
 
@@ -127,6 +128,27 @@ def test_bad_input_is_named() -> None:
     for k in (0, True):
         with pytest.raises(UsageError, match=f"k is {k}; it must be a whole number, at least 1"):
             KNNProbe(k=k).fit(X, y)
+
+
+@pytest.mark.parametrize("probe", [KNNProbe(), LinearProbe()])
+def test_what_is_no_tensor_of_its_shape_is_named(probe: KNNProbe | LinearProbe) -> None:
+    """As a user meets it, without the checks of the tests."""
+    X, y = clusters(10)
+    with unchecked():
+        probe.fit(X, y)
+        for call, says in {
+            lambda: probe.fit(X.numpy(), y): r"X is ndarray; it must be a tensor \[n d\] of features; torch.as_tensor makes",
+            lambda: probe.fit(X.tolist(), y): r"X is list; it must be a tensor \[n d\]",
+            lambda: probe.predict(X.numpy()): r"X is ndarray; it must be a tensor \[n d\]",
+            lambda: probe.fit(X, y.numpy()): r"y is ndarray; it must be a tensor \[n\] of class indices; torch.as_tensor makes",
+            lambda: probe.score(X, y.numpy()): r"y is .*; it must be a tensor \[10\] of class indices, one for each row of X",
+            lambda: probe.score(X, y[:, None]): r"y is .*; it must be a tensor \[10\] of class indices, one for each row of X",
+            lambda: probe.fit(X[0], y): r"features have shape \[16\]: a probe needs a non-empty matrix \[n d\]",
+            lambda: probe.predict(X[None]): r"features have shape \[1, 10, 16\]: a probe needs a non-empty matrix \[n d\]",
+            lambda: probe.fit(X, y[:, None]): r"10 feature rows came with labels of shape \[10, 1\]",
+        }.items():
+            with pytest.raises(UsageError, match=says):
+                call()
 
 
 def test_wrong_types_are_named() -> None:

@@ -11,6 +11,7 @@ from ssl_vit.cli import run
 from ssl_vit.train.dry_run import step_seconds
 from ssl_vit.train.pretrain import parse_recipe
 from ssl_vit_eval.study.dry_run import clock
+from tests.conftest import errors
 
 pytestmark = pytest.mark.usefixtures("three_classes")
 
@@ -47,7 +48,8 @@ def test_a_dry_run_tells_what_the_study_then_does(capsys: pytest.CaptureFixture[
         steps, images = steps + summary["steps"], images + summary["images"]
     assert before["all: 2 cells"][:2] == [str(steps), str(images)]
     rows = [json.loads(line) for line in Path("out/eval/rows.jsonl").read_text().splitlines()]
-    of = [row["protocol"] for row in rows if row["metric"] == "top1" and row["method"] != "pixels"]
+    of = [row["protocol"] for row in rows if row["metric"] == "top1"]
+    assert [row["width"] for row in rows if row["method"] == "pixels"] == [3 * 16 * 16] * 2
     assert counts == {rule: of.count(rule) for rule in ("knn", "logreg")}
 
     assert run(["study", "study.yaml", "--out", "out", "--dry-run"]) == 0
@@ -58,6 +60,19 @@ def test_a_dry_run_tells_what_the_study_then_does(capsys: pytest.CaptureFixture[
     assert after["mae-gap-s0"][4] == "done"
     assert f"knn {counts['knn']} ({counts['knn']} done)" in text
     assert "the rest takes 0 s" in text
+
+
+def test_a_dry_run_looks_for_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    study = {"recipes": ["mae.yaml"], "trained_with": ["cls"], "seeds": [0], "protocols": ["knn"], "read_with": ["cls"]}
+    for source, says in {"./nowhere": "no such folder: ", "pictuers": "did you mean 'pictures'? read as a Hugging Face id"}.items():
+        Path("study.yaml").write_text(yaml.safe_dump({**study, "data": ["./pictures", source]}))
+        for dry in (["--dry-run"], []):
+            assert run(["study", "study.yaml", "--out", "out", *dry]) == 2
+            assert says in errors(capsys)[0]
+            assert not Path("out").exists()
+    Path("study.yaml").write_text(yaml.safe_dump({**study, "data": ["./pictures", "owner/name"]}))
+    assert run(["study", "study.yaml", "--out", "out", "--dry-run"]) == 0
+    assert "\ndata: owner/name: no folder here, so taken for Hugging Face ids" in capsys.readouterr().out
 
 
 def test_a_finished_cell_tells_the_time_of_the_others(capsys: pytest.CaptureFixture[str]) -> None:

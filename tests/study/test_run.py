@@ -83,6 +83,11 @@ def test_a_study_is_resumed_where_it_was_stopped(monkeypatch: pytest.MonkeyPatch
     assert run(["study", "study.yaml", "--out", "out"]) == 0
     assert len(trained) == 5
     assert Path("out/eval/rows.jsonl").read_text() == before
+    assert "s in all" in text
+    assert "finished before" not in text
+    finished = capsys.readouterr().out.splitlines()
+    assert finished[-1] == "out was finished before: nothing was trained or evaluated again; its report is out/report.html"
+    assert not any("s in all" in line for line in finished)
     assert run(["compare", "out", "--out", "elsewhere"]) == 0
     assert Path("elsewhere/report.html").exists()
 

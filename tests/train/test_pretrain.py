@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -332,17 +333,20 @@ def test_an_existing_run_is_not_overwritten(capsys: pytest.CaptureFixture[str]) 
     assert Path("run/last.ckpt").read_bytes() == before
 
 
-def test_one_bar_over_the_whole_run(capfd: pytest.CaptureFixture[str]) -> None:
-    """In a log file: a few lines, whatever the number of epochs; the last one says what was seen."""
+@pytest.mark.parametrize("terminal", [False, True])
+def test_one_bar_over_the_whole_run(terminal: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a log file: a few lines without a bar, whatever the number of epochs; the last one says what was seen."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     options = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "30", "--out", "bar")
     assert pretrain("mae.yaml", *options, "--trainer.log_every_n_steps", "1") == 0
-    lines = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("bar:")]
-    assert 1 <= len(lines) <= 8
-    assert "100%" in lines[-1]
-    assert "720/720" in lines[-1]
-    assert " images/s" in lines[-1]
-    assert "loss=" in lines[-1]
-    assert "data_seconds=" in lines[-1]
+    text = capfd.readouterr().err
+    bars = {"\r", "|"} & {*text}
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.startswith("bar:")]
+    assert len(bars) == 2 * terminal
+    assert ("decoding pictures" in text) == terminal
+    assert len(lines) >= 1 if terminal else 1 <= len(lines) <= 8
+    for part in ("720/720", " images/s", "loss=", "data_seconds="):
+        assert part in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import UsageError, require
 from ssl_vit_eval.distributed import rank
 
 T = TypeVar("T")
@@ -21,8 +21,9 @@ _CONSTANT = 1e-6  # a spread below this share of the mean is the rounding of flo
 
 def check_features(X: Tensor) -> None:
     """Raise UsageError unless `X` is a non-empty floating matrix [n d] of finite numbers; the first bad row is named."""
+    require(isinstance(X, Tensor), "X", type(X).__name__, "a tensor [n d] of features; torch.as_tensor makes one of an array")
     if X.ndim != 2 or X.numel() == 0:
-        raise UsageError(f"features have shape {list(X.shape)}: a probe needs a non-empty matrix [images, width]")
+        raise UsageError(f"features have shape {list(X.shape)}: a probe needs a non-empty matrix [n d]")
     if not X.is_floating_point():
         raise UsageError(f"features are {X.dtype}: a probe needs floating-point features, convert them with .float()")
     bad = torch.cat([~rows.isfinite().all(dim=1) for rows in torch.split(X, _ROWS)]).nonzero()
@@ -33,6 +34,7 @@ def check_features(X: Tensor) -> None:
 def check_training(X: Tensor, y: Tensor) -> None:
     """Raise UsageError unless features [n d] and integer labels [n] can train a probe: equal lengths, at least two classes."""
     check_features(X)
+    require(isinstance(y, Tensor), "y", type(y).__name__, "a tensor [n] of class indices; torch.as_tensor makes one of an array")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise UsageError(f"labels are {y.dtype}: a probe needs integer class indices")
     if y.shape != (len(X),):
@@ -116,4 +118,6 @@ class Probe(ABC):
     def score(self, X: Float[Tensor, "m d"], y: Int64[Tensor, " m"]) -> float:
         """Top-1 accuracy in [0, 1]."""
         predicted = self.predict(X)
+        fits = isinstance(y, Tensor) and y.shape == predicted.shape
+        require(fits, "y", getattr(y, "shape", type(y).__name__), f"a tensor [{len(predicted)}] of class indices, one for each row of X")
         return (predicted == y.to(predicted.device)).double().mean().item()

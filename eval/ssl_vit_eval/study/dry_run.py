@@ -1,6 +1,6 @@
 """`ssl-vit study --dry-run`: what a study will cost. Trains nothing that is kept, and writes nothing."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ssl_vit.data.folders import local_path
 from ssl_vit.train.cost import training_flops
 from ssl_vit.train.dry_run import STEPS, step_seconds, total_steps
 from ssl_vit.train.pretrain import build_method, parse_recipe
@@ -17,7 +18,7 @@ from ssl_vit_eval.diagnostics.run import with_blocks
 from ssl_vit_eval.evaluate import wanted_specs
 from ssl_vit_eval.rows import RowStore
 from ssl_vit_eval.sources import Source
-from ssl_vit_eval.study.plan import Cell, Plan, start_source
+from ssl_vit_eval.study.plan import Cell, Plan
 from ssl_vit_eval.study.run import check
 
 NUMBERS = ["steps", "images", "FLOPs", "time"]
@@ -35,6 +36,8 @@ def dry_run(study: str, out: str | None) -> None:
     print(costs.to_string(formatters={name: lambda value, shown=shown: f" {shown(value)}" for name, shown in formats.items()}))
     print("FLOPs: products of forward and backward passes, 2 a multiply-add; time: of one cell on one device")
     print(evaluations(plan))
+    if hub := [of.source for of in plan.data if not (of.source.startswith("builtin:") or local_path(of.source).exists())]:
+        print(f"data: {', '.join(hub)}: no folder here, so taken for Hugging Face ids, and asked for when the cells are trained")
 
 
 def cell_costs(cells: Sequence[Cell]) -> pd.DataFrame:
@@ -66,16 +69,14 @@ def cell_costs(cells: Sequence[Cell]) -> pd.DataFrame:
 
 def evaluations(plan: Plan) -> str:
     """How many evaluations the study holds, how many are there, and what the rest takes by the rows that there are."""
-    wanted: dict[str, int] = defaultdict(int)
-    for start in plan.starts:
-        random = start_source(start)
-        trained = [replace(random, method="trained", trained_with=cell.readout) for cell in plan.cells if cell.start == start]
-        for source in (random, *trained):
-            for rule, count in _evaluations(plan, source).items():
-                wanted[rule] += count * len(plan.data)
-    rows = [row for row in RowStore(plan.folder / "eval").rows() if row.metric == "top1" and row.method != "pixels"]
-    parts, seconds = [], 0.0
-    unknown = False
+    wanted = Counter[str]()
+    sources = plan.controls(plan.starts)
+    for start, random in zip(plan.starts, sources[-len(plan.starts) :], strict=True):
+        sources += [replace(random, method="trained", trained_with=cell.readout) for cell in plan.cells if cell.start == start]
+    for source in sources:
+        wanted.update(_evaluations(plan, source))
+    rows = [row for row in RowStore(plan.folder / "eval").rows() if row.metric == "top1"]
+    parts, seconds, unknown = [], 0.0, False
     for rule, count in wanted.items():
         took = [row.seconds for row in rows if row.protocol == rule]
         parts.append(f"{rule} {count:,} ({len(took):,} done)")
@@ -86,15 +87,14 @@ def evaluations(plan: Plan) -> str:
 
 
 def _evaluations(plan: Plan, source: Source) -> dict[str, int]:
-    """Of one source on one dataset, by protocol."""
-    assert source.backbone is not None
+    """Of one source, by protocol."""
     specs = wanted_specs(source, plan.rules, plan.study.read_with, [cell.readout for cell in plan.cells])
     counts = {}
     for rule in plan.rules:
         diagnosed = plan.study.diagnostics and source.seed == plan.study.seeds[0] and rule.kind == "knn"
-        of = with_blocks(specs[rule.name], source.backbone.depth) if diagnosed else specs[rule.name]
+        of = with_blocks(specs[rule.name], source.backbone.depth) if diagnosed and source.backbone else specs[rule.name]
         controls = plan.study.controls if rule.reads == "features" else []
-        counts[rule.name] = sum(len(controls_of(controls, spec, rule.kind != "knn")) for spec in of)
+        counts[rule.name] = sum(len(controls_of(controls, spec, rule.kind != "knn")) for spec in of) * len(plan.data)
     return counts
 
 
