@@ -21,7 +21,8 @@ from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import require
 from ssl_vit.methods import Method
 from ssl_vit.train.cost import step_bytes, training_flops
-from ssl_vit.train.pretrain import build_method, check_options, check_share, parse_recipe
+from ssl_vit.train.options import check_options, check_share
+from ssl_vit.train.pretrain import build_method, parse_recipe
 
 # TFLOP/s of dense products in 16 bits with sums in 32, as the vendor's data sheets give them: "NVIDIA V100 Tensor Core GPU" (2020, SXM2;
 # the PCIe card has 112), "NVIDIA A100 Tensor Core GPU" (2021), "NVIDIA H100 Tensor Core GPU" (2023, SXM; halved, as it counts with

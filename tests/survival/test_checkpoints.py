@@ -111,7 +111,10 @@ def flipped(data: bytes, byte: int, bit: int) -> bytes:
     return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+FAST = "a flipped bit"
+
+
+@pytest.mark.parametrize("damage", [FAST, *(pytest.param(d, marks=pytest.mark.survival) for d in DAMAGES if d != FAST)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     damage: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -130,6 +133,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     assert json.loads(Path("run/run.json").read_text())["steps"] == 7
 
 
+@pytest.mark.survival
 def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again() -> None:
     killed("run")
     assert pretrain("run", "--resume") == 0
@@ -139,6 +143,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again() -> 
     assert equal(state("run/last.ckpt"), whole)
 
 
+@pytest.mark.survival
 def test_without_any_that_can_be_read_nothing_is_trained(capfd: pytest.CaptureFixture[str]) -> None:
     killed("run")
     for name in ("last", "previous"):
@@ -147,6 +152,7 @@ def test_without_any_that_can_be_read_nothing_is_trained(capfd: pytest.CaptureFi
     assert errors(capfd)[0].startswith("ssl-vit: run/last.ckpt is not a readable checkpoint (")
 
 
+@pytest.mark.survival
 def test_a_flipped_bit_anywhere_is_found_or_changes_nothing() -> None:
     """300 bits, and every byte of the file's directory and of its records' heads near the end."""
     killed("run")

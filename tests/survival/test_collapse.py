@@ -17,10 +17,10 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING and "collapsed" in record.getMessage()]
 
 
-ALL = [("one prototype", "50"), *((kind, every) for kind in ("uniform", "one prototype") for every in ("1", "10"))]
-
-
-@pytest.mark.parametrize(("kind", "every"), [ALL[0], *(pytest.param(*case, marks=pytest.mark.survival) for case in ALL[1:])])
+@pytest.mark.survival  # tests/methods/test_dino.py has the quick ones
+@pytest.mark.parametrize(
+    ("kind", "every"), [("one prototype", "50"), *((kind, every) for kind in ("uniform", "one prototype") for every in ("1", "10"))]
+)
 def test_a_collapse_is_warned_of_within_100_steps(
     kind: str, every: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Any
 ) -> None:

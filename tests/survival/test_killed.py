@@ -92,7 +92,6 @@ def kill(times: int, count: int, seconds: float, *options: str) -> None:
 
 STREAM = ("--data.decode", "stream", "--data.workers")
 ALL = [
-    ("dino", 1, 1, (), ()),
     ("dino", 1, 20, (), ()),
     ("mae", 1, 10, (*STREAM, "0"), (*STREAM, "0")),
     ("dino", 1, 10, (*STREAM, "0"), (*STREAM, "1")),  # equal to a run without workers
@@ -102,10 +101,8 @@ ALL = [
 ]
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.survival) for case in ALL[1:]]
-
-
-@pytest.mark.parametrize(("method", "count", "times", "whole", "cut"), [ALL[0], *SLOW])
+@pytest.mark.survival  # tests/train/test_ranks_pretrain.py has a quick one
+@pytest.mark.parametrize(("method", "count", "times", "whole", "cut"), ALL)
 def test_killed_at_random_moments(method: str, count: int, times: int, whole: tuple[str, ...], cut: tuple[str, ...]) -> None:
     seconds = uninterrupted(count, f"{method}.yaml", *whole)
     kill(times, count, seconds, f"{method}.yaml", *cut)

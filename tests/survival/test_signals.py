@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 
 from ssl_vit.cli import run
 from ssl_vit.methods import Method
+from ssl_vit.train.pretrain import pretrain
 from ssl_vit.train.signals import Signals
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.processes import Command, ranks
@@ -205,6 +207,14 @@ def test_several_gpus_are_asked_once_a_second(monkeypatch: pytest.MonkeyPatch) -
         signals.give_back()
     assert exchanges == [step / 8 for step in range(1, 101, 8)]
     assert next(step for step, (number, _) in enumerate(answers, 1) if number) == 49
+
+
+def test_lightning_s_handler_is_never_there() -> None:
+    """It would speak to the other processes from within the handler: at no moment, and here just before ours comes."""
+    found = list[Any]()
+    early = LambdaCallback(on_train_start=lambda *_: found.append(signal.getsignal(signal.SIGTERM)))
+    pretrain("mae.yaml", ["--out", "run", "--trainer.accelerator", "cpu", "--trainer.max_steps", "1"], [early])
+    assert found == [signal.SIG_DFL]
 
 
 def test_handlers_are_given_back() -> None:
