@@ -12,7 +12,7 @@ from ssl_vit import load_backbone
 from ssl_vit.errors import UsageError
 from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.readout import readout
-from ssl_vit_eval.sources import Source, open_source
+from ssl_vit_eval.sources import Source, _run_name, open_source
 from tests.weights.test_export import checkpoint
 
 
@@ -161,3 +161,17 @@ def test_names_that_are_no_source() -> None:
     }.items():
         with pytest.raises(UsageError, match=message):
             open_source(name)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/alpha/last.ckpt", "alpha"),
+        ("runs/alpha/epoch-0010.ckpt", "alpha-epoch-0010"),
+        ("runs/alpha/previous.ckpt", "alpha-previous"),
+        ("last.ckpt", "last"),
+        ("copy.ckpt", "copy"),
+    ],
+)
+def test_checkpoints_of_one_folder_have_names_of_their_own(path: str, name: str) -> None:
+    assert _run_name(Path(path)) == name

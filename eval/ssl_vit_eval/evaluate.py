@@ -77,7 +77,7 @@ def evaluate(
                 raise error
             errors.setdefault(str(error), []).append(f"{source.name} on {dataset.source}")
         for message, names in errors.items():
-            referee.say(f"{', '.join(names)} is left out: {message}")
+            referee.say(f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} left out: {message}")
             failed += names
     if store.file.exists():
         referee.say(f"rows: {store.file}")

@@ -24,7 +24,7 @@ from ssl_vit_eval.schema import STRICT, checked
 
 FORMAT = 2  # of a line: since 2 it says the hash of its predictions; one with a higher number was written by a later version
 _TAIL = 4096  # bytes, about two lines
-REMOVE = "remove this line and the other one of its evaluation, which belong together"
+REMOVE = "remove this line; ssl-vit eval measures again what is then missing"
 
 
 class Key(NamedTuple):

@@ -158,8 +158,10 @@ def random_source(recipe: str, options: list[str], image_size: int | None = None
 
 
 def _run_name(path: Path) -> str:
-    """A checkpoint is named after the folder of its run, an exported folder after itself."""
-    return path.resolve().name if path.expanduser().is_dir() else path.parent.name or path.stem
+    """A run's last checkpoint is named after its folder, another one after both (`run-epoch-0010`), an exported folder after itself."""
+    if path.expanduser().is_dir():
+        return path.resolve().name
+    return path.parent.name if path.parent.name and path.stem == "last" else "-".join(filter(None, (path.parent.name, path.stem)))
 
 
 def _suffix(network: str | None) -> str:

@@ -32,7 +32,7 @@ class Dataset:
         image_size: side in px, None for each model's own.
         crop: as in `EvalTransform`.
         name: what rows call it; by its source if not given.
-        metric: of `rows.METRICS`, what the comparison judges it by; decided by its name if not given.
+        metric: of `metrics.METRICS`, what the comparison judges it by; decided by its name if not given.
     """
 
     __pydantic_config__ = STRICT

@@ -129,7 +129,9 @@ def _opened(image: bytes | Image.Image, name: str) -> Image.Image:
         raise Failure(f"{name} is refused unread: it has more than the {MAX_PIXELS:,} pixels allowed; make it smaller") from error
     except Exception as error:
         start = image[:16] if isinstance(image, bytes) else b""
-        raise Failure(f"{name} is no readable image (it begins with {start!r}); allowed: {', '.join(FORMATS)}; replace it") from error
+        raise Failure(
+            f"{name} is no readable image, or a damaged one (it begins with {start!r}); allowed: {', '.join(FORMATS)}; replace it"
+        ) from error
     return opened
 
 

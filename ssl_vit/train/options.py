@@ -55,7 +55,7 @@ def check_options(values: Namespace) -> None:
 def check_share(batch_size: int, devices: int, accumulate: int) -> None:
     """UsageError unless a global batch can be cut into equal micro-batches on so many devices."""
     if batch_size % (devices * accumulate):
-        parts = f"{devices} devices" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
+        parts = f"{devices} device{'s' * (devices > 1)}" + (f" x accumulate {accumulate}" if accumulate > 1 else "")
         near = max(round(batch_size / (devices * accumulate)), 1) * devices * accumulate
         fewer = [count for count in range(1, devices) if batch_size % (count * accumulate) == 0]
         advice = f"; use --trainer.devices {fewer[-1]} for the same run, or" if fewer else "; use"

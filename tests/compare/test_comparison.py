@@ -18,6 +18,7 @@ from ssl_vit_eval.report.score_tables import differences, gain_text, score_text,
 from ssl_vit_eval.report.terminal import compare, screen
 from ssl_vit_eval.report.text import signed
 from ssl_vit_eval.rows import RowStore
+from ssl_vit_eval.sources import family_of
 from ssl_vit_eval.stats.seeds import accuracy_interval, crossed_interval
 from tests.planted import families, notes, plant, plant_arm, plant_random
 
@@ -135,6 +136,28 @@ def test_different_recipes_and_equal_seeds_are_not_averaged(store: RowStore) -> 
     assert "dino (slow): 2 recipes of this name differ in more than readout and seed" in notes(comparison)
     again = "dino (slow slower), trained with cls: 2 checkpoints of seed 0 (weights-, another); each of its checkpoints stands alone"
     assert again in notes(comparison)
+
+
+def test_trainings_of_two_recipes_are_said_with_the_fields_that_differ(store: RowStore, tmp_path: Path) -> None:
+    hashes = []
+    for name, readout, lr in (("a", "cls", 0.1), ("b", "gap", 0.2)):
+        recipe = {"method": "dino", "readout": readout, "seed": 0, "optim": {"lr": lr}}
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        hashes.append(family_of(recipe))
+        plant(store, answers(0.8), source=name, trained_with=readout, read_with=readout, family=hashes[-1], checkpoint=name)
+    said = "a and b cannot be compared as trainings, since they are of two recipes: "
+    assert f"{said}name their run folders too, and it is said in which field" in notes(build([store.folder]))
+    comparison = build([store.folder, tmp_path / "a", tmp_path / "b"])
+    assert f"{said}optim.lr 0.1 -> 0.2" in notes(comparison)
+    with store.file.open("a") as file:
+        file.write('{"cut')
+    text = " ".join(screen(build([store.folder, tmp_path / "a", tmp_path / "b"])).split())
+    assert text.startswith("warning: ")
+    assert f"warning: {said}optim.lr 0.1 -> 0.2" in text
+    assert "rows.jsonl: the last line was cut short and is ignored" in text
+    plant(store, answers(0.8), source="c", trained_with="gap", read_with="gap", family=hashes[0], checkpoint="c")
+    assert not any("cannot be compared as trainings" in note for note in notes(build([store.folder])))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def cell(recipe: str, readout: str, seed: int = 0, *options: str) -> Cell:
 def test_arms_that_differ_in_their_readout_alone_are_fair(recipe: str, arms: list[str]) -> None:
     cells = [cell(recipe, arm, seed) for arm in arms for seed in (0, 1)]
     said = check_fair(cells)
-    assert f"({len(cells)} cells, 2 starts; " in said
+    assert f"(cells: {len(cells)}, starts: 2; " in said
     assert "and 19 tokens)" in said  # 16 patches, 2 registers, 1 CLS
     first = method_of(cells[0]).state_dict()
     for other in cells[2::2]:

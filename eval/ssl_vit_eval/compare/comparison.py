@@ -21,7 +21,7 @@ from ssl_vit_eval.compare.preregistration import find_declared
 from ssl_vit_eval.compare.questions import ask, cells_of, null_controls
 from ssl_vit_eval.compare.runs import Run, find_runs
 from ssl_vit_eval.compare.verdict import Family, Rule, Side
-from ssl_vit_eval.compare.warnings import missing, repeated, revisions
+from ssl_vit_eval.compare.warnings import missing, repeated, revisions, two_recipes
 from ssl_vit_eval.metrics import MACRO, TOP1, metric_of
 from ssl_vit_eval.rows import Key, Row, Setting, find_rows
 from ssl_vit_eval.sources import PIXELS
@@ -156,7 +156,8 @@ def build(folders: Sequence[str | Path], margin: float | None = None, family: st
     families = null_controls(runs)
     asked = ask(cells, {arms[weights_of(row)][:2] for row in rows if row.family in families}, declared.primary)
     cut = [Note("cut", {"line": line}) for store in {store.file: store for _, store in every}.values() if (line := store.cut_line())]
-    notes = [*cut, *repeated(every), *declarations, *clashes, *_notes(tables), *missing(cells)]
+    alone = [] if any(family.question == "trained with" for family in asked.families) else two_recipes(rows, runs)
+    notes = [*cut, *alone, *repeated(every), *declarations, *clashes, *_notes(tables), *missing(cells)]
     return Comparison(
         tables,
         sections=list(dict.fromkeys(arm[:2] for arm in trained)),

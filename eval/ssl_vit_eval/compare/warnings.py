@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ssl_vit.model.readout import ReadoutSpec
+from ssl_vit.train.folder import recipe_changes
 from ssl_vit_eval.compare.arms import Arm
 from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.compare.questions import Cells, Section
+from ssl_vit_eval.compare.runs import Run
 from ssl_vit_eval.compare.verdict import Family
 from ssl_vit_eval.metrics import metric_of
 from ssl_vit_eval.rows import Key, Row, RowStore, Setting
@@ -60,6 +62,22 @@ def missing(cells: Cells) -> list[Note]:
                 partly = [(arm.trained_with, seed, ", ".join(of)) for (arm, seed), of in lacking.items() if of and of != asked[arm]]
                 values = {"section": next(iter(own)).section, "setting": setting, "count": count, "whole": whole, "partly": partly}
                 notes.append(Note("missing", values | {"asked": len(seeds[section]) * sum(map(len, asked.values()))}))
+    return notes
+
+
+def two_recipes(rows: Sequence[Row], runs: Sequence[Run]) -> list[Note]:
+    """Trainings of one method that are of several recipes: in which fields, as far as their run folders are there."""
+    recipes = {run.family: {key: value for key, value in run.recipe.items() if key not in ("readout", "seed")} for run in runs}
+    found: dict[str, dict[str, str]] = defaultdict(dict)  # method -> family -> the first source of it
+    for row in rows:
+        if row.trained_with and row.family:
+            found[row.method].setdefault(row.family, row.source)
+    notes = []
+    for sources in found.values():
+        (first, a), *others = sources.items()
+        for other, b in others:
+            changed = recipe_changes(recipes[first], recipes[other]) if {first, other} <= recipes.keys() else ""
+            notes.append(Note("two recipes", {"a": a, "b": b, "changed": changed}))
     return notes
 
 

@@ -48,13 +48,15 @@ def blocks(comparison: Comparison) -> list[Block]:
 
 def warnings_of(comparison: Comparison) -> list[str]:
     """What keeps the numbers from meaning what they seem to; first what raw pixels beat."""
-    notes = dict.fromkeys(map(note_text, comparison.notes))
-    return [*floors(comparison), *notes, *selection_warnings(frame_of_rows(comparison.rows))]
+    return [
+        *dict.fromkeys([*first_warnings(comparison), *map(note_text, comparison.notes)]),
+        *selection_warnings(frame_of_rows(comparison.rows)),
+    ]
 
 
-def floors(comparison: Comparison) -> list[str]:
-    """As `Comparison.floors`, in words."""
-    return [note_text(note) for note in comparison.floors]
+def first_warnings(comparison: Comparison) -> list[str]:
+    """Those that the screen shows as well: what raw pixels beat, what is lost, and what is not compared."""
+    return [note_text(note) for note in [*comparison.floors, *(note for note in comparison.notes if note.kind in ("cut", "two recipes"))]]
 
 
 def chip(family: Family, difference: Difference) -> str:

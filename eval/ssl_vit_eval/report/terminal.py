@@ -61,9 +61,9 @@ def compare(
 def screen(comparison: Comparison) -> str:
     """What to be warned of first, the tables in small, the verdicts, and what to do next."""
     width = get_terminal_size((120, 40)).columns
-    floors = first_page.floors(comparison)
-    others = len(first_page.warnings_of(comparison)) - len(floors)
-    parts = ["\n".join(line for note in floors for line in wrap(f"warning: {note}", width, subsequent_indent="  "))]
+    first = first_page.first_warnings(comparison)
+    others = len(first_page.warnings_of(comparison)) - len(first)
+    parts = ["\n".join(line for note in first for line in wrap(f"warning: {note}", width, subsequent_indent="  "))]
     tables = [_tables(comparison, dataset, width) for dataset in dict.fromkeys(table.setting.dataset for table in comparison.tables)]
     parts += [*tables, "; ".join(meaning for sign, meaning in WORDS["legend"].items() if sign in "\n".join(tables)) + "."]
     verdicts = [f"verdicts, at a margin of {points_text(comparison.rule.margin)}", *_verdicts(comparison)]
@@ -111,5 +111,7 @@ def _verdicts(comparison: Comparison) -> list[str]:
         ]
         if pairs:
             count = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in get_args(Outcome) if outcomes[outcome])
-            lines += [f"  {title}: {count}", *found[: SHOWN.get(question, 2)]]
+            shown = SHOWN.get(question, 2)
+            more = [f"    and {len(found) - shown} more"] if len(found) > shown else []
+            lines += [f"  {title}: {count}", *found[:shown], *more]
     return lines or ["  none: nothing here can be subtracted from something else"]

@@ -56,7 +56,7 @@ def check_fair(cells: Sequence[Cell]) -> str:
                 where = f"{start.name}, seed {start.seed}"
                 raise UsageError(f"{where}: the arm {cell.readout} is not fair to {of[0].readout}: {found}; leave it to a study of its own")
         most = max(most, first.facts, key=len)
-    held = f"{len(cells)} cells, {len(arms)} starts; up to {len(most) - len(_OTHER)} weights and {most['its sequence'].shown}"
+    held = f"cells: {len(cells)}, starts: {len(arms)}; up to {len(most) - len(_OTHER)} weights and {most['its sequence'].shown}"
     return f"fair arms: equal but for the readout in recipe, initial weights, sequence length, first batch and views ({held})"
 
 

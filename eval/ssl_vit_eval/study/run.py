@@ -128,7 +128,7 @@ def _evaluate(plan: Plan, sources: Sequence[Source], tracking: Tracking | None, 
                 plan.folder / "eval",
                 controls=study.controls,
                 diagnostics=chosen is first,
-                say=lambda line: print(line) if " is left out: " in line else None,
+                say=lambda line: print(line) if " left out: " in line else None,
                 tracking=tracking and replace(tracking, group=plan.name, tags=tags),
             )
         except Failure as error:
