@@ -54,6 +54,7 @@ def evaluate(
     trained = [source.trained_with for source in sources if source.trained_with]
     wanted = [wanted_specs(source, rules, readouts, trained) for source in sources]
     store = open_store(out)
+    store.rows()  # a damaged line is said before any work
 
     def tell(line: str) -> None:
         with tqdm.external_write_mode():  # bars stand below what is said

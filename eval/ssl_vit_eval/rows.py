@@ -176,7 +176,9 @@ class RowStore:
 
     def known(self, data: str) -> set[tuple[Key, str]]:
         """The evaluations on this data and their metrics that are there, with their predictions as they were written."""
-        return {(row.key, row.metric) for row in self.rows() if row.data == data and self._damage(row) is None}
+        rows = [row for row in self.rows() if row.data == data]
+        whole = {of: self._damage(row) is None for of, row in {(row.predictions, row.predictions_hash): row for row in rows}.items()}
+        return {(row.key, row.metric) for row in rows if whole[row.predictions, row.predictions_hash]}
 
     def predictions(self, row: Row) -> tuple[Int64[Tensor, "n draws"], Int64[Tensor, " n"]]:
         """Predicted (a column a draw) and true classes of the test images, in their order; Failure where the file is gone or corrupt."""

@@ -199,7 +199,12 @@ class DINO(Method):
             teacher: list[Tensor] = [*self.teacher.parameters()]
             student: list[Tensor] = [*self.student.parameters()]
             share = (1 - self.scheduled["teacher_momentum"]) * (1 - self.skip.to(teacher[0].dtype))  # 0 for a step that is not taken
-            torch._foreach_lerp_(teacher, student, [share] * len(teacher))
+            if share.is_cuda:  # where a lerp by a weight on the device would be a kernel for each tensor
+                way = torch._foreach_sub(student, teacher)
+                torch._foreach_mul_(way, share)
+                torch._foreach_add_(teacher, way)
+            else:
+                torch._foreach_lerp_(teacher, student, [share] * len(teacher))
             self.center.copy_(torch.where(self.skip > 0, self.old_center, self.center))
 
     def schedule(self, step: int) -> dict[str, float]:

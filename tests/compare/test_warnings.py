@@ -78,6 +78,9 @@ def test_what_was_measured_twice(store: RowStore, tmp_path: Path) -> None:
     assert "toy-cls-s0 read with cls, builtin:photos, knn was measured 3 times, always as 75.00 % but with other answers" in other + value
     assert "toy-gap-s1 read with gap, builtin:photos, knn was measured 3 times, as 75.00 % and as 70.00 %: the last counts" in other + value
     assert only(comparison, "trained with").of_seeds == pytest.approx((0.0, 5.0))
+    # measured again in the first store too: its earlier line tells of a file that is no longer there
+    plant_arm(store, "cls", [0], lambda seed: first(150, 200).flip(0))
+    assert [note.partition(" read")[0] for note in notes(compared(store)) if "measured" in note] == ["toy-gap-s1"]
 
 
 def test_two_checkpoints_of_a_seed_stand_alone(store: RowStore) -> None:

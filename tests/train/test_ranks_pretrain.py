@@ -145,6 +145,7 @@ def test_four_processes_that_are_resumed_end_in_the_same_bits(method: str) -> No
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_nodes() -> None:
     """Two launchers of one process each, as on two machines: one writes, the other does not."""
     launcher = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {free_port()}".split()

@@ -26,8 +26,9 @@ def repeated(found: Sequence[tuple[Row, RowStore]]) -> list[Note]:
     for of in again.values():
         last, store = of[-1]
         values = [row.value for row, _ in of if row.value != last.value]
-        # one store keeps the predictions of the last measurement only
-        if values or any(other.folder != store.folder and not _same_answers((last, store), (row, other)) for row, other in of):
+        # a store keeps the predictions of its last measurement only
+        others = {other.folder: (row, other) for row, other in of if other.folder != store.folder}
+        if values or not all(_same_answers((last, store), other) for other in others.values()):
             notes.append(Note("repeated", {"row": last, "times": len(of), "values": values}))
     return notes
 

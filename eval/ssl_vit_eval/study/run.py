@@ -34,7 +34,7 @@ def run_study(name: str, out: str | None, tracking: Tracking | None = None, verb
     begun = time.monotonic()
     plan = open_plan(name, out)
     rows = plan.folder / "eval" / "rows.jsonl"
-    finished = rows.read_bytes() if rows.exists() and all(cell.summary for cell in plan.cells) else None
+    finished = rows.stat().st_size if rows.exists() and all(cell.summary for cell in plan.cells) else None
     taken = []
     for number, cell in enumerate(plan.cells, 1):
         with locked(cell.lock, wait=False) as mine:
@@ -59,7 +59,7 @@ def run_study(name: str, out: str | None, tracking: Tracking | None = None, verb
             failed = error
         report = compare([plan.folder], plan.folder, verbose=verbose)
     before = f"{plan.folder} was finished before: nothing was trained or evaluated again; its report is {report}"
-    print(before if finished == rows.read_bytes() else f"{time.monotonic() - begun:.0f} s in all; a second run skips what is done")
+    print(before if finished == rows.stat().st_size else f"{time.monotonic() - begun:.0f} s in all; a second run skips what is done")
     if failed:
         raise failed
     return report
