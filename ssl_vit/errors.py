@@ -31,7 +31,7 @@ def one_of(name: str, options: Iterable[str], more: Iterable[str] = ()) -> str:
 
 
 def near_path(path: Path, folders: bool = False, more: Iterable[str] = ()) -> str:
-    """`"did you mean 'runs/alpha'? "`: of what lies beside where `path` would, or of the folders there alone, and of `more`; or ""."""
+    """`"did you mean 'runs/alpha'? "`, or "": the nearest name among the neighbours of `path` (folders only, if asked) and `more`."""
     names = [*(entry.name for entry in path.parent.glob("*") if entry.is_dir() or not folders), *more]
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     return f"did you mean {str(path.with_name(near[0]))!r}? " if near else ""
