@@ -71,7 +71,7 @@ pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
         (["dino.yaml", "--trainer.strategy", "ddp_spawn"], 2, "use ddp"),
         (["dino.yaml", "--trainer.strategy", "ddp_notebook", "--trainer.devices", "2"], 2, "use ddp"),
         (["dino.yaml", "--accumulate", "0"], 2, "accumulate is 0; it must be a whole number above 0"),
-        (["dino.yaml", "--accumulate", "3"], 2, "batch_size 8 is not divisible by 1 devices x accumulate 3"),
+        (["dino.yaml", "--accumulate", "3"], 2, "batch_size 8 is not divisible by 1 device x accumulate 3"),
         (["dino.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "3"], 2, "batch_size 8 is not divisible by 3 devices;"),
         (["dino.yaml", "--trainer.limit_train_batches", "0.1"], 2, "is less than one batch; raise it"),
         (["dino.yaml", "--trainer.limit_train_batches", "1.5"], 2, "trainer.limit_train_batches is 1.5; it must be a number of batches"),

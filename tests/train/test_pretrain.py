@@ -353,7 +353,7 @@ def test_one_bar_over_the_whole_run(terminal: bool, capfd: pytest.CaptureFixture
     ("options", "says"),
     [
         (["--trainer.devices", "3"], "data.batch_size 8 is not divisible by 3 devices; use --trainer.devices 2 for the same run, or"),
-        (["--accumulate", "3"], "data.batch_size 8 is not divisible by 1 devices x accumulate 3; use --data.batch_size 9"),
+        (["--accumulate", "3"], "data.batch_size 8 is not divisible by 1 device x accumulate 3; use --data.batch_size 9"),
         (["--trainer.accelerator", "gpu", "--trainer.devices", "800"], "Lightning's Trainer refuses these options: "),
     ],
 )
