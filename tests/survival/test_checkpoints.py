@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from ssl_vit.cli import run
 from ssl_vit.errors import Failure
 from ssl_vit.files import write_atomically
 from ssl_vit.methods import Method
+from ssl_vit.train.folder import checkpoints, is_finished, prepare_folder
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.conftest import errors
-from tests.processes import Command
+from tests.processes import Command, ranks
 from tests.survival.test_signals import slow_down
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
@@ -127,7 +129,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
         assert run(command) == 1
         assert errors(capfd)[0].startswith("ssl-vit: alone.ckpt is not a readable checkpoint (")
     assert pretrain("run", "--resume", "auto") == 0
-    assert "run/last.ckpt is missing or cannot be read: going on from run/previous.ckpt of step 3" in caplog.text
+    assert "run/last.ckpt cannot be read (" in caplog.text
+    assert ") and is now last.ckpt.damaged: going on from run/previous.ckpt of step 3" in caplog.text
+    assert Path("run/last.ckpt.damaged").read_bytes() == damaged
     assert pretrain("whole") == 0
     assert equal(state("run/last.ckpt"), state("whole/last.ckpt"))
     assert json.loads(Path("run/run.json").read_text())["steps"] == 7
@@ -141,6 +145,60 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again() -> 
     Path("run/last.ckpt").write_bytes(b"")
     assert pretrain("run", "--resume") == 0
     assert equal(state("run/last.ckpt"), whole)
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_whether_a_run_is_finished_depends_on_no_other_process(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, while and after the first process repairs `last.ckpt`: not finished, and there is something to go on from."""
+    killed("run")
+    Path("run/run.json").touch()
+    assert is_finished(Path("run"))
+    damaged = Path("run/last.ckpt")
+    damaged.unlink() if damage == "missing" else damaged.write_bytes(b"")
+    recipe, replace = read_checkpoint("run/previous.ckpt")["ssl_vit"]["recipe"], os.replace
+    found = list[tuple[bool, bool]]()
+
+    def look(*names: Any) -> None:
+        if names:
+            replace(*names)
+        found.append((is_finished(Path("run")), bool(checkpoints(Path("run")))))
+
+    look()
+    monkeypatch.setattr(os, "replace", look)
+    prepare_folder(Path("run"), recipe)
+    look()
+    assert found == [(False, True)] * (4 if damage == "damaged" else 3)
+    assert read_checkpoint("run/last.ckpt")["global_step"] == 3
+
+
+def test_a_finished_run_without_its_checkpoints_stays_finished() -> None:
+    assert pretrain("run") == 0
+    Path("run/last.ckpt").unlink()
+    assert pretrain("run", "--resume") == 0
+    assert not Path("run/last.ckpt").exists()
+
+
+def late(rank: int) -> None:
+    """This rank looks at the folder, and prepares it, after the other one."""
+    if os.environ["RANK"] == f"{rank}":
+        time.sleep(4)
+
+
+@pytest.mark.survival
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_two_ranks_go_on_from_the_checkpoint_before(damage: str, rank: int) -> None:
+    killed("run")
+    if damage == "missing":
+        Path("run/last.ckpt").unlink()
+    else:
+        assert pretrain("run", "--resume") == 0  # finished
+        Path("run/last.ckpt").write_bytes(b"")
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--resume", "auto")
+    for process in ranks(2, "pretrain", "mae.yaml", "--out", "run", *CPU, *two, before=partial(late, rank)):
+        assert process.wait(90) == 0, process.said
+    assert json.loads(Path("run/run.json").read_text())["steps"] == 7
+    assert read_checkpoint("run/last.ckpt")["global_step"] == 7
 
 
 @pytest.mark.survival
