@@ -79,8 +79,6 @@ class RunFolder(Checkpoint):
             self.begin()
             self._new = not (self.folder / "recipe.yaml").exists()
             write_atomically(self.folder / "recipe.yaml", yaml.safe_dump(module.recipe, sort_keys=False))
-        for logger in trainer.loggers:  # one that writes below the folder comes after `begin`
-            logger.log_hyperparams(module.recipe)  # type: ignore[arg-type]
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, Method)

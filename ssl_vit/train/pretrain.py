@@ -196,6 +196,8 @@ def _train(
         return record.checkpoint
     values.trainer.callbacks = [*_as_list(values.trainer.callbacks), *callbacks, *([log] if log else [])]
     trainer = build_trainer(values, record)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(module.recipe)
     resumed = str(record.checkpoint) if config.resume and checkpoints(folder) else None
     if config.resume is True and resumed is None:
         rank_zero_info(f"{folder} holds no checkpoint yet: starting again")

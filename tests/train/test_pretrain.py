@@ -323,10 +323,9 @@ def test_wandb_logger_by_its_name() -> None:
 
 
 def test_a_logger_may_write_below_the_run_folder() -> None:
-    """As Lightning's default one does; and after a start that failed."""
+    """As Lightning's default one does, before the run begins."""
     logger = ("--out", "run", "--trainer.max_steps", "1", "--trainer.log_every_n_steps", "1")
     logger += ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "run")
-    assert pretrain("mae.yaml", *logger, "--data.source", "nowhere") != 0
     assert pretrain("mae.yaml", *logger) == 0
     assert list(Path("run/lightning_logs").glob("*/hparams.yaml"))
 
