@@ -335,15 +335,3 @@ def test_a_second_process_is_refused_while_the_first_lives() -> None:
         assert third.running, third.said
         assert time.monotonic() < until
         time.sleep(0.05)
-
-
-@pytest.mark.survival
-def test_the_lock_of_a_killed_process_is_not_kept_by_its_workers() -> None:
-    command = ("pretrain", "mae.yaml", "--out", "run", *CPU, "--data.decode", "stream", "--data.workers", "2", "--resume", "auto")
-    first = Command(*command, *EVERY, "--trainer.max_steps", "100000", before=slow_down)
-    first.wait_for("run/last.ckpt")
-    first.send(signal.SIGKILL)
-    first.wait()
-    second = Command(*command, "--trainer.max_steps", "100000")  # at once
-    time.sleep(5)
-    assert second.running, second.said
