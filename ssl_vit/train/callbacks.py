@@ -119,7 +119,7 @@ class RunFolder(Checkpoint):
             self.signals.leave(stop, f"stopped at step {step} and saved {self.checkpoint}")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.global_step:
+        if trainer.global_step > self._saved_step:  # else the checkpoint before would be of the same step
             self._save(trainer, self.checkpoint)
 
     def _save(self, trainer: Trainer, path: Path) -> None:

@@ -73,6 +73,11 @@ def test_the_last_two_are_kept_and_the_interval_is_no_part_of_the_recipe() -> No
     assert read[0] == read[1]
 
 
+def test_the_last_two_are_of_two_steps_at_the_end_too() -> None:
+    assert pretrain("run", *EVERY) == 0
+    assert [read_checkpoint(f"run/{name}.ckpt")["global_step"] for name in ("previous", "last")] == [6, 7]
+
+
 def test_the_interval_is_kept_by_slow_steps() -> None:
     process = Command("pretrain", "mae.yaml", "--out", "run", *CPU, "--checkpoint_seconds", "0.5", before=take_half_a_second)
     process.wait_for("run/last.ckpt", seconds=60)
