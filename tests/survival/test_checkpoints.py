@@ -152,6 +152,16 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again() -> 
     assert equal(state("run/last.ckpt"), whole)
 
 
+def test_a_file_without_checksums_is_said_to_be_one() -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(2)}, "other.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with pytest.raises(Failure, match=r"or it was written without checksums \(torch\.serialization\.set_crc32_options\)"):
+        read_checkpoint("other.pth")
+
+
 @pytest.mark.parametrize("damage", ["missing", "damaged"])
 def test_whether_a_run_is_finished_depends_on_no_other_process(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, while and after the first process repairs `last.ckpt`: not finished, and there is something to go on from."""
