@@ -15,6 +15,10 @@ class Failure(RuntimeError):
     """Something found is wrong: a corrupt image, a broken checkpoint, no network. The command exits with code 1."""
 
 
+class OtherVersion(Failure):
+    """Written by a version of ssl-vit that this one cannot read: whole, and of use to that version."""
+
+
 class Interrupted(Exception):
     """Ctrl-C, or a scheduler's signal, after what was finished was saved. The command exits with 128 + its number: 130, 143."""
 

@@ -1,11 +1,16 @@
 """Files that are whole or absent, and locks between processes."""
 
+import errno
 import fcntl
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+log = logging.getLogger(__name__)
 
 _held = set[BinaryIO]()  # the files of locks; a child process, as a data worker, does not hold on to them
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
@@ -52,14 +57,19 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock `path` inside the `with`, waiting for it or, without `wait`, yielding False where another process holds it.
 
     It belongs to the process and not to the file: it goes when the process does, however it ends, and the file stays behind. Shared
-    file systems pass it on to the other machines (NFS does, Lustre if it is mounted with `flock`).
+    file systems pass it on to the other machines (NFS does, Lustre if it is mounted with `flock`). Where the file system has no locks,
+    `wait` raises OSError; without it a warning says so, and True is yielded.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
+        except OSError as error:
+            if wait or error.errno not in (errno.EWOULDBLOCK, *NO_LOCKS):
+                raise
+            if unguarded := error.errno in NO_LOCKS:
+                log.warning("%s: no locks here (%s): nothing guards the folder against a second process", path, error.strerror)
+            yield unguarded
         else:
             _held.add(file)
             try:

@@ -1,5 +1,7 @@
 """Locks end with their process, and rows that several processes append at once are all there, whole, whoever is killed."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -72,3 +74,44 @@ def test_a_lock_is_exclusive_and_ends_with_its_process(tmp_path: Path) -> None:
             assert not again
     with locked(lock, wait=False) as mine:
         assert mine
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_said(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "lock", wait=False) as mine:
+        assert mine
+    assert "nothing guards the folder against a second process" in caplog.text
+    with pytest.raises(OSError, match=os.strerror(number)), locked(tmp_path / "lock"):
+        pass
+
+
+def hold_with_child(lock: Path) -> None:
+    with locked(lock):
+        if child := os.fork():
+            lock.with_name("child").write_text(str(child))
+            os.rename(lock.with_name("child"), lock.with_name("held"))
+        time.sleep(600)
+
+
+def test_a_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path: Path) -> None:
+    """As a data worker, which may live on for a while."""
+    process = FORK.Process(target=hold_with_child, args=(tmp_path / "lock",))
+    process.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)  # the child has let go
+    process.kill()
+    process.join()
+    child = int((tmp_path / "held").read_text())
+    try:
+        os.kill(child, 0)  # is there
+        with locked(tmp_path / "lock", wait=False) as mine:
+            assert mine
+    finally:
+        os.kill(child, signal.SIGKILL)

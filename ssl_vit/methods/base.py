@@ -24,6 +24,8 @@ from ssl_vit.weights.checkpoint import FORMAT
 
 DROP_PATH_STREAM = 100  # of the random numbers; view v takes 100 + v
 MAX_SKIPPED = 3  # steps in a row that are not finite: after them no step is taken any more
+# Of 16-mixed, whose scaler lowers its scale by such steps: from its 65,536 it takes 16 halvings to 1
+MAX_SKIPPED_SCALED = 20
 
 
 class Method(lightning.LightningModule):
@@ -176,7 +178,7 @@ class Method(lightning.LightningModule):
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Decide, on the device and alike on all ranks, whether the step is taken: not where a rank's loss, or the norm of a gradient, is
-        not finite, and not after `MAX_SKIPPED` such steps in a row. The fused kernel then leaves weights, moments and count alone."""
+        not finite, and not after `max_skipped` such steps in a row. The fused kernel then leaves weights, moments and count alone."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = ~torch.stack(torch._foreach_norm(gradients)).isfinite().all()
         failed, self._failed = torch.zeros_like(bad) if self._failed is None else self._failed, None
@@ -187,15 +189,18 @@ class Method(lightning.LightningModule):
         if self._skipped is None:
             self._skipped = torch.stack([torch.full((), n, dtype=torch.int64, device=bad.device) for n in self._skipped_before])
         count, in_a_row = self._skipped.unbind()
-        skip = bad | failed | (in_a_row >= MAX_SKIPPED)
-        # a scaler of float16 lowers its scale by means of gradients that are not finite, often several times in a row
-        counts = skip if getattr(self.trainer.precision_plugin, "scaler", None) is None else failed | (in_a_row >= MAX_SKIPPED)
-        self._skipped = torch.stack([count + skip, (in_a_row + 1) * counts])
+        skip = bad | failed | (in_a_row >= self.max_skipped)
+        self._skipped = torch.stack([count + skip, (in_a_row + 1) * skip])
         self.skip = skip.float()
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = self.skip  # type: ignore[attr-defined]
         elif skip:  # an optimiser of a method's own: the host waits, and there is no gradient for it
             optimizer.zero_grad()
+
+    @property
+    def max_skipped(self) -> int:
+        """Steps in a row that may be left out: more where a scaler looks for its scale by them."""
+        return MAX_SKIPPED if getattr(self.trainer.precision_plugin, "scaler", None) is None else MAX_SKIPPED_SCALED
 
     def skipped(self) -> tuple[int, int]:
         """Steps that were not taken, those before a resume among them, and how many of them are the last ones. Waits for the device."""

@@ -119,7 +119,7 @@ class RunFolder(Checkpoint):
             self.signals.leave(stop, f"stopped at step {step} and saved {self.checkpoint}")
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.global_step:
+        if trainer.global_step > self._saved_step:  # else the checkpoint before would be of the same step
             self._save(trainer, self.checkpoint)
 
     def _save(self, trainer: Trainer, path: Path) -> None:
@@ -128,15 +128,16 @@ class RunFolder(Checkpoint):
         self._saved, self._saved_step = time.monotonic(), trainer.global_step
 
     def _skipped(self, module: LightningModule) -> int:
-        """How many steps were not taken so far; Failure after three in a row. Waits for the device."""
+        """How many steps were not taken so far; Failure after `max_skipped` in a row. Waits for the device."""
         assert isinstance(module, Method)
         count, in_a_row = module.skipped()
-        if in_a_row >= MAX_SKIPPED:
+        if in_a_row >= module.max_skipped:
             first, saved = self._step - in_a_row + 1, self._saved_step
             good = f"the last good checkpoint is {self.checkpoint} of step {saved}" if saved else "there is no checkpoint yet"
+            lower = " or --trainer.precision bf16-mixed" if module.max_skipped > MAX_SKIPPED else ""  # 16-mixed
             raise Failure(
-                f"the loss or a gradient was not finite in step {first} and those after it, and none of them was taken; {good}; lower "
-                "optim.lr, or use --trainer.precision bf16-mixed"
+                f"the loss or a gradient was not finite in step {first} and those after it, and none of them was taken; {good}; begin "
+                f"another run with a lower optim.lr{lower}" + (f" and --init {self.checkpoint}" if saved else "")
             )
         return count
 

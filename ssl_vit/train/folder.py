@@ -9,7 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from ssl_vit.assets import read_yaml
-from ssl_vit.errors import Failure, UsageError
+from ssl_vit.errors import Failure, OtherVersion, UsageError, reason
 from ssl_vit.files import write_atomically
 from ssl_vit.weights.checkpoint import read_checkpoint
 
@@ -40,41 +40,69 @@ def keep(last: Path) -> None:
         os.replace(last, last.with_name(PREVIOUS))
 
 
-def check_folder(folder: Path, resume: bool | str) -> None:
-    """UsageError if the run would overwrite something, or if there is nothing to resume."""
+def check_folder(folder: Path, resume: bool | str, others: bool = True) -> None:
+    """UsageError if the run would overwrite something, or if there is nothing to resume. others: what is no run is in the way too."""
     begun = any((folder / name).exists() for name in (LAST, PREVIOUS, "recipe.yaml"))
     if resume is True and not begun:
         raise UsageError(f"nothing to resume: there is no run in {folder}; leave --resume out to start")
     # W&B's files, the lock and half-written ones alone: killed before the first step
     passing = (path.name in ("wandb", LOCK) or path.suffix == ".partial" for path in (folder.iterdir() if folder.is_dir() else ()))
-    if (not resume or not begun) and folder.exists() and not (folder.is_dir() and all(passing)):
+    free = not folder.exists() or (folder.is_dir() and all(passing)) or not (begun or others)
+    if (not resume or not begun) and not free:
         what, advice = ("a run", "add --resume to go on with it, or ") if begun else ("something else", "")
         raise UsageError(f"{folder} already holds {what}; {advice}name another folder with --out")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that a run can go on from, the newest first."""
+    kept = sorted(folder.glob("epoch-*.ckpt"), reverse=True)
+    return [path for path in (folder / LAST, folder / PREVIOUS, *kept) if path.exists()]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether nothing is left to do. Of several processes the first one prepares the folder, and nobody waits for it here: the answer is
+    the same before that, meanwhile and after it, and so is whether there are `checkpoints`."""
+    record = folder / "run.json"
+    if not record.exists() or not checkpoints(folder):
+        return record.exists()
+    try:
+        read_checkpoint(folder / LAST)
+    except (Failure, UsageError):  # will be repaired, or is missing: steps are to be done again
+        return False
+    return record.exists()  # who repairs takes it away first
 
 
 def prepare_folder(folder: Path, recipe: dict[str, Any]) -> None:
     """Clear away what a kill has left, and see to it that `last.ckpt`, if there is any checkpoint, is the newest that can be read.
 
-    UsageError if another recipe was trained here, Failure if no checkpoint can be read."""
+    One that is damaged stays as `last.ckpt.damaged`. UsageError if another recipe was trained here, Failure if no checkpoint can be read
+    or another version wrote it."""
     for partial in folder.glob(".*.partial"):
         partial.unlink()
-    kept, damaged = sorted(folder.glob("epoch-*.ckpt"), reverse=True), list[Failure]()
+    last, damaged = folder / LAST, list[Failure]()
     # a run that was killed before its first checkpoint has only its recipe, and starts again
     before = read_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").exists() else recipe
-    for path in [path for path in (folder / LAST, folder / PREVIOUS, *kept) if path.exists()]:
+    for path in checkpoints(folder):
         try:
             content = read_checkpoint(path)
+        except OtherVersion:
+            raise
         except Failure as error:
             damaged.append(error)
             continue
-        before, damaged = content["ssl_vit"]["recipe"], []
-        if path.name != LAST:
-            rank_zero_info(f"{folder / LAST} is missing or cannot be read: going on from {path} of step {content['global_step']}")
-            write_atomically(folder / LAST, lambda file, path=path: file.write(path.read_bytes()))  # type: ignore[misc]
-            (folder / "run.json").unlink(missing_ok=True)  # the steps behind it are to be done again
+        before = content["ssl_vit"]["recipe"]
+        if path != last:
+            (folder / "run.json").unlink(missing_ok=True)  # the steps behind it are to be done again; `is_finished` wants it to go first
+            what = "is missing"
+            if last.exists():
+                os.replace(last, last.with_name(f"{LAST}.damaged"))
+                what = f"cannot be read ({reason(damaged[0].__cause__ or damaged[0])}) and is now {LAST}.damaged"
+            rank_zero_info(f"{last} {what}: going on from {path} of step {content['global_step']}")
+            write_atomically(last, lambda file, path=path: file.write(path.read_bytes()))  # type: ignore[misc]
         break
-    if damaged:
-        raise damaged[0]
+    else:
+        if damaged:
+            raise damaged[0]
     if changed := recipe_changes(before, recipe):
         raise UsageError(f"cannot resume {folder} with another recipe ({changed}); use the same one, or another --out")
 

@@ -31,7 +31,7 @@ from ssl_vit.methods.base import plain
 from ssl_vit.model.precision import tf32
 from ssl_vit.train.callbacks import CHECKPOINT_SECONDS, Progress, RunFolder
 from ssl_vit.train.cost import training_flops
-from ssl_vit.train.folder import LOCK, AtomicCheckpointIO, check_folder, flatten, prepare_folder
+from ssl_vit.train.folder import LOCK, AtomicCheckpointIO, check_folder, checkpoints, flatten, is_finished, prepare_folder
 from ssl_vit.train.options import check_options, check_share, check_strategy
 from ssl_vit.train.signals import told_of_lost_ranks
 from ssl_vit.train.tracking import Tracking
@@ -172,7 +172,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
         def begin(resume: bool | str = False) -> None:
             if not holding.enter_context(locked(folder / LOCK, wait=False)):
                 raise UsageError(f"another process is training in {folder}; wait until it has ended, or name another folder with --out")
-            check_folder(folder, resume)
+            check_folder(folder, resume, others=False)  # a logger may have begun to write there
             prepare_folder(folder, module.recipe)
 
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
@@ -189,7 +189,7 @@ def _train(
 ) -> Path:
     """The rest of `pretrain`, once the folder is this run's."""
     folder, log = record.folder, TrainingLog(tracking, record.folder) if tracking else None
-    if config.resume and (folder / "run.json").exists():
+    if config.resume and is_finished(folder):
         rank_zero_info(f"{folder} is finished; nothing to do")
         if log:
             log.catch_up()
@@ -198,7 +198,7 @@ def _train(
     trainer = build_trainer(values, record)
     for logger in trainer.loggers:
         logger.log_hyperparams(module.recipe)
-    resumed = str(record.checkpoint) if config.resume and record.checkpoint.exists() else None
+    resumed = str(record.checkpoint) if config.resume and checkpoints(folder) else None
     if config.resume is True and resumed is None:
         rank_zero_info(f"{folder} holds no checkpoint yet: starting again")
     with tf32(), told_of_lost_workers(taking=False), told_of_lost_ranks():

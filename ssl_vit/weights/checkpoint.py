@@ -21,7 +21,7 @@ from timm.models import is_model
 from torch.nn import functional as F
 
 from ssl_vit.data.hub import hub_answers
-from ssl_vit.errors import Failure, UsageError, near_path, one_of, reason, require
+from ssl_vit.errors import Failure, OtherVersion, UsageError, near_path, one_of, reason, require
 from ssl_vit.model.backbone import Backbone, build_backbone
 from ssl_vit.model.config import BackboneConfig
 from ssl_vit.model.positions import bicubic
@@ -69,7 +69,7 @@ def read_weights(path: str | Path) -> Any:
     if is_ours(content):
         entry = content["ssl_vit"] if isinstance(content["ssl_vit"], dict) else {}
         if (found := entry.get("format")) != FORMAT:
-            raise Failure(
+            raise OtherVersion(
                 f"{path} has checkpoint format {found}, this version of ssl-vit reads {FORMAT}; it was written by "
                 f"{entry.get('versions', 'an unknown version')}: use that one, or pretrain again"
             )
@@ -95,7 +95,8 @@ def _read_file(path: str | Path) -> Any:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as records:
                 if damaged := records.testzip():  # torch does not look at the checksums
-                    raise zipfile.BadZipFile(f"damaged: {damaged} has another checksum than when it was written")
+                    unless = "or it was written without checksums (torch.serialization.set_crc32_options)"
+                    raise zipfile.BadZipFile(f"damaged: {damaged} has another checksum than when it was written, {unless}")
         with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)

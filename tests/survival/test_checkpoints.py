@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from ssl_vit.cli import run
 from ssl_vit.errors import Failure
 from ssl_vit.files import write_atomically
 from ssl_vit.methods import Method
+from ssl_vit.train.folder import checkpoints, is_finished, prepare_folder
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.conftest import errors
-from tests.processes import Command
+from tests.processes import Command, ranks
 from tests.survival.test_signals import slow_down
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
@@ -69,6 +71,11 @@ def test_the_last_two_are_kept_and_the_interval_is_no_part_of_the_recipe() -> No
     assert equal(state("run/last.ckpt"), state("whole/last.ckpt"))
     read = [json.loads(Path(folder, "run.json").read_text())["recipe_hash"] for folder in ("run", "whole")]
     assert read[0] == read[1]
+
+
+def test_the_last_two_are_of_two_steps_at_the_end_too() -> None:
+    assert pretrain("run", *EVERY) == 0
+    assert [read_checkpoint(f"run/{name}.ckpt")["global_step"] for name in ("previous", "last")] == [6, 7]
 
 
 def test_the_interval_is_kept_by_slow_steps() -> None:
@@ -127,7 +134,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
         assert run(command) == 1
         assert errors(capfd)[0].startswith("ssl-vit: alone.ckpt is not a readable checkpoint (")
     assert pretrain("run", "--resume", "auto") == 0
-    assert "run/last.ckpt is missing or cannot be read: going on from run/previous.ckpt of step 3" in caplog.text
+    assert "run/last.ckpt cannot be read (" in caplog.text
+    assert ") and is now last.ckpt.damaged: going on from run/previous.ckpt of step 3" in caplog.text
+    assert Path("run/last.ckpt.damaged").read_bytes() == damaged
     assert pretrain("whole") == 0
     assert equal(state("run/last.ckpt"), state("whole/last.ckpt"))
     assert json.loads(Path("run/run.json").read_text())["steps"] == 7
@@ -141,6 +150,70 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_finished_again() -> 
     Path("run/last.ckpt").write_bytes(b"")
     assert pretrain("run", "--resume") == 0
     assert equal(state("run/last.ckpt"), whole)
+
+
+def test_a_file_without_checksums_is_said_to_be_one() -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(2)}, "other.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with pytest.raises(Failure, match=r"or it was written without checksums \(torch\.serialization\.set_crc32_options\)"):
+        read_checkpoint("other.pth")
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_whether_a_run_is_finished_depends_on_no_other_process(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, while and after the first process repairs `last.ckpt`: not finished, and there is something to go on from."""
+    killed("run")
+    Path("run/run.json").touch()
+    assert is_finished(Path("run"))
+    damaged = Path("run/last.ckpt")
+    damaged.unlink() if damage == "missing" else damaged.write_bytes(b"")
+    recipe, replace = read_checkpoint("run/previous.ckpt")["ssl_vit"]["recipe"], os.replace
+    found = list[tuple[bool, bool]]()
+
+    def look(*names: Any) -> None:
+        if names:
+            replace(*names)
+        found.append((is_finished(Path("run")), bool(checkpoints(Path("run")))))
+
+    look()
+    monkeypatch.setattr(os, "replace", look)
+    prepare_folder(Path("run"), recipe)
+    look()
+    assert found == [(False, True)] * (4 if damage == "damaged" else 3)
+    assert read_checkpoint("run/last.ckpt")["global_step"] == 3
+
+
+def test_a_finished_run_without_its_checkpoints_stays_finished() -> None:
+    assert pretrain("run") == 0
+    Path("run/last.ckpt").unlink()
+    assert pretrain("run", "--resume") == 0
+    assert not Path("run/last.ckpt").exists()
+
+
+def late(rank: int) -> None:
+    """This rank looks at the folder, and prepares it, after the other one."""
+    if os.environ["RANK"] == f"{rank}":
+        time.sleep(4)
+
+
+@pytest.mark.survival
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_two_ranks_go_on_from_the_checkpoint_before(damage: str, rank: int) -> None:
+    killed("run")
+    if damage == "missing":
+        Path("run/last.ckpt").unlink()
+    else:
+        assert pretrain("run", "--resume") == 0  # finished
+        Path("run/last.ckpt").write_bytes(b"")
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--resume", "auto")
+    for process in ranks(2, "pretrain", "mae.yaml", "--out", "run", *CPU, *two, before=partial(late, rank)):
+        assert process.wait(90) == 0, process.said
+    assert json.loads(Path("run/run.json").read_text())["steps"] == 7
+    assert read_checkpoint("run/last.ckpt")["global_step"] == 7
 
 
 @pytest.mark.survival
@@ -277,15 +350,3 @@ def test_a_second_process_is_refused_while_the_first_lives() -> None:
         assert third.running, third.said
         assert time.monotonic() < until
         time.sleep(0.05)
-
-
-@pytest.mark.survival
-def test_the_lock_of_a_killed_process_is_not_kept_by_its_workers() -> None:
-    command = ("pretrain", "mae.yaml", "--out", "run", *CPU, "--data.decode", "stream", "--data.workers", "2", "--resume", "auto")
-    first = Command(*command, *EVERY, "--trainer.max_steps", "100000", before=slow_down)
-    first.wait_for("run/last.ckpt")
-    first.send(signal.SIGKILL)
-    first.wait()
-    second = Command(*command, "--trainer.max_steps", "100000")  # at once
-    time.sleep(5)
-    assert second.running, second.said

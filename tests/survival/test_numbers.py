@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from ssl_vit.errors import Failure
 from ssl_vit.methods import DINO, Method
+from ssl_vit.train.callbacks import RunFolder
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.methods.test_no_waiting import dino, mae
 from tests.processes import Command, ranks
@@ -86,14 +88,25 @@ def test_after_three_in_a_row_no_step_is_taken_and_the_count_is_kept_over_a_resu
     assert module.skipped() == (9, 5)
 
 
-def test_a_scaler_of_float16_may_skip_as_often_as_it_needs() -> None:
+def test_a_scaler_of_float16_may_skip_until_its_scale_is_1_and_then_no_step_is_taken() -> None:
     module = ready(dino(), scaler=object())
-    for _ in range(6):
+    for _ in range(17):  # from a scale of 65,536
         moved(module, gradient=float("inf"))
-    assert module.skipped() == (6, 0)
-    for _ in range(3):
-        moved(module, loss=BAD)
-    assert module.skipped() == (9, 3)
+    assert module.skipped() == (17, 17)
+    moved(module)
+    assert module.skipped() == (17, 0)
+    for _ in range(module.max_skipped):
+        before = moved(module, gradient=BAD)
+    assert all(torch.equal(a, b) for a, b in zip(before, moved(module), strict=True))
+    assert module.skipped() == (38, 21)
+
+
+def test_under_16_mixed_the_advice_names_bf16_mixed(tmp_path: Path) -> None:
+    module = ready(mae(), scaler=object())
+    for _ in range(module.max_skipped):
+        moved(module, gradient=BAD)
+    with pytest.raises(Failure, match=r"begin another run with a lower optim\.lr or --trainer\.precision bf16-mixed$"):
+        RunFolder(tmp_path, 0)._skipped(module)
 
 
 def poison(steps: range, what: str, rank: int) -> None:
@@ -130,7 +143,7 @@ def test_a_bad_number_on_one_rank_of_two_skips_the_step_on_both(method: str, wha
         assert process.wait() == 0, process.said
     assert counted("run") == [0, 0, 0, 1, 2, 2, 2]
     assert json.loads(Path("run/run.json").read_text())["skipped_steps"] == 2
-    before, after = (read_checkpoint(f"run/{name}.ckpt") for name in ("epoch-0001", "previous"))
+    before, after = (read_checkpoint(f"run/{name}.ckpt") for name in ("epoch-0001", "last"))
     assert all(value.isfinite().all() for value in after["state_dict"].values())
     assert after["optimizer_states"][0]["state"][0]["step"].item() == 5  # of 7
     assert before["optimizer_states"][0]["state"][0]["step"].item() == 3
@@ -142,7 +155,8 @@ def test_three_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(what: str
         assert process.wait(100) == 1
         line = process.said.splitlines()[-1]
         assert line.startswith("ssl-vit: the loss or a gradient was not finite in step 3 and those after it")
-        assert "the last good checkpoint is run/last.ckpt of step 2;" in line
+        good = "; the last good checkpoint is run/last.ckpt of step 2; begin another run with a lower optim.lr and --init run/last.ckpt"
+        assert line.endswith(good)
         assert "Traceback" not in process.said
     checkpoint = read_checkpoint("run/last.ckpt")
     assert checkpoint["global_step"] == 2

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from ssl_vit.errors import Failure
 from ssl_vit.methods import Method
-from tests.processes import ranks
+from tests.processes import Command, ranks
 
 pytestmark = pytest.mark.usefixtures("pictures_and_recipes")
 TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "100000")
@@ -48,8 +49,22 @@ def test_a_rank_that_fails_ends_all(rank: int, kind: str) -> None:
     if kind != "killed":
         assert started[rank].said.splitlines()[-1] == f"ssl-vit: {last[kind]}"
     other = started[1 - rank].said
-    assert other.splitlines()[-1] == "ssl-vit: another process of this run has ended; what went wrong is said by it, or by the system's log"
+    line = other.splitlines()[-1]
+    assert line.startswith("ssl-vit: another process of this run has ended, or cannot be reached (")
+    assert line.endswith("); what went wrong is said by it, or by the system's log")
     assert "Traceback" not in other
+
+
+def test_an_address_in_use_is_said_as_such() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        alone = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = Command("pretrain", "mae.yaml", "--out", "run", *TWO, **alone, TORCHELASTIC_RUN_ID="test", GROUP_RANK="0")
+        assert process.wait(100) == 1
+    assert "EADDRINUSE" in process.said.splitlines()[-1]
+    assert "another process" not in process.said
 
 
 SCRIPT = """

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,25 @@ def slow_down(seconds: float = 0.05) -> None:
     Method.on_before_optimizer_step = slowly  # type: ignore[method-assign]
 
 
+def hold(step: int) -> None:
+    """This step goes on once there is a file `go-STEP`; `held-STEP-RANK` says that it waits."""
+    original = Method.on_before_optimizer_step
+
+    def held(self: Method, optimizer: Any) -> None:
+        if self.global_step + 1 == step:
+            Path(f"held-{step}-{self.global_rank}").touch()
+            while not Path(f"go-{step}").exists():
+                time.sleep(0.01)
+        original(self, optimizer)
+
+    Method.on_before_optimizer_step = held  # type: ignore[method-assign]
+
+
+def go_on(step: int) -> None:
+    time.sleep(0.3)  # the signals have come
+    Path(f"go-{step}").touch()
+
+
 def steps(folder: str) -> list[int]:
     file = Path(folder, "metrics.jsonl")
     return [json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]] if file.exists() else []
@@ -71,15 +91,14 @@ def same_weights(one: str, other: str) -> bool:
 def test_a_signal_saves_within_a_step_and_the_run_goes_on_exactly(number: signal.Signals) -> None:
     command = ("pretrain", "mae.yaml", "--out", "run", *OPTIONS, "--resume", "auto")
     for step in (3, 10):  # of a new run, and of one that goes on
-        process = Command(*command, before=slow_down)
-        wait_for_step(step, "run", process)
-        before = steps("run")[-1]
+        process = Command(*command, before=partial(hold, step))
+        process.wait_for(f"held-{step}-0")
         process.send(number)
+        go_on(step)
         assert process.wait(30) == CODES[number], process.said
         assert process.said.splitlines()[-1] == f"ssl-vit: stopped at step {saved('run')} and saved run/last.ckpt; go on with --resume"
         assert "Traceback" not in process.said
-        assert before <= saved("run") <= before + 2  # the one that was under way, and one that was written meanwhile
-        assert steps("run")[-1] == saved("run")
+        assert saved("run") == steps("run")[-1] == step  # the one that was under way
     assert run(list(command)) == 0
     assert run(["pretrain", "mae.yaml", "--out", "whole", *OPTIONS]) == 0
     assert same_weights("run", "whole")
@@ -129,17 +148,34 @@ def requeue(number: int, frame: Any) -> None:
 
 
 def submitit() -> None:
-    slow_down()
+    hold(5)
     signal.signal(signal.SIGUSR2, requeue)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
 
 
-def test_a_handler_that_was_there_follows_the_checkpoint() -> None:
-    """submitit's, which puts its job back into the queue and ends the process."""
+@pytest.mark.parametrize("sent", [(signal.SIGUSR2,), (signal.SIGTERM, signal.SIGUSR2)])
+def test_a_handler_that_was_there_follows_the_checkpoint(sent: tuple[signal.Signals, ...]) -> None:
+    """submitit's, which puts its job back into the queue and ends the process; Slurm sends SIGTERM along where it preempts."""
     process = Command("pretrain", "mae.yaml", "--out", "run", *OPTIONS, before=submitit)
-    wait_for_step(5, "run", process)
-    process.send(signal.SIGUSR2)
+    process.wait_for("held-5-0")
+    for number in sent:
+        process.send(number)
+        time.sleep(0.3)
+    go_on(5)
     assert process.wait(30) == 255, process.said
-    assert int(Path("requeued").read_text()) == saved("run") >= 5
+    assert int(Path("requeued").read_text()) == saved("run") == 5
+
+
+def test_a_handler_of_c_code_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has no name for it, and could not give it back."""
+    there = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGUSR1 else there(number))
+    before, signals = there(signal.SIGUSR1), Signals()
+    signals.take(0)
+    try:
+        assert there(signal.SIGUSR1) is before
+    finally:
+        signals.give_back()
 
 
 @pytest.mark.parametrize(
@@ -154,14 +190,15 @@ def test_a_handler_that_was_there_follows_the_checkpoint() -> None:
 def test_ranks_agree_on_the_step(number: signal.Signals, to: str) -> None:
     """As torchrun and Slurm start them; whichever process the signal reaches."""
     command = ("pretrain", "mae.yaml", "--out", "run", *OPTIONS, *TWO, "--resume", "auto")
-    started = ranks(2, *command, before=slow_down)
-    wait_for_step(5, "run", started[0])
-    before = steps("run")[-1]
+    started = ranks(2, *command, before=partial(hold, 5))
+    for rank, process in enumerate(started):
+        process.wait_for(f"held-5-{rank}")
     for rank, process in enumerate(started):
         if to in ("both", f"rank {rank}"):
             process.send(number)
+    go_on(5)
     assert [process.wait(30) for process in started] == [CODES[number]] * 2, [process.said for process in started]
-    assert before <= saved("run") <= before + 2
+    assert saved("run") == 5
     for process in started:
         assert f"stopped at step {saved('run')} and saved run/last.ckpt" in process.said
         assert "Traceback" not in process.said

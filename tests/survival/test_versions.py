@@ -49,6 +49,7 @@ def test_an_earlier_run_is_evaluated_compared_and_gone_on_with() -> None:
 @pytest.mark.usefixtures("before")
 def test_a_checkpoint_of_another_format_is_refused(entry: Any, named: str, capsys: pytest.CaptureFixture[str]) -> None:
     content = torch.load("run/last.ckpt", weights_only=True)
+    shutil.copy("run/last.ckpt", "run/previous.ckpt")  # which could be read, and would take the other's place
     torch.save({**content, "ssl_vit": entry}, "run/last.ckpt")
     for command in (
         ["eval", "run/last.ckpt", "--data", "builtin:photos-new"],

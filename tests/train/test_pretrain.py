@@ -322,6 +322,14 @@ def test_wandb_logger_by_its_name() -> None:
     assert list(Path("logs/wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_a_logger_may_write_below_the_run_folder() -> None:
+    """As Lightning's default one does, before the run begins."""
+    logger = ("--out", "run", "--trainer.max_steps", "1", "--trainer.log_every_n_steps", "1")
+    logger += ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "run")
+    assert pretrain("mae.yaml", *logger) == 0
+    assert list(Path("run/lightning_logs").glob("*/hparams.yaml"))
+
+
 def test_an_existing_run_is_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     assert pretrain("mae.yaml", "--out", "run", "--trainer.max_steps", "1") == 0
     before = Path("run/last.ckpt").read_bytes()
