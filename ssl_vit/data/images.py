@@ -146,12 +146,14 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _to_8_bits(grey: Shaped[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     """Grey values of more than 8 bits by the rules of this file's head; PIL's own conversion would saturate them."""
-    values = grey.astype(np.float64)
-    if not np.isfinite(values).all():
+    if not np.isfinite(grey).all():
         raise ValueError("some pixels are not finite")
-    low, high = values.min(), values.max()
+    low, high = float(grey.min()), float(grey.max())
     ranges = (1.0, 255.0) if grey.dtype.kind == "f" else (65535.0,)
     if low >= 0 and high <= ranges[-1]:
         low, high = 0.0, next(top for top in ranges if high <= top)
-    levels: np.ndarray = np.rint((values - low) * 255 / max(high - low, np.finfo(np.float64).tiny)).astype(np.uint8)
-    return levels
+    flat, levels = grey.reshape(-1), np.empty(grey.size, dtype=np.uint8)
+    for start in range(0, grey.size, 2**20):  # float64 of a whole image of MAX_PIXELS would take gigabytes
+        part = flat[start : start + 2**20].astype(np.float64)
+        levels[start : start + 2**20] = np.rint((part - low) * 255 / max(high - low, np.finfo(np.float64).tiny))
+    return levels.reshape(grey.shape)
