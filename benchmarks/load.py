@@ -1,80 +1,120 @@
-"""How evaluating and comparing grow with the store of rows: `python benchmarks/load.py [--rows 2000 20000 200000]`.
+"""How a study and an evaluation grow: `python benchmarks/load.py [--rows 2000 20000 200000] [--sources 10 50]`.
 
-Planted answers, no network: a study of so many rows (two an evaluation) is written as `ssl-vit eval` writes it, asked for what is known
-of one dataset, and compared to its report. Seconds of each, seconds a thousand rows, and the peak of the memory; a size in a process of
-its own.
+A study of 200 cells (5 readouts x 40 seeds of mae_smoke, two steps each) is trained, evaluated and compared by `ssl-vit study`. Then its
+store gets more rows, as of more datasets, with random answers, and the same command runs again: it trains nothing, looks what is missing,
+and compares all rows. An evaluation by `ssl-vit eval` of so many random backbones in 20 readouts on 10 datasets of noise follows, twice:
+the second finds everything done. Processor seconds, which other processes disturb less than the clock, and the peak of memory of each
+command.
 """
 
 import argparse
-import itertools
-import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import yaml
+from PIL import Image
 
-from ssl_vit_eval.report.terminal import compare
+from ssl_vit.assets import find_asset
+from ssl_vit_eval.metrics import METRICS, accuracies
 from ssl_vit_eval.rows import Row, RowStore
 
-CELLS = [(recipe, readout, seed) for recipe in range(5) for readout in ("cls", "gap", "register", "cls+gap", "cls0") for seed in range(8)]
-IMAGES = 200
+STUDY = {
+    "recipes": ["mae_smoke"],
+    "trained_with": ["cls", "gap", "register", "gem", "max"],
+    "seeds": list(range(40)),
+    "data": ["./data0"],
+    "protocols": ["knn"],
+    "read_with": ["cls", "gap", "register", "gem", "max"],
+}
+READOUTS = [
+    f"{name}{block}{norm}" for name in ("cls", "gap", "register", "max", "gem") for block in ("", "@block0") for norm in ("", "/pre")
+]
+CLASSES, IMAGES, SETS = 5, 20, 10
 
 
-def fill(store: RowStore, rows: int) -> int:
-    """So many rows of 200 cells: datasets are added, with five readouts of each cell by one protocol. How many there were."""
-    labels = torch.arange(IMAGES) % 10
-    fixed = {
-        **{"method": "dino", "protocol": "knn", "protocol_version": 1, "protocol_hash": "p", "n_train": 90, "n_test": IMAGES},
-        **{"selected": {"k": 20}, "grid": None, "edge_of_grid": None, "oracle": None, "deviations": [], "seconds": 1.5, "git": None},
-    }
-    written = 0
-    for dataset in itertools.count():
-        for (recipe, readout, seed), read_with in itertools.product(CELLS, ("cls", "gap", "register", "cls+gap", "cls0")):
-            if written >= rows:
-                return dataset
-            right = torch.rand(IMAGES, generator=torch.Generator().manual_seed(written)) < 0.7
-            name = f"toy{recipe}-{readout}-s{seed}"
-            own = {"trained_with": readout, "read_with": read_with, "seed": seed, "family": f"f{recipe}", "init": f"i{recipe}-{seed}"}
-            own |= {"source": name, "checkpoint": name, "recipe": name, "dataset": f"set{dataset}", "data": f"data{dataset}"}
-            macro = torch.stack([right[labels == label].double().mean() for label in range(10)]).mean().item()
-            values = {"top1": right.double().mean().item(), "top1_macro": macro}
-            numbers = [{"metric": metric, "value": value, "ci_low": 0.0, "ci_high": 1.0} for metric, value in values.items()]
-            found = [Row(**fixed, **own, **number, transform="resize32") for number in numbers]
-            store.append(found, torch.where(right, labels, (labels + 1) % 10), labels)
-            written += 2
-    return 0
+def command(*arguments: str) -> str:
+    """Run `ssl-vit` with them: its processor seconds, those by the clock and its peak of memory."""
+    begun = time.monotonic()
+    with open("said.log", "w") as said:
+        process = subprocess.Popen([Path(sys.executable).with_name("ssl-vit"), *arguments], stdout=said, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+    assert status == 0, Path("said.log").read_text()[-2000:]
+    seconds = used.ru_utime + used.ru_stime
+    return f"{seconds:.0f} s of a processor, {time.monotonic() - begun:.0f} s by the clock, {used.ru_maxrss / 1e6:.2f} GB"
 
 
-def measure(rows: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        store, taken = RowStore(Path(folder) / "eval"), {}
-        for what, do in (
-            ("written", lambda: fill(store, rows)),
-            ("known", lambda: store.known("data0")),
-            ("compared", lambda: compare([folder], Path(folder) / "report")),
-        ):
-            begun = time.perf_counter()
-            with redirect_stdout(None):
-                do()
-            taken[what] = round(time.perf_counter() - begun, 2)
-    print(json.dumps({"rows": rows, **taken, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}), flush=True)
+def draw(folder: Path, seed: int) -> None:
+    """A dataset of noise: so many images of each class for train and for test."""
+    rng = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        for label in range(CLASSES):
+            of = folder / split / f"class{label}"
+            of.mkdir(parents=True)
+            for number in range(IMAGES):
+                Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(of / f"{number}.png")
+
+
+def plant(store: RowStore, rows: int) -> None:
+    """More rows, until there are so many: the first dataset's again under other names, with other answers."""
+    there, rng = store.rows(), torch.Generator().manual_seed(0)
+    measured = [row for row in there if row.dataset == "data0" and row.metric == METRICS[0]]
+    labels, count, number = store.predictions(measured[0])[1], len(there), len({row.dataset for row in there})
+    while count < rows:
+        for row in measured[: (rows - count) // len(METRICS)]:
+            right = torch.rand(len(labels), generator=rng) < 0.5 + 0.1 * (row.trained_with == "gap")
+            answers = torch.where(right, labels, (labels + 1) % CLASSES)
+            other = replace(row, dataset=f"data{number}", data=f"{row.data}{number}")
+            of = zip(METRICS, accuracies(answers, labels), strict=True)
+            found: list[Row] = [replace(other, metric=metric, value=value) for metric, value in of]
+            store.append(found, answers, labels)
+            count += len(found)
+        number += 1
+
+
+def studied(sizes: list[int]) -> None:
+    Path("load.yaml").write_text(yaml.safe_dump(STUDY))
+    print(f"study: 200 cells trained, evaluated, compared: {command('study', 'load.yaml', '--out', 'load')}", flush=True)
+    store = RowStore("load/eval")
+    for size in sizes:
+        before, begun = len(store.rows()), time.process_time()
+        plant(store, size)
+        added = len(store.rows()) - before
+        each = 1000 * (time.process_time() - begun) / max(1, added)
+        print(f"study: {added:,} rows written, {each:.2f} ms each", flush=True)
+        print(f"study: again, on {before + added:,} rows: {command('study', 'load.yaml', '--out', 'load')}", flush=True)
+
+
+def evaluated(sources: int) -> None:
+    recipe = yaml.safe_load(find_asset("recipes", "mae_smoke").read_text())
+    for seed in range(sources):
+        Path(f"r{seed}.yaml").write_text(yaml.safe_dump({**recipe, "seed": seed}))
+    names = [f"random:r{seed}.yaml" for seed in range(sources)]
+    data = [f"./data{number}" for number in range(SETS)]
+    asked = ["eval", *names, "--data", *data, "--protocols", "knn", "--readouts", *READOUTS, "--out", f"eval{sources}"]
+    for what in ("evaluated", "again"):
+        print(f"{sources} sources x {len(READOUTS)} readouts x {SETS} datasets, {what}: {command(*asked)}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Evaluating and comparing against the number of rows.")
-    parser.add_argument("--rows", type=int, nargs="*", default=[2000, 20_000, 200_000])
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="A study and an evaluation against the number of rows.")
+    parser.add_argument("--rows", type=int, nargs="*", default=[2000, 20_000, 200_000], help="in the study's store, rising")
+    parser.add_argument("--sources", type=int, nargs="*", default=[10, 50])
     options = parser.parse_args()
-    for rows in options.rows:
-        if options.here:
-            measure(rows)
-        else:
-            subprocess.run([sys.executable, __file__, "--here", "--rows", str(rows)], check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for number in range(SETS):
+            draw(Path(f"data{number}"), number)
+        for sources in options.sources:
+            evaluated(sources)
+        if options.rows:
+            studied(options.rows)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,20 @@ def test_rows_and_predictions_come_back(tmp_path: Path) -> None:
     )
 
 
+def test_only_new_lines_are_parsed_and_a_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, other, parsed, parse = RowStore(tmp_path), RowStore(tmp_path), list[str](), ssl_vit_eval.rows._parse
+    monkeypatch.setattr(ssl_vit_eval.rows, "_parse", lambda line, where: parsed.append(where) or parse(line, where))
+    for data in ("one", "two", "three"):  # by another process
+        other.append([row(data=data)], PREDICTIONS, LABELS)
+        assert store.rows()[-1].data == data
+    assert [where.rpartition(" ")[2] for where in parsed] == ["1", "2", "3"]
+    first, second, third = store.file.read_text().splitlines(keepends=True)
+    store.file.write_text(first + third)
+    assert [one.data for one in store.rows()] == ["one", "three"]
+    store.file.write_text(first + second.replace('"two"', '"2"') + third)
+    assert [one.data for one in store.rows()] == ["one", "2", "three"]
+
+
 def test_a_metric_declared_later_is_added_to_the_rows_of_the_data(tmp_path: Path) -> None:
     store = RowStore(tmp_path)
     store.append([row()], PREDICTIONS, LABELS)

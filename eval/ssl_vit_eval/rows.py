@@ -6,8 +6,9 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -87,12 +88,12 @@ class Row:
     predictions: str = ""  # file below the store's folder; filled in by `RowStore.append`, as is its hash
     predictions_hash: str | None = None  # None in rows of format 1
 
-    @property
+    @cached_property
     def key(self) -> Key:
         """The evaluation that this number comes from."""
         return Key(*(getattr(self, name) for name in Key._fields))
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Evaluation and metric: rows of equal id are the same number, measured again."""
         return f"{self.key.digest}-{self.metric}"
@@ -130,6 +131,7 @@ class RowStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.file = self.folder / "rows.jsonl"
+        self._measured, self._last, self._end = list[Row](), b"", 0  # what was read: its rows, its last line, where that ends
 
     def append(
         self, rows: Sequence[Row], predictions: Int64[Tensor, "n"] | Int64[Tensor, "n draws"], labels: Int64[Tensor, " n"]
@@ -165,41 +167,63 @@ class RowStore:
         return list({row.id: row for row in self.measured()}.values())
 
     def measured(self) -> list[Row]:
-        """Every row in the order of writing, also those that were measured again; Failure as `rows`."""
-        text, cut = self._read()
-        lines = text.removesuffix(cut).decode(errors="replace").split("\n")[:-1]
-        return [_parse(line, f"{self.file}, line {number}") for number, line in enumerate(lines, 1)]
+        """Every row in the order of writing, also those that were measured again; Failure as `rows`. Lines that were read before are not
+        parsed again, unless somebody has changed the file."""
+        if not self.file.exists():
+            return []
+        with open(self.file, "rb") as file:
+            file.seek(self._end - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                self._measured, self._last, self._end = [], b"", 0
+                file.seek(0)
+            rows, last, end = list[Row](), self._last, self._end
+            for number, line in enumerate(file, len(self._measured) + 1):
+                if line.endswith(b"\n"):
+                    rows.append(_parse(line.decode(errors="replace"), f"{self.file}, line {number}"))
+                    last, end = line, end + len(line)
+        self._measured, self._last, self._end = self._measured + rows, last, end
+        return list(self._measured)
 
     def cut_line(self) -> str:
         """A sentence about a last line that a kill has cut; empty where there is none."""
-        return f"{self.file}: the last line was cut short and is ignored; evaluate again to have it back" if self._read()[1] else ""
+        if not self.file.exists():
+            return ""
+        with open(self.file, "rb") as file:
+            cut = _end_of_lines(file) < file.seek(0, os.SEEK_END)
+        return f"{self.file}: the last line was cut short and is ignored; evaluate again to have it back" if cut else ""
 
     def known(self, data: str) -> set[tuple[Key, str]]:
         """The evaluations on this data and their metrics that are there, with their predictions as they were written."""
         rows = [row for row in self.rows() if row.data == data]
-        whole = {of: self._damage(row) is None for of, row in {(row.predictions, row.predictions_hash): row for row in rows}.items()}
+        whole = {of: self._is_whole(row) for of, row in {(row.predictions, row.predictions_hash): row for row in rows}.items()}
         return {(row.key, row.metric) for row in rows if whole[row.predictions, row.predictions_hash]}
 
     def predictions(self, row: Row) -> tuple[Int64[Tensor, "n draws"], Int64[Tensor, " n"]]:
         """Predicted (a column a draw) and true classes of the test images, in their order; Failure where the file is gone or corrupt."""
         path = self.folder / row.predictions
         try:
-            if why := self._damage(row):
-                raise ValueError(why)
-            table = pq.read_table(path)
+            content = self._content(row)
+            table = pq.ParquetFile(pa.BufferReader(content)).read()
             names = ["label", "prediction", *(name for name in table.column_names if re.fullmatch(r"prediction\d+", name))]
             label, *draws = (torch.from_numpy(table[name].to_numpy().astype(np.int64)) for name in names)
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise Failure(f"cannot read the predictions {path}: {reason(error)}; remove the row or evaluate again") from error
         return torch.stack(draws, dim=1), label
 
-    def _damage(self, row: Row) -> str | None:
-        """What is wrong with the predictions' file: it is gone, or not the one that was written with the row."""
+    def _content(self, row: Row) -> bytes:
+        """Of the predictions' file; ValueError where it is gone, or not the one that was written with the row."""
         path = self.folder / row.predictions
         if not path.is_file():
-            return "there is no such file"
-        same = row.predictions_hash is None or _digest(path.read_bytes()) == row.predictions_hash
-        return None if same else "it is not as it was written with the row"
+            raise ValueError("there is no such file")
+        content = path.read_bytes()
+        if row.predictions_hash not in (None, _digest(content)):
+            raise ValueError("it is not as it was written with the row")
+        return content
+
+    def _is_whole(self, row: Row) -> bool:
+        with suppress(OSError, ValueError):
+            return bool(self._content(row))
+        return False
 
     def _locked(self) -> AbstractContextManager[bool]:
         """Not on the rows themselves: over NFS, closing a file that is read gives its locks back."""
@@ -212,11 +236,6 @@ class RowStore:
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
-
-    def _read(self) -> tuple[bytes, bytes]:
-        """The file's bytes, and the end of them that follows the last complete line."""
-        text = self.file.read_bytes() if self.file.exists() else b""
-        return text, text[text.rfind(b"\n") + 1 :]
 
 
 def find_rows(folders: Sequence[str | Path]) -> list[tuple[Row, RowStore]]:

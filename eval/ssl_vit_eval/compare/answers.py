@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_vit.errors import Failure
@@ -13,8 +14,6 @@ from ssl_vit_eval.compare.notes import Note
 from ssl_vit_eval.metrics import MACRO, METRICS, accuracies
 from ssl_vit_eval.rows import Key, Row, RowStore
 from ssl_vit_eval.stats.seeds import accuracy_interval
-
-_KEPT = 512  # evaluations in memory: more than one setting has, whose cells are all paired with each other
 
 
 def with_metrics(found: Sequence[tuple[Row, RowStore]]) -> tuple[list[tuple[Row, RowStore]], list[Note]]:
@@ -29,26 +28,32 @@ def with_metrics(found: Sequence[tuple[Row, RowStore]]) -> tuple[list[tuple[Row,
         for (dataset, _), metrics in declared.items()
         if len(set(metrics)) > 1
     ]
-    return [(replace(row, dataset_metric=declared.get((row.dataset, row.data), [None])[-1]), store) for row, store in found], notes
+    last = {of: metrics[-1] for of, metrics in declared.items()}
+    return [(_judged_by(row, last.get((row.dataset, row.data))), store) for row, store in found], notes
+
+
+def _judged_by(row: Row, metric: str | None) -> Row:
+    return row if row.dataset_metric == metric else replace(row, dataset_metric=metric)
 
 
 class Answers:
-    """What every evaluation got right; read when asked for."""
+    """What every evaluation got right; its file is read once, when it is asked for, and kept as a bit for each answer."""
 
     def __init__(self, found: Sequence[tuple[Row, RowStore]]) -> None:
         self._found = {row.key: (row, store) for row, store in found}
-        self._read = lru_cache(_KEPT)(self._read_now)
+        self._bits: dict[Key, tuple[NDArray[np.uint8], torch.Size, Int64[Tensor, " n"]]] = {}  # with their shape, and the classes
+        self._classes: dict[str, Int64[Tensor, " n"]] = {}  # by data
 
     def checked(self, row: Row) -> Row:
         """The row with its interval computed again; Failure for a value that is not that of its predictions, but for rounding: 2^-52 an
         answer. The oracle cannot be checked: predictions are of the settings that were chosen."""
-        predictions, labels = self._predictions(row)
-        scores = [accuracies(answers.contiguous(), labels) for answers in predictions.T]
+        right, labels = self._read(row.key)
+        scores = [accuracies(torch.where(of, labels, -1), labels) for of in right]
         value = sum(score[METRICS.index(row.metric)] for score in scores) / len(scores)
-        if abs(value - row.value) > predictions.numel() * 2.0**-52:
+        if abs(value - row.value) > right.numel() * 2.0**-52:
             file = self._found[row.key][1].folder / row.predictions
             raise Failure(f"{_called(row)}: the row says {row.metric} {row.value:.6g}, its predictions {file} {value:.6g}; evaluate again")
-        low, high = accuracy_interval(predictions == labels[:, None], labels if row.metric == MACRO else None)
+        low, high = accuracy_interval(right.T, labels if row.metric == MACRO else None)
         return replace(row, ci_low=low, ci_high=high)
 
     def together(self, rows: Sequence[Row]) -> tuple[Bool[Tensor, "r k n"], Int64[Tensor, " n"]]:
@@ -63,16 +68,18 @@ class Answers:
                 raise Failure(f"{_called(row)} has other classes in its predictions than {other}: evaluate one of them again")
         return torch.stack([right for right, _ in read]), classes
 
-    def _read_now(self, key: Key) -> tuple[Bool[Tensor, "k n"], Int64[Tensor, " n"]]:
-        predictions, labels = self._predictions(self._found[key][0])
-        return (predictions == labels[:, None]).T.contiguous(), labels
-
-    def _predictions(self, row: Row) -> tuple[Int64[Tensor, "n k"], Int64[Tensor, " n"]]:
-        store = self._found[row.key][1]
-        predictions, labels = store.predictions(row)
-        if len(labels) != row.n_test:
-            raise Failure(f"{store.folder / row.predictions} has {len(labels)} predictions, its row {row.n_test} images: evaluate again")
-        return predictions, labels
+    def _read(self, key: Key) -> tuple[Bool[Tensor, "k n"], Int64[Tensor, " n"]]:
+        if key not in self._bits:
+            row, store = self._found[key]
+            predictions, labels = store.predictions(row)
+            if len(labels) != row.n_test:
+                file = store.folder / row.predictions
+                raise Failure(f"{file} has {len(labels)} predictions, its row {row.n_test} images: evaluate again")
+            right = (predictions == labels[:, None]).T
+            shared = self._classes.setdefault(key.data, labels)
+            self._bits[key] = np.packbits(right.numpy()), right.shape, shared if torch.equal(shared, labels) else labels
+        bits, shape, labels = self._bits[key]
+        return torch.from_numpy(np.unpackbits(bits, count=shape.numel()).reshape(shape)).bool(), labels
 
 
 def _called(row: Row) -> str:

@@ -28,6 +28,7 @@ from ssl_vit_eval.stats.images import (
     resampled,
     sign_flip,
     strata,
+    student_draws,
     variance_over,
     wilson_interval,
 )
@@ -99,7 +100,7 @@ def crossed_interval(values: Float[Tensor, "s k n"], classes: Int64[Tensor, " n"
     elif image_part > 0:
         interaction = sum(variance_over(of - of_images, groups).sum() / (len(of) - 1) / len(of) for of in levels)
         kept = max(0.0, 1 - interaction / image_part)
-    by_level = sum(t.ppf((rng.permutation(DRAWS) + 0.5) / DRAWS, df) * variance**0.5 for variance, df in parts)
+    by_level = sum(student_draws(float(df), rng) * variance**0.5 for variance, df in parts)
     crossed, alone = percentiles(kept**0.5 * by_image + by_level), percentiles(by_image)
     low, high = max(float(mean) + min(crossed.low, alone.low), -1.0), min(float(mean) + max(crossed.high, alone.high), 1.0)
 
