@@ -1,10 +1,11 @@
 """How a study and an evaluation grow: `python benchmarks/load.py [--rows 2000 20000 200000] [--sources 10 50]`.
 
-A study of 200 cells (mae_smoke at 5 depths, 5 readouts, 8 seeds; two steps each) is trained, evaluated and compared by `ssl-vit study`. Then its
-store gets more rows, as of more datasets, with random answers, and the same command runs again: it trains nothing, looks what is missing,
-and compares all rows. An evaluation by `ssl-vit eval` of so many random backbones in 20 readouts on 10 datasets of noise follows, twice:
-the second finds everything done. Processor seconds, which other processes disturb less than the clock, and the peak of memory of each
-command.
+A study of 200 cells (mae_smoke at 5 depths, 5 readouts, 8 seeds; two steps each) is trained, evaluated and compared by `ssl-vit study`.
+Then its store gets more rows, as of more datasets, with random answers, and the same command runs again: it trains nothing, looks what
+is missing, and compares all rows.
+
+An evaluation by `ssl-vit eval` of so many random backbones in 20 readouts on 10 datasets of noise comes first, twice: the second finds
+everything done. Of each command: processor seconds, which other processes disturb less than the clock, and the peak of its memory.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def plant(store: RowStore, rows: int) -> None:
     there, rng = store.rows(), torch.Generator().manual_seed(0)
     measured = [row for row in there if row.dataset == "data0" and row.metric == METRICS[0]]
     labels, count, number = store.predictions(measured[0])[1], len(there), len({row.dataset for row in there})
-    while count < rows:
+    while count + len(METRICS) <= rows:
         for row in measured[: (rows - count) // len(METRICS)]:
             right = torch.rand(len(labels), generator=rng) < 0.5 + 0.1 * (row.trained_with == "gap")
             answers = torch.where(right, labels, (labels + 1) % CLASSES)
