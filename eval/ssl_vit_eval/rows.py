@@ -207,11 +207,16 @@ class RowStore:
 
     def _add(self, rows: Sequence[Row]) -> None:
         lines = [json.dumps({"format": FORMAT, "id": row.id, **asdict(row)}, allow_nan=False) + "\n" for row in rows]
-        with naming(self.file), open(self.file, "ab+") as file:
-            file.truncate(_end_of_lines(file))
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        data = memoryview("".join(lines).encode())
+        with naming(self.file), open(self.file, "ab+", buffering=0) as file:  # a buffer would be written once more when it is closed
+            file.truncate(end := _end_of_lines(file))
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:  # a full disk: all rows of an evaluation, or none
+                file.truncate(end)
+                raise
 
     def _read(self) -> tuple[bytes, bytes]:
         """The file's bytes, and the end of them that follows the last complete line."""

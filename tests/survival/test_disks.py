@@ -116,6 +116,7 @@ def test_the_file_that_finds_no_room_is_named(
     (line,) = errors(capsys)
     assert line.startswith("ssl-vit: disk full: ")
     assert line.endswith(f"/{file} cannot be written, what was there is kept; make room, and the same command goes on")
+    assert not RowStore("out").measured()  # all rows of an evaluation, or none
 
 
 def test_a_figure_that_finds_no_room_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
