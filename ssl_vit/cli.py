@@ -29,6 +29,7 @@ PRETRAIN = """\
 --wandb [ENTITY/]PROJECT logs the run to W&B; with --resume, also one that is finished
 """
 
+DENIED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)  # the last one: a folder that is a mount, which cannot be replaced
 VERBOSE = "print all that the report says, not one screen of it"
 
 
@@ -72,6 +73,9 @@ def run(arguments: list[str], debug: bool = False) -> int:
             case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 file = error.filename or "a file"
                 code, message = 1, f"disk full: {file} cannot be written, what was there is kept; make room, and {go_on}"
+            case OSError() if error.errno in DENIED and error.filename:
+                what = f"{error.filename} cannot be {'read or ' * (error.errno == errno.EACCES)}written ({error.strerror})"
+                code, message = 1, f"{what}; what was there is kept; get the right to write there, or name another folder with --out"
             case KeyboardInterrupt():
                 code, message = 130, "interrupted"
             case SystemExit() if not isinstance(error.__context__, KeyboardInterrupt):  # argparse's --help, --print_config

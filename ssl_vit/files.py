@@ -16,6 +16,24 @@ _held = set[BinaryIO]()  # the files of locks; a child process, as a data worker
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from inside names the file: the system's own, of writing and syncing, does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """OSError, before any work, where `folder`, or what there is of the folders above it, cannot be written to."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK):  # also of root, where the file system is read-only
+        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), str(folder))
+
+
 def write_atomically(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
     """Write beside the target, sync, rename: the name always holds a whole file, the old one or the new. `content` may write it itself.
 

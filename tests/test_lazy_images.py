@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.data.images import to_tensor
+from ssl_vit.errors import Failure
 from ssl_vit_eval import lazy_images
 from ssl_vit_eval.lazy_images import MEMORY_SHARE, EncodedImages, EvalTransform
 
@@ -75,3 +76,19 @@ def test_threads_leave_the_warning_filters_alone() -> None:
     before = list(warnings.filters)
     images.batch(torch.arange(128))
     assert warnings.filters == before
+
+
+def test_all_unreadable_images_are_counted_at_once() -> None:
+    read = Shelf(150).read
+
+    def damaged(rows: Sequence[int]) -> list[tuple[str, bytes]]:
+        if 140 in rows:
+            raise Failure("row 140 is gone")
+        return [(name, b"<html>" if row % 20 == 7 else data) for row, (name, data) in zip(rows, read(rows), strict=True)]
+
+    images = EncodedImages(damaged, 150, EvalTransform(8))
+    with pytest.raises(Failure, match=r"^9 of 150 images cannot be read: .*row 7 is no.*row 27 .*row 47 .*row 67 .*row 87 .*; and 4 more$"):
+        images.batch(torch.arange(10))
+    one = EncodedImages(lambda rows: [(name, data * (name != "row 3")) for name, data in read(rows)], 150, EvalTransform(8))
+    with pytest.raises(Failure, match=r"^row 3 is empty"):
+        one.batch(torch.arange(10))

@@ -6,6 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssl_vit.errors import Failure, Interrupted, UsageError
+from ssl_vit.files import check_writable
 from ssl_vit.model.readout import ReadoutSpec, available
 from ssl_vit.train.tracking import Tracking
 from ssl_vit_eval.controls import check_controls
@@ -159,4 +160,7 @@ def open_store(out: str | Path) -> RowStore:
     known = ("rows.jsonl", "features", "predictions")  # the latter two alone: stopped before the first row
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not any((folder / name).exists() for name in known))):
         raise UsageError(f"{out} already holds something else; name another folder with --out")
-    return RowStore(folder)
+    store = RowStore(folder)
+    if not store.file.exists():  # else all may be there, and nothing is to be written
+        check_writable(folder)
+    return store

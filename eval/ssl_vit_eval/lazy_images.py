@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
 from ssl_vit.data.images import ImageStore, decode, to_tensor
-from ssl_vit.errors import require
+from ssl_vit.errors import Failure, require
 from ssl_vit_eval.memory import available_memory
 
 Crop = float | Literal["squash"]
@@ -26,6 +26,7 @@ CROP = 224 / 256
 MEMORY_SHARE = 0.25
 _THREADS = min(8, os.cpu_count() or 1)
 _ROWS = 64  # encoded images held at once: a photograph may have 10 MB
+_NAMED = 5  # unreadable images in an error; the others are counted
 
 Named = tuple[str, bytes | Image.Image]
 """What errors call an image, and the image itself, encoded or not."""
@@ -71,7 +72,8 @@ class EncodedImages(ImageStore):
     """The images of a split at one size, [n 3 s s]: read, decoded and transformed when asked for, by a few threads.
 
     Once decoded they are kept, where all of the split fits in `MEMORY_SHARE`; else they are decoded each time. A corrupt image is
-    found when it is asked for: `batch` then raises the Failure of `decode`, which names it.
+    found when it is asked for: `batch` then raises the Failure of `decode`, which names it; where there are several in the split, one that
+    counts all and names the first.
     """
 
     def __init__(self, read: Callable[[Sequence[int]], Sequence[Named]], count: int, transform: EvalTransform) -> None:
@@ -103,12 +105,39 @@ class EncodedImages(ImageStore):
         # `decode` silences PIL for a moment; threads that do so at the same time would leave the filters as they found each other's
         with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
             warnings.simplefilter("ignore")
-            for start in range(0, len(rows), _ROWS):
-                encoded = self._read(rows[start : start + _ROWS].tolist())
-                for place, image in enumerate(pool.map(self._one, encoded), start):
-                    images[place] = image
+            try:
+                for start in range(0, len(rows), _ROWS):
+                    encoded = self._read(rows[start : start + _ROWS].tolist())
+                    for place, image in enumerate(pool.map(self._one, encoded), start):
+                        images[place] = image
+            except Failure as error:
+                if len(bad := self._unreadable(pool)) < 2:
+                    raise
+                some = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+                raise Failure(f"{len(bad)} of {len(self)} images cannot be read: {some}") from error
         return images
 
     def _one(self, named: Named) -> UInt8[Tensor, "3 s s"]:
         name, data = named
         return to_tensor(self._transform(decode(data, name)))
+
+    def _unreadable(self, pool: ThreadPoolExecutor) -> list[str]:
+        """What is wrong with each image that cannot be read: else a user meets them one at a time. Decodes the whole split."""
+
+        def failure(named: Named | Failure) -> Failure | None:
+            if not isinstance(named, Failure):
+                try:
+                    self._one(named)
+                except Failure as error:
+                    return error
+                return None
+            return named
+
+        def read(row: int) -> Named | Failure:
+            try:
+                return self._read([row])[0]
+            except Failure as error:
+                return error
+
+        chunks = (range(start, min(start + _ROWS, len(self))) for start in range(0, len(self), _ROWS))
+        return [str(error) for chunk in chunks for error in pool.map(failure, [read(row) for row in chunk]) if error]

@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ssl_vit.errors import Failure, UsageError, reason
-from ssl_vit.files import locked, write_atomically
+from ssl_vit.files import locked, naming, write_atomically
 from ssl_vit_eval.schema import STRICT, checked
 
 FORMAT = 2  # of a line: since 2 it says the hash of its predictions; one with a higher number was written by a later version
@@ -231,11 +231,16 @@ class RowStore:
 
     def _add(self, rows: Sequence[Row]) -> None:
         lines = [json.dumps({"format": FORMAT, "id": row.id, **asdict(row)}, allow_nan=False) + "\n" for row in rows]
-        with open(self.file, "ab+") as file:
-            file.truncate(_end_of_lines(file))
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        data = memoryview("".join(lines).encode())
+        with naming(self.file), open(self.file, "ab+", buffering=0) as file:  # a buffer would be written once more when it is closed
+            file.truncate(end := _end_of_lines(file))
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:  # a full disk: all rows of an evaluation, or none
+                file.truncate(end)
+                raise
 
 
 def find_rows(folders: Sequence[str | Path]) -> list[tuple[Row, RowStore]]:

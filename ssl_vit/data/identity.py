@@ -22,22 +22,23 @@ _PARTS, _ROWS = 64, 4096
 def identity(rows: Records) -> tuple[dict[str, Any], str]:
     """`{count, hash, by, parts, names}`, and a key under which decoded images can be found again.
 
-    by: "content", or "names and sizes" for more than `HASHED_BYTES` or `HASHED_FILES`, whose times are in the key. `hash` is over all
+    by: "content", or "names and sizes" for more than `HASHED_BYTES` or `HASHED_FILES`, whose times are all in the key. `hash` is over all
     images, `parts` over each of at most 64 equal ranges of rows, the first image of which is in `names`.
     """
-    count, total, newest, names = len(rows.table), 0, 0, []
+    count, total, times, files, names = len(rows.table), 0, hashlib.blake2b(digest_size=8), False, []
 
     def listed() -> Iterator[bytes]:
-        nonlocal total, newest
+        nonlocal total, files
         for row, (name, size, changed) in enumerate(_stored(rows)):
-            total, newest = total + size, max(newest, changed)
+            total, files = total + size, files or changed > 0
+            times.update(changed.to_bytes(8, "little", signed=True))  # each, not the newest: clocks and copies may set one back
             if row % _step(count) == 0:
                 names.append(name)
             yield f"{name} {size}".encode()
 
     found = _hashed("names and sizes", listed(), count) | {"names": names}  # nothing is kept of each image: there may be millions
-    if total > HASHED_BYTES or (newest and count > HASHED_FILES):
-        return found, f"{found['hash']}-{newest:x}"
+    if total > HASHED_BYTES or (files and count > HASHED_FILES):
+        return found, f"{found['hash']}-{times.hexdigest()}"
     read = (image for some in rows.ranges() for image in rows.readable_rows(some))
     # one that cannot be read counts as empty: whether it may be replaced is decided where images are decoded
     found |= _hashed("content", (b"" if isinstance(image, Failure) else image[1] for image in read), count)

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from ssl_vit.data.loader import whole_batches
 from ssl_vit.errors import Failure, UsageError
-from ssl_vit.files import write_atomically
+from ssl_vit.files import naming, write_atomically
 from ssl_vit.methods import Method
 from ssl_vit.methods.base import MAX_SKIPPED
 from ssl_vit.provenance import git_revision, recipe_hash
@@ -105,8 +105,7 @@ class RunFolder(Checkpoint):
             record["skipped_steps"] = self._skipped(module)
             record["data_seconds"] = round(self._before["data_seconds"] + self._of_stream("seconds", "mean"), 3)  # all ranks ask
             if trainer.is_global_zero:
-                with (self.folder / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                self.record(record)
         stop, due = self.signals.agreed(trainer, step, time.monotonic() - self._saved > self.seconds)
         epoch_kept = self.keep_every_epochs and step % (self._per_epoch * self.keep_every_epochs) == 0
         if stop and (processes := getattr(trainer.strategy.launcher, "procs", None)):
@@ -171,6 +170,12 @@ class RunFolder(Checkpoint):
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.signals.give_back()
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        path = self.folder / "metrics.jsonl"
+        with naming(path), path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
 
     def _records(self) -> list[dict[str, Any]]:
         """The whole lines of metrics.jsonl; a kill can cut the last one."""

@@ -25,7 +25,7 @@ from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.loader import end_with_main, told_of_lost_workers
 from ssl_vit.data.stream import ImageData
 from ssl_vit.errors import Interrupted, UsageError, one_of, require
-from ssl_vit.files import locked
+from ssl_vit.files import check_writable, locked
 from ssl_vit.methods import METHODS, Method
 from ssl_vit.methods.base import plain
 from ssl_vit.model.precision import tf32
@@ -180,6 +180,7 @@ def pretrain(recipe: str, options: list[str], callbacks: Sequence[Callback] = ()
             if folder.exists():
                 begin(config.resume)
             else:
+                check_writable(folder)
                 record.begin = begin  # once the data are there: a wrong start leaves nothing
         return _train(config, values, module, record, callbacks, tracking)
 

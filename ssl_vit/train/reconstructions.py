@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 from ssl_vit.data.transforms import normalise
 from ssl_vit.data.views import SingleCrop
 from ssl_vit.errors import UsageError
+from ssl_vit.files import write_atomically
 from ssl_vit.methods.mae import MAE, DecoderConfig, masked, random_keep
 from ssl_vit.model.backbone import patchify
 from ssl_vit.model.config import BackboneConfig
@@ -45,8 +46,8 @@ def save_reconstructions(checkpoint: Path, images: UInt8[Tensor, "n 3 s s"], pat
     predicted = _predicted_pixels(model, x, keep)
     true = patchify(pixels, model.backbone.patch)
     rows = [true, torch.where(hidden, MASK_GREY, true), predicted, torch.where(hidden, predicted, true)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _draw([_unpatchify(row, model.backbone.patch) for row in rows]).save(path, optimize=True)
+    drawn = _draw([_unpatchify(row, model.backbone.patch) for row in rows])
+    write_atomically(path, lambda file: drawn.save(file, "PNG", optimize=True))
 
 
 def _load_mae(path: Path) -> MAE:

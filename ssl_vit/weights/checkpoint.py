@@ -257,12 +257,13 @@ def _quick_offline_error(what: str, online: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = True
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if not online or not constants.HF_HUB_OFFLINE:
+    except Exception as error:  # of a proxy that refuses, whatever the HTTP library of this version raises
+        if not online or isinstance(error, TypeError | MemoryError) or getattr(error, "filename", None):  # an argument, memory, the disk
             raise
+        why = "no network" if constants.HF_HUB_OFFLINE else reason(error)
         raise Failure(
-            f"cannot fetch {what}: no network, and they are not in the cache ({constants.HF_HUB_CACHE}); "
-            "run the same command once where there is one, with HF_HOME on a disk that both machines see"
+            f"cannot fetch {what}: {why}, and they are not in the cache ({constants.HF_HUB_CACHE}); run the same command once where there "
+            "is a network that lets it through, with HF_HOME on a disk that both machines see"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline

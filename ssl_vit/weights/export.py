@@ -8,9 +8,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import nn
 
 from ssl_vit.errors import Failure, UsageError
+from ssl_vit.files import write_atomically
 from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.config import BackboneConfig
 from ssl_vit.weights.checkpoint import Which, backbone_of, network_of, read_checkpoint, split_network
@@ -70,11 +72,17 @@ def _write(folder: Path, entry: dict[str, Any], backbone: Backbone, network: Whi
         },
         "ssl_vit": {**entry, "network": network},
     }
-    (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    save_file({key: value.contiguous() for key, value in backbone.vit.state_dict().items()}, folder / "model.safetensors")
+    write_atomically(folder / "config.json", json.dumps(told, indent=2) + "\n")
+    _save(folder / "model.safetensors", backbone.vit)
     assert backbone.trained_readout is not None
-    if parameters := backbone.trained_readout.state_dict():
-        save_file({key: value.contiguous() for key, value in parameters.items()}, folder / "readout.safetensors")
+    if backbone.trained_readout.state_dict():
+        _save(folder / "readout.safetensors", backbone.trained_readout)
+
+
+def _save(path: Path, module: nn.Module) -> None:
+    """Not by `save_file`, whose errors are none of the system's: of a full disk we have a line of our own."""
+    content = save({key: value.contiguous() for key, value in module.state_dict().items()})
+    write_atomically(path, lambda file: file.write(content))
 
 
 @torch.no_grad()

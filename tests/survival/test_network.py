@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import datasets
 import pytest
+import timm
 from huggingface_hub import constants
 
 from ssl_vit.data.sources import load_split
@@ -60,3 +61,22 @@ def test_what_cannot_be_fetched_is_said_within_seconds(fetch: Callable[[], objec
     with pytest.raises(Failure, match=what):
         fetch()
     assert time.monotonic() - begun < 8  # 3 s are waited for an answer; the rest is for a busy machine
+
+
+class ProxyError(Exception):
+    """As of httpx, whose errors are none of the system's."""
+
+
+def test_a_proxy_that_lets_the_hub_through_and_not_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def refused(name: str, pretrained: bool, **kwargs: object) -> object:
+        if pretrained:
+            raise ProxyError("403 Forbidden")
+        return create(name, pretrained, **kwargs)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("ssl_vit.weights.checkpoint.hub_answers", lambda: True)
+    monkeypatch.setattr(timm, "create_model", refused)
+    with pytest.raises(Failure, match="the weights of timm:vit_tiny_patch16_224: 403 Forbidden, and they are not in the cache"):
+        load_backbone("timm:vit_tiny_patch16_224")

@@ -1,6 +1,7 @@
 """Figures of attention and input-gradient maps: a row for each image, a column for each map."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
+
+from ssl_vit.files import write_atomically
 
 CELL = 0.9  # inches
 DPI = 100
@@ -35,5 +38,4 @@ def save_maps(images: UInt8[Tensor, "b 3 s s"], maps: Mapping[str, Float[Tensor,
             axes.set_title(title.replace("+", "+\n"), fontsize=8)
         for axes in grid.flat:
             axes.set_axis_off()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})
+        write_atomically(path, partial(figure.savefig, format="png", metadata={"Software": None}))

@@ -4,7 +4,6 @@ import json
 import mmap
 import os
 import shutil
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssl_vit.errors import Failure
+from ssl_vit.files import naming
 from ssl_vit_eval.distributed import barrier, gather_objects, rank
 
 FORMAT = 1  # raised whenever the pass could give other numbers for the same key
@@ -111,12 +111,13 @@ class FeatureFile:
         self._abandoned = False
         if rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            for left in self.path.parent.glob(f"{self.key.digest}.*.partial"):
-                if time.time() - left.stat().st_mtime > _DAY:  # of a process that was killed
-                    left.unlink()
-            with self._partial.open("wb") as file:
+            with naming(self._partial), self._partial.open("wb") as file:
                 file.write(self._header())
                 file.truncate(self._end)
+            now = self._partial.stat().st_mtime  # by the clock that the others' times are of: this machine's own may be wrong
+            for left in self.path.parent.glob(f"{self.key.digest}.*.partial"):
+                if now - left.stat().st_mtime > _DAY:  # of a process that was killed
+                    left.unlink()
         barrier()
 
     def abandon(self) -> None:
@@ -128,7 +129,7 @@ class FeatureFile:
         """All processes have written their rows."""
         barrier()
         if rank() == 0:
-            with self._partial.open("r+b") as file:
+            with naming(self._partial), self._partial.open("r+b") as file:
                 file.seek(_HEADER)
                 file.write(_checksum(file, self._end))
                 file.flush()
@@ -142,9 +143,10 @@ class FeatureFile:
         offset = _HEADER + self._row * start
         descriptor = os.open(self._partial, os.O_WRONLY)  # for this write only: a pass may write more files than can be open at once
         try:
-            while data:
-                written = os.pwrite(descriptor, data, offset)
-                data, offset = data[written:], offset + written
+            with naming(self._partial):
+                while data:
+                    written = os.pwrite(descriptor, data, offset)
+                    data, offset = data[written:], offset + written
         finally:
             os.close(descriptor)
 

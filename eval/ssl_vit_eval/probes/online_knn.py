@@ -1,6 +1,5 @@
 """k-NN while pretraining: a labelled dataset watched from outside, without a trace in the training."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,8 +73,7 @@ class OnlineKNN(Callback):
             logger.log_metrics({"knn_top1": value}, step=trainer.global_step)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunFolder) and trainer.is_global_zero:
-                with (callback.folder / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": trainer.global_step, "knn_top1": value}) + "\n")
+                callback.record({"step": trainer.global_step, "knn_top1": value})
 
     def measure(self, backbone: Backbone, readout: Readout, device: torch.device) -> float:
         """Top-1 of the queries, a fraction, the same on every process; all of them call it."""

@@ -169,6 +169,4 @@ def _draw_reconstructions(cell: Cell) -> None:
         return
     data = recipe["data"]
     images = load_images(data["source"], data["split"], recipe["backbone"]["image_size"], data["image_column"])
-    partial = cell.folder / "reconstructions.partial.png"
-    save_reconstructions(cell.folder / "last.ckpt", images.batch(torch.linspace(0, len(images) - 1, 8).long())[0], partial)
-    os.replace(partial, picture)
+    save_reconstructions(cell.folder / "last.ckpt", images.batch(torch.linspace(0, len(images) - 1, 8).long())[0], picture)
