@@ -6,10 +6,11 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 from uuid import uuid4
 
@@ -114,10 +115,6 @@ class FeatureFile:
             with naming(self._partial), self._partial.open("wb") as file:
                 file.write(self._header())
                 file.truncate(self._end)
-            now = self._partial.stat().st_mtime  # by the clock that the others' times are of: this machine's own may be wrong
-            for left in self.path.parent.glob(f"{self.key.digest}.*.partial"):
-                if now - left.stat().st_mtime > _DAY:  # of a process that was killed
-                    left.unlink()
         barrier()
 
     def abandon(self) -> None:
@@ -154,10 +151,21 @@ class FeatureFile:
         return self.key.text.encode().ljust(_HEADER)
 
 
+def clear_abandoned(folder: Path) -> None:
+    """Remove what processes left half written that were killed a day ago or earlier; not for each file, of which there may be thousands."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder) as file:
+        now = os.fstat(file.fileno()).st_mtime  # by the clock that the others' times are of: this machine's own may be wrong
+    for left in folder.glob("*.partial"):
+        with suppress(FileNotFoundError):  # another process was first
+            if now - left.stat().st_mtime > _DAY:
+                left.unlink()
+
+
 def check_room(files: Sequence[FeatureFile], what: str) -> None:
     """Failure, before anything is written, where the disk has no room for them; `what` stands before it."""
     folder = files[0].path.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(folder)
     if (needed := sum(file.size for file in files)) > (free := shutil.disk_usage(folder).free):
         sizes = f"{needed / 2**30:.1f} GiB in {folder}, {free / 2**30:.1f} GiB are free there"
         raise Failure(f"{what} needs {sizes}; name another folder with --cache, or ask for fewer readouts")

@@ -17,7 +17,7 @@ from ssl_vit.model.backbone import Backbone
 from ssl_vit.model.tokens import Tokens
 from ssl_vit_eval.distributed import agreed, device, gather_objects, parts, rank
 from ssl_vit_eval.features.extract import BATCH
-from ssl_vit_eval.features.store import FeatureFile, FeatureKey
+from ssl_vit_eval.features.store import FeatureFile, FeatureKey, clear_abandoned
 from ssl_vit_eval.sources import Source
 
 _LARGEST = 65504  # of float16
@@ -92,6 +92,7 @@ def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folde
     if not there and not fits:
         return reader
     if not there:
+        clear_abandoned(folder)
         ranges = list(parts(len(images), BATCH))
         with file.writing(), agreed():
             for start, end in tqdm(ranges, f"{source.name}: tokens", leave=False, unit="batch", disable=True if rank() else None):
