@@ -52,6 +52,13 @@ def test_the_file_holds_the_pixels_and_is_used_again(tmp_path: Path, monkeypatch
     assert len(left(tmp_path)) == 1
 
 
+def test_what_another_decoder_made_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_split(str(tmp_path / "set"), "train", progress=False)
+    monkeypatch.setattr(memory_map, "DECODER", memory_map.DECODER + 1)
+    load_split(str(tmp_path / "set"), "train", progress=False)
+    assert len(left(tmp_path)) == 2
+
+
 def test_small_sets_are_decoded_alike_without_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,14 @@ def test_a_full_disk_is_an_error_and_no_file(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_system_that_writes_a_part_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:5], offset))
+    found = read(written(tmp_path))
+    assert found is not None
+    assert torch.equal(found, VALUES)
+
+
 def test_a_disk_that_fails_at_the_start_leaves_no_file_and_the_next_writing_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
