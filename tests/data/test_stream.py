@@ -256,6 +256,8 @@ def test_what_is_too_many_is_not_left_to_chance() -> None:
         corrupt.note([(100, "")], 20_000)
     with pytest.raises(Failure, match="50 of 100 images"):
         Corrupt(10_000).note([(row, "") for row in range(50)], 100)
+    with pytest.raises(Failure, match="2 of 2 images"):  # a few, but nothing is left
+        Corrupt(2).note([(0, ""), (1, "")], 2)
 
 
 @pytest.mark.usefixtures("jpegs")
