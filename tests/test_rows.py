@@ -116,7 +116,7 @@ def test_the_last_of_equal_ids_wins(tmp_path: Path) -> None:
     store.append([row(value=0.1)], PREDICTIONS, LABELS)
     store.append([row(read_with="cls")], PREDICTIONS, LABELS)
     store.append([row(value=0.2)], LABELS, LABELS)
-    assert {r.read_with: r.value for r in store.rows()} == {"gap": 0.2, "cls": 2 / 3}
+    assert sorted((r.read_with, r.value) for r in store.rows()) == [("cls", 2 / 3), ("gap", 0.2)]
     assert store.predictions(row(predictions=store.rows()[0].predictions))[0][:, 0].tolist() == LABELS.tolist()
 
 

@@ -47,7 +47,7 @@ def test_an_unfinished_pass_leaves_nothing_that_is_read(tmp_path: Path) -> None:
     def stopped() -> None:
         with file.writing():
             file.write(0, VALUES)
-            assert read(FeatureFile(tmp_path, KEY)) is None
+            assert not file.path.exists()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -82,7 +82,14 @@ def test_damaged_numbers_are_computed_again(tmp_path: Path, capsys: pytest.Captu
     assert "damaged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("size", [0, 10, 4096, 4096 + 83, 4096 + 84])
+def test_a_file_with_something_behind_it_is_computed_again(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    with file.path.open("ab") as target:
+        target.write(b"x")
+    assert read(file) is None
+
+
+@pytest.mark.parametrize("size", [0, 10, 4096, 4096 + 83, 4096 + 84, 4096 + 84 + 7])
 def test_a_file_that_was_cut_short_is_computed_again(tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path)
     file.path.write_bytes(file.path.read_bytes()[:size])

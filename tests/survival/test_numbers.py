@@ -63,6 +63,14 @@ def test_a_step_that_is_not_finite_changes_nothing(build: Callable[[], Method], 
     assert module.skipped() == (1, 0)
 
 
+def test_the_loss_of_each_micro_batch_of_a_step_counts() -> None:
+    module = ready(mae())
+    before = moved(module)
+    module.report(torch.tensor(BAD))
+    assert all(torch.equal(a, b) for a, b in zip(before, moved(module), strict=True))  # whose own loss is finite
+    assert module.skipped() == (1, 1)
+
+
 def test_an_optimiser_without_a_fused_kernel_skips_too() -> None:
     module = ready(mae())
     module.trainer.optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from ssl_vit.cli import run
 from ssl_vit.errors import Failure, Interrupted
@@ -59,6 +60,12 @@ def hold(step: int) -> None:
         original(self, optimizer)
 
     Method.on_before_optimizer_step = held  # type: ignore[method-assign]
+
+
+def hold_and_watch(step: int) -> None:
+    """And `asked` says whether Lightning speaks to the other processes at every step, which a GPU would wait for."""
+    hold(step)
+    _TrainingEpochLoop._broadcast_sigterm_tensor = lambda self: Path("asked").touch()  # type: ignore[method-assign]
 
 
 def go_on(step: int) -> None:
@@ -193,7 +200,7 @@ def test_a_handler_of_c_code_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_ranks_agree_on_the_step(number: signal.Signals, to: str) -> None:
     """As torchrun and Slurm start them; whichever process the signal reaches."""
     command = ("pretrain", "mae.yaml", "--out", "run", *OPTIONS, *TWO, "--resume", "auto")
-    started = ranks(2, *command, before=partial(hold, 5))
+    started = ranks(2, *command, before=partial(hold_and_watch, 5))
     for rank, process in enumerate(started):
         process.wait_for(f"held-5-{rank}")
     for rank, process in enumerate(started):
@@ -202,6 +209,7 @@ def test_ranks_agree_on_the_step(number: signal.Signals, to: str) -> None:
     go_on(5)
     assert [process.wait(30) for process in started] == [CODES[number]] * 2, [process.said for process in started]
     assert saved("run") == 5
+    assert not Path("asked").exists()
     for process in started:
         assert f"stopped at step {saved('run')} and saved run/last.ckpt" in process.said
         assert "Traceback" not in process.said
