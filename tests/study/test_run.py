@@ -184,6 +184,8 @@ def test_a_damaged_run_json_is_named_and_written_again(capsys: pytest.CaptureFix
 def test_a_cell_that_began_with_other_weights_than_its_study_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """As on a machine whose libraries draw other numbers."""
     write(recipes=["mae.yaml"], trained_with=["cls"], read_with=["cls"])
+    Path("out").mkdir()
+    Path("out/.study.yaml.17").touch()  # of a process that was killed
     assert run(["study", "study.yaml", "--out", "out", "--cell", "mae-cls-s0"]) == 0
     content = torch.load("out/cells/mae-cls-s0/last.ckpt", weights_only=True)
     content["ssl_vit"]["init"] = "others"
