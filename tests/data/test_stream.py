@@ -104,6 +104,13 @@ def broken(row: int) -> None:
     path.write_bytes(path.read_bytes()[:700])
 
 
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    order = Order(20, 5, seed=3)
+    first, second = (torch.cat([order.rows(order.positions(step)) for step in range(start, start + 4)]) for start in (0, 4))
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(20))
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.usefixtures("jpegs")
 def test_one_stream_for_all_workers_ranks_and_starts() -> None:
     expected = take(WorkerStream(dataset(), 0), 7)  # two epochs and a step
