@@ -183,13 +183,15 @@ def bit_flipped(data: bytes) -> bytes:
     return data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 1]) + data[len(data) // 3 + 1 :]
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"PAR1 cut", lambda data: data[:-9], bit_flipped, lambda data: b"", None])
-def test_damaged_predictions_are_named_and_evaluated_again(damage: Callable[[bytes], bytes] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [lambda data: b"PAR1 cut", lambda data: data[:-9], bit_flipped, lambda data: b"", "gone", "another's"])
+def test_damaged_predictions_are_named_and_evaluated_again(damage: Callable[[bytes], bytes] | str, tmp_path: Path) -> None:
     store = RowStore(tmp_path)
     (written,) = store.append([row()], PREDICTIONS, LABELS)
     file = tmp_path / written.predictions
-    if damage:
+    if callable(damage):
         file.write_bytes(damage(file.read_bytes()))
+    elif damage == "gone":
+        file.unlink()
     else:  # another row's file under this name, with as many right answers
         (other,) = store.append([row(read_with="cls")], PREDICTIONS.flip(0), LABELS)
         file.write_bytes((tmp_path / other.predictions).read_bytes())

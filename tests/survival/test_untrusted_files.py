@@ -67,6 +67,14 @@ def test_a_payload_is_executed_nowhere(raw: bool, run_folder: dict[str, Any], ca
     assert Path("executed").exists()
 
 
+def test_lightning_executes_nothing_either(run_folder: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the file once more; of several nodes, each its own."""
+    evil(run_folder, "run/last.ckpt", raw=False)
+    monkeypatch.setattr("ssl_vit.train.pretrain.prepare_folder", lambda *_: None)
+    assert run(["pretrain", "mae.yaml", "--out", "run", "--resume", "--trainer.accelerator", "cpu"]) == 1
+    assert not Path("executed").exists()
+
+
 def test_a_yaml_file_executes_nothing(run_folder: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     tag = '!!python/object/apply:os.system ["touch executed"]'
     evaluate = ["eval", "pixels:16", "--data", "./pictures", "--out", "out", "--protocols"]

@@ -4,12 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 from ssl_vit.cli import run
-from ssl_vit.data.identity import identity
+from ssl_vit.data.identity import identity, stored_key
 from ssl_vit.data.sources import open_records
 
 
@@ -75,3 +76,13 @@ def test_of_many_images_names_and_sizes_are_looked_at(limit: str, tmp_path: Path
     assert other != key
     (tmp_path / "1.png").write_bytes(b"another size")
     assert identity(records)[0]["hash"] != found["hash"]
+
+
+def test_the_times_of_a_table_s_files_are_in_what_it_is_remembered_by(tmp_path: Path) -> None:
+    images = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8)), Image.new("L", (8, 9))]})
+    images.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "table")
+    before = stored_key(open_records(str(tmp_path / "table"), "train"))
+    assert before == stored_key(open_records(str(tmp_path / "table"), "train")) != ""
+    for file in (tmp_path / "table").glob("*.arrow"):
+        os.utime(file, ns=(1, 1))
+    assert stored_key(open_records(str(tmp_path / "table"), "train")) != before
