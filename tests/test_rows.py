@@ -1,6 +1,8 @@
 """Rows and predictions on disk: what is written comes back, a kill costs at most the last line, and bad lines are named."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -142,11 +144,11 @@ def test_a_kill_at_any_byte_costs_the_last_line_only(tail: int, tmp_path: Path, 
 
 def test_a_failed_write_of_predictions_leaves_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     store = RowStore(tmp_path)
     store.append([row(value=0.1)], PREDICTIONS, LABELS)
-    monkeypatch.setattr("ssl_vit_eval.rows.pq.write_table", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         store.append([row(value=0.2)], LABELS, LABELS)
     assert [r.value for r in store.rows()] == [0.1]
