@@ -148,7 +148,7 @@ def counted(folder: str) -> list[int]:
 @pytest.mark.parametrize(("method", "what"), [("dino", "gradient"), pytest.param("mae", "loss", marks=pytest.mark.survival)])
 def test_a_bad_number_on_one_rank_of_two_skips_the_step_on_both(method: str, what: str) -> None:
     for process in run_two(method, "run", range(4, 6), what, "--keep_every_epochs", "1"):
-        assert process.wait() == 0, process.said
+        assert process.wait(100) == 0, process.said
     assert counted("run") == [0, 0, 0, 1, 2, 2, 2]
     assert json.loads(Path("run/run.json").read_text())["skipped_steps"] == 2
     before, after = (read_checkpoint(f"run/{name}.ckpt") for name in ("epoch-0001", "last"))
