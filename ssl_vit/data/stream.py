@@ -98,7 +98,6 @@ class WorkerStream(Stream):
             num_workers=workers,
             pin_memory=pin,
             worker_init_fn=begin_worker,
-            generator=torch.Generator(),  # or it would draw from the run's
         )
         self._made: Iterator[Cropped | Failure] | None = None
         self._next: int | None = self.consumed  # what the workers give next; None once they are ended

@@ -233,6 +233,15 @@ def test_only_a_broken_connection_to_a_worker_is_a_worker_s() -> None:
             raise error
 
 
+def test_a_lost_worker_that_is_noticed_amid_a_step_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def handler(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(RunFolder, "on_train_batch_end", handler)
+    assert pretrain("mae.yaml", "--out", "run") == 1
+    assert "a data worker was ended by the system (DataLoader worker (pid 7)" in error_line(capsys)
+
+
 def test_the_signal_of_a_lost_worker_that_comes_late_raises_nothing() -> None:
     """Its connection breaks first; torch's handler, here one that raises as it does, must not cut the clean-up short."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from ssl_vit.data.sources import open_records
 from ssl_vit.errors import Failure, UsageError
 from tests.data.test_sources import load, load_both, write
 
@@ -41,6 +42,14 @@ def test_ways_out_of_the_folder_are_refused(tmp_path: Path, trap: Callable[[Path
     trap(tmp_path / "root")
     with pytest.raises(Failure, match=r"leads out of|is a link to a folder"):
         load(tmp_path / "root")
+
+
+def test_a_way_out_in_metadata_is_refused_before_any_image_is_read(tmp_path: Path) -> None:
+    """Or it would pass for a corrupt image, of which a few are replaced."""
+    write(tmp_path, "outside.png", "root/cat/a.png")
+    out_of_folder_metadata(tmp_path / "root")
+    with pytest.raises(Failure, match="leads out of"):
+        open_records(str(tmp_path / "root"), "train")
 
 
 def test_link_inside_the_folder_is_read(tmp_path: Path) -> None:

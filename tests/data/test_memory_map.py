@@ -52,6 +52,25 @@ def test_the_file_holds_the_pixels_and_is_used_again(tmp_path: Path, monkeypatch
     assert len(left(tmp_path)) == 1
 
 
+def test_a_file_that_is_not_whole_is_not_read(tmp_path: Path) -> None:
+    file, image = tmp_path / "file", np.ones((3, 4, 5), dtype=np.uint8)
+    with file.open("wb") as target:
+        memory_map._write(target, iter([image, image]))
+    assert memory_map._mapped(file, 2) is not None
+    whole = file.read_bytes()
+    turned = np.array([[4, 5], [-4, -5]], dtype="<i8").tobytes()  # as many pixels
+    for damaged in (b"", whole[:20], whole[:-1], whole + b"x", whole[:-32] + turned):
+        file.write_bytes(damaged)
+        assert memory_map._mapped(file, 2) is None
+
+
+def test_what_another_decoder_made_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_split(str(tmp_path / "set"), "train", progress=False)
+    monkeypatch.setattr(memory_map, "DECODER", memory_map.DECODER + 1)
+    load_split(str(tmp_path / "set"), "train", progress=False)
+    assert len(left(tmp_path)) == 2
+
+
 def test_small_sets_are_decoded_alike_without_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,14 +22,14 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import tests.conftest as shared
 from ssl_vit.cli import run
 from ssl_vit.data.images import decode, header_size, to_tensor
-from ssl_vit.data.loader import Corrupt, CropDataset, Order, crop_image
+from ssl_vit.data.loader import Corrupt, CropDataset, Order, begin_worker, crop_image
 from ssl_vit.data.sources import open_records
 from ssl_vit.data.stream import Batch, ImageData, WorkerStream
 from ssl_vit.data.views import Crops, MultiCrop, SingleCrop, multi_crop, single_crop
 from ssl_vit.errors import Failure
 from ssl_vit.train.callbacks import RunFolder
 from ssl_vit.weights.checkpoint import read_checkpoint
-from tests.processes import Command, ranks
+from tests.processes import FORK, Command, ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 
@@ -102,6 +102,13 @@ def broken(row: int) -> None:
     """Row `row` (files are in the order of their names) becomes a truncated JPEG."""
     path = Path(f"jpegs/{row:02}.jpg")
     path.write_bytes(path.read_bytes()[:700])
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    order = Order(20, 5, seed=3)
+    first, second = (torch.cat([order.rows(order.positions(step)) for step in range(start, start + 4)]) for start in (0, 4))
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(20))
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.usefixtures("jpegs")
@@ -256,6 +263,8 @@ def test_what_is_too_many_is_not_left_to_chance() -> None:
         corrupt.note([(100, "")], 20_000)
     with pytest.raises(Failure, match="50 of 100 images"):
         Corrupt(10_000).note([(row, "") for row in range(50)], 100)
+    with pytest.raises(Failure, match="2 of 2 images"):  # a few, but nothing is left
+        Corrupt(2).note([(0, ""), (1, "")], 2)
 
 
 @pytest.mark.usefixtures("jpegs")
@@ -279,8 +288,9 @@ def test_too_many_damaged_images_stop_the_run(capsys: pytest.CaptureFixture[str]
     assert "images cannot be read, more than 1%; the last one: " in lines[0]
     for row in range(60):
         broken(row)
-    with pytest.raises(Failure, match="60 images one after the other cannot be read"):
+    with pytest.raises(Failure, match="60 images one after the other cannot be read") as error:
         take(WorkerStream(dataset(), 1), 1)
+    assert "\n" not in str(error.value)  # without a worker's traceback
 
 
 @pytest.mark.usefixtures("jpegs")
@@ -382,6 +392,50 @@ def test_workers_that_a_server_forks_work_and_end_with_the_run() -> None:
         assert time.monotonic() < until
         time.sleep(0.1)
     assert len(below) >= 3 or not Path("/proc/self/stat").exists()  # the workers and their server
+
+
+class Large(torch.utils.data.Dataset[np.ndarray[Any, Any]]):
+    """Of images that do not fit into a pipe."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, row: int) -> np.ndarray[Any, Any]:
+        return np.zeros(2**22, dtype=np.uint8)
+
+
+def _take_one(method: str, folder: Path) -> None:
+    multiprocessing.set_start_method(method, force=True)
+    loader: Any = torch.utils.data.DataLoader(Large(), batch_size=1, num_workers=2, collate_fn=list, worker_init_fn=begin_worker)
+    with (folder / "pids").open("w") as file:
+        images = iter(loader)
+        next(images)
+        file.write(" ".join(str(worker.pid) for worker in images._workers))
+    if method == "fork" and not os.fork():
+        time.sleep(100)  # a child of another kind, as a logger has, which lives on
+    (folder / "pids").rename(folder / "workers")
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_whose_images_nobody_takes_end_with_the_main_process(method: str, tmp_path: Path) -> None:
+    """Under fork each keeps the pipe of the others open, and torch's own watch waits for ever to write into it; and a sibling that lives
+    on makes the main process look alive."""
+    process = FORK.Process(target=_take_one, args=(method, tmp_path))
+    process.start()
+    while not (tmp_path / "workers").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    time.sleep(1)  # the pipes are full
+    process.kill()
+    process.join()
+    until, left = time.monotonic() + 20, (tmp_path / "workers").read_text().split()
+    while left := [pid for pid in left if not ended(pid)]:
+        if time.monotonic() > until:
+            for pid in left:
+                os.kill(int(pid), signal.SIGKILL)
+            pytest.fail("they live on")
+        time.sleep(0.1)
 
 
 @pytest.mark.usefixtures("jpegs")

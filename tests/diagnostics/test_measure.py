@@ -232,6 +232,9 @@ def test_files_of_older_code_are_measured_again(backbone: Backbone, tmp_path: Pa
         path = diagnostics_run.examine(source_of(backbone), split, "data", "t", ["cls"], RowStore(tmp_path))
         assert len(measured) == expected
     assert json.loads(path.read_text())["version"] == VERSION
+    path.write_text(path.read_text()[:20])  # damaged
+    diagnostics_run.examine(source_of(backbone), split, "data", "t", ["cls"], RowStore(tmp_path))
+    assert len(measured) == 4
 
 
 @pytest.mark.gpu

@@ -47,7 +47,7 @@ def test_an_unfinished_pass_leaves_nothing_that_is_read(tmp_path: Path) -> None:
     def stopped() -> None:
         with file.writing():
             file.write(0, VALUES)
-            assert read(FeatureFile(tmp_path, KEY)) is None
+            assert not file.path.exists()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -82,7 +82,14 @@ def test_damaged_numbers_are_computed_again(tmp_path: Path, capsys: pytest.Captu
     assert "damaged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("size", [0, 10, 4096, 4096 + 83, 4096 + 84])
+def test_a_file_with_something_behind_it_is_computed_again(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    with file.path.open("ab") as target:
+        target.write(b"x")
+    assert read(file) is None
+
+
+@pytest.mark.parametrize("size", [0, 10, 4096, 4096 + 83, 4096 + 84, 4096 + 84 + 7])
 def test_a_file_that_was_cut_short_is_computed_again(tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path)
     file.path.write_bytes(file.path.read_bytes()[:size])
@@ -112,6 +119,14 @@ def test_a_full_disk_is_an_error_and_no_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space left"), file.writing():
         file.write(0, VALUES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_that_writes_a_part_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:5], offset))
+    found = read(written(tmp_path))
+    assert found is not None
+    assert torch.equal(found, VALUES)
 
 
 def test_a_disk_that_fails_at_the_start_leaves_no_file_and_the_next_writing_is_whole(

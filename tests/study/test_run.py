@@ -168,6 +168,32 @@ def test_a_study_with_a_changed_recipe_is_refused(capsys: pytest.CaptureFixture[
     assert "was trained with another recipe (trainer.max_steps 3 -> 4)" in errors(capsys)[0]
 
 
+def test_a_damaged_run_json_is_named_and_written_again(capsys: pytest.CaptureFixture[str]) -> None:
+    write(recipes=["mae.yaml"], trained_with=["cls"], read_with=["cls"])
+    cell, record = ["study", "study.yaml", "--out", "out", "--cell", "mae-cls-s0"], Path("out/cells/mae-cls-s0/run.json")
+    assert run(cell) == 0
+    before = json.loads(record.read_text())
+    record.write_text("")
+    assert run(cell) == 1
+    assert errors(capsys)[0].startswith("ssl-vit: out/cells/mae-cls-s0/run.json cannot be read (")
+    record.unlink()
+    assert run(cell) == 0
+    assert json.loads(record.read_text())["steps"] == before["steps"]
+
+
+def test_a_cell_that_began_with_other_weights_than_its_study_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a machine whose libraries draw other numbers."""
+    write(recipes=["mae.yaml"], trained_with=["cls"], read_with=["cls"])
+    Path("out").mkdir()
+    Path("out/.study.yaml.17").touch()  # of a process that was killed
+    assert run(["study", "study.yaml", "--out", "out", "--cell", "mae-cls-s0"]) == 0
+    content = torch.load("out/cells/mae-cls-s0/last.ckpt", weights_only=True)
+    content["ssl_vit"]["init"] = "others"
+    torch.save(content, "out/cells/mae-cls-s0/last.ckpt")
+    assert run(["study", "study.yaml", "--out", "out"]) == 1
+    assert "out/cells/mae-cls-s0 was trained from other initial weights (others) than its study has here" in errors(capsys)[0]
+
+
 def test_a_study_refuses_before_anything_trains(capsys: pytest.CaptureFixture[str]) -> None:
     primary = {"recipe": "mae", "data": "pictures", "protocol": "knn", "compare": ["cls", "gap"]}
     wrong: dict[str, dict[str, Any]] = {

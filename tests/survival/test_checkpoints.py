@@ -21,7 +21,7 @@ from ssl_vit.cli import run
 from ssl_vit.errors import Failure
 from ssl_vit.files import write_atomically
 from ssl_vit.methods import Method
-from ssl_vit.train.folder import checkpoints, is_finished, prepare_folder
+from ssl_vit.train.folder import checkpoints, is_finished, keep, prepare_folder
 from ssl_vit.weights.checkpoint import read_checkpoint
 from tests.conftest import errors
 from tests.processes import Command, ranks
@@ -100,6 +100,40 @@ def test_file_and_folder_are_synced_around_the_rename(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), replace(*names)))
     write_atomically(tmp_path / "file", "content")
     assert done == ["sync file", "rename", "sync folder"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_last_ckpt_is_never_missing_while_it_becomes_the_previous_one(links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at any moment where the file system has second names for a file; without them it is kept as well. A kill left the third file."""
+    for name, content in (("last.ckpt", b"new"), ("previous.ckpt", b"old"), (".previous.ckpt.partial", b"half")):
+        Path(name).write_bytes(content)
+    there, replace = list[bool](), os.replace
+
+    def no_link(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "replace", lambda *names: (replace(*names), there.append(Path("last.ckpt").exists())))
+    if not links:
+        monkeypatch.setattr(os, "link", no_link)
+    keep(Path("last.ckpt"))
+    assert Path("previous.ckpt").read_bytes() == b"new"
+    assert there == [links]
+
+
+def test_a_folder_that_cannot_be_synced_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "open", refused)
+    write_atomically(Path("file"), "content")
+    assert Path("file").read_text() == "content"
+
+
+def test_the_newest_checkpoint_comes_first() -> None:
+    names = ["last.ckpt", "previous.ckpt", "epoch-0012.ckpt", "epoch-0009.ckpt"]
+    for name in reversed(names):
+        Path(name).touch()
+    assert [path.name for path in checkpoints(Path())] == names
 
 
 DAMAGES = {
@@ -299,6 +333,15 @@ def test_a_disk_that_is_really_full() -> None:
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1].startswith("ssl-vit: disk full: full/run/"), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_was_logged_behind_the_checkpoint_is_logged_again() -> None:
+    log = ("--trainer.log_every_n_steps", "1")
+    killed("run", 4, *log)
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # which the kill has cut
+    assert pretrain("run", "--resume", *log) == 0
+    assert [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_stale_partial_files_go_at_the_next_start() -> None:

@@ -63,6 +63,14 @@ def test_a_step_that_is_not_finite_changes_nothing(build: Callable[[], Method], 
     assert module.skipped() == (1, 0)
 
 
+def test_the_loss_of_each_micro_batch_of_a_step_counts() -> None:
+    module = ready(mae())
+    before = moved(module)
+    module.report(torch.tensor(BAD))
+    assert all(torch.equal(a, b) for a, b in zip(before, moved(module), strict=True))  # whose own loss is finite
+    assert module.skipped() == (1, 1)
+
+
 def test_an_optimiser_without_a_fused_kernel_skips_too() -> None:
     module = ready(mae())
     module.trainer.optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)  # type: ignore[attr-defined]
@@ -140,7 +148,7 @@ def counted(folder: str) -> list[int]:
 @pytest.mark.parametrize(("method", "what"), [("dino", "gradient"), pytest.param("mae", "loss", marks=pytest.mark.survival)])
 def test_a_bad_number_on_one_rank_of_two_skips_the_step_on_both(method: str, what: str) -> None:
     for process in run_two(method, "run", range(4, 6), what, "--keep_every_epochs", "1"):
-        assert process.wait() == 0, process.said
+        assert process.wait(100) == 0, process.said
     assert counted("run") == [0, 0, 0, 1, 2, 2, 2]
     assert json.loads(Path("run/run.json").read_text())["skipped_steps"] == 2
     before, after = (read_checkpoint(f"run/{name}.ckpt") for name in ("epoch-0001", "last"))

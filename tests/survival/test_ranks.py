@@ -55,6 +55,19 @@ def test_a_rank_that_fails_ends_all(rank: int, kind: str) -> None:
     assert "Traceback" not in other
 
 
+def differ() -> None:
+    """By the headers that it reads, rank 0 has small images and rank 1 large ones."""
+    import ssl_vit.data.stream as stream
+
+    stream.mean_bytes = lambda *_: 2**40 * int(os.environ["RANK"])  # type: ignore[assignment]
+
+
+@pytest.mark.survival
+def test_ranks_that_read_other_headers_decode_in_one_way() -> None:
+    started = ranks(2, "pretrain", "mae.yaml", "--out", "run", *TWO[:-1], "7", before=differ)
+    assert [process.wait(60) for process in started] == [0, 0], [process.said for process in started]
+
+
 def test_an_address_in_use_is_said_as_such() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

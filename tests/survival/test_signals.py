@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,15 @@ import torch
 import yaml
 from lightning import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from ssl_vit.cli import run
+from ssl_vit.errors import Failure, Interrupted
 from ssl_vit.methods import Method
 from ssl_vit.train.pretrain import pretrain
 from ssl_vit.train.signals import Signals
 from ssl_vit.weights.checkpoint import read_checkpoint
+from tests.data.test_stream import ended
 from tests.processes import Command, ranks
 from tests.train.test_ranks_pretrain import slurm_tasks
 
@@ -56,6 +60,12 @@ def hold(step: int) -> None:
         original(self, optimizer)
 
     Method.on_before_optimizer_step = held  # type: ignore[method-assign]
+
+
+def hold_and_watch(step: int) -> None:
+    """And `asked` says whether Lightning speaks to the other processes at every step, which a GPU would wait for."""
+    hold(step)
+    _TrainingEpochLoop._broadcast_sigterm_tensor = lambda self: Path("asked").touch()  # type: ignore[method-assign]
 
 
 def go_on(step: int) -> None:
@@ -190,7 +200,7 @@ def test_a_handler_of_c_code_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_ranks_agree_on_the_step(number: signal.Signals, to: str) -> None:
     """As torchrun and Slurm start them; whichever process the signal reaches."""
     command = ("pretrain", "mae.yaml", "--out", "run", *OPTIONS, *TWO, "--resume", "auto")
-    started = ranks(2, *command, before=partial(hold, 5))
+    started = ranks(2, *command, before=partial(hold_and_watch, 5))
     for rank, process in enumerate(started):
         process.wait_for(f"held-5-{rank}")
     for rank, process in enumerate(started):
@@ -199,6 +209,7 @@ def test_ranks_agree_on_the_step(number: signal.Signals, to: str) -> None:
     go_on(5)
     assert [process.wait(30) for process in started] == [CODES[number]] * 2, [process.said for process in started]
     assert saved("run") == 5
+    assert not Path("asked").exists()
     for process in started:
         assert f"stopped at step {saved('run')} and saved run/last.ckpt" in process.said
         assert "Traceback" not in process.said
@@ -254,12 +265,65 @@ def test_lightning_s_handler_is_never_there() -> None:
     assert found == [signal.SIG_DFL]
 
 
+def test_of_several_signals_the_first_one_gives_the_code_and_sigusr2_is_nobody_s() -> None:
+    signals = Signals()
+    signals.take(0)
+    try:
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL  # of no meaning where submitit has no handler
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert signals.received == signal.SIGTERM
+    finally:
+        signals.give_back()
+
+
+def test_a_signal_behind_the_last_step_is_answered_once_the_run_is_finished() -> None:
+    late = LambdaCallback(on_train_end=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"stopped after 1 steps and saved run/last\.ckpt") as stopped:
+        pretrain("mae.yaml", ["--out", "run", "--trainer.accelerator", "cpu", "--trainer.max_steps", "1"], [late])
+    assert stopped.value.number == signal.SIGTERM
+    assert Path("run/run.json").exists()
+
+
+def test_in_another_thread_than_the_main_one_no_signal_is_taken() -> None:
+    failed, signals = list[BaseException](), Signals()
+
+    def take() -> None:
+        try:
+            signals.take(0)
+        except BaseException as error:
+            failed.append(error)
+
+    (thread := threading.Thread(target=take)).start()
+    thread.join()
+    assert failed == []
+
+
+def test_ctrl_c_before_the_first_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning's answer to it is an exit."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssl_vit.data.stream.ImageData.setup", interrupted)
+    assert run(["pretrain", "mae.yaml", "--out", "run", *OPTIONS]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "ssl-vit: interrupted"
+
+
 def test_handlers_are_given_back() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     for out, options in (("run", ("--trainer.max_steps", "2")), ("bad", ("--data.source", "nowhere"))):
         run(["pretrain", "mae.yaml", "--out", out, "--trainer.accelerator", "cpu", *options])
         assert [signal.getsignal(number) for number in numbers] == before
+
+    def fail(*_: object) -> None:
+        raise Failure("in the middle of a step")
+
+    failing = LambdaCallback(on_train_batch_start=fail)
+    with pytest.raises(Failure, match="in the middle"):
+        pretrain("mae.yaml", ["--out", "failed", "--trainer.accelerator", "cpu"], [failing])
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 LAUNCHERS = {
@@ -292,6 +356,83 @@ def test_launchers(launcher: str, number: signal.Signals, group: bool) -> None:
         assert "Traceback" not in text
     else:
         assert code != 0
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+from tests.survival.test_signals import {what}
+{what}()
+from ssl_vit.cli import main
+main()
+"""
+
+
+def launched(what: str) -> subprocess.Popen[bytes]:
+    """A run on two processes that Lightning starts; each calls the function of this name first."""
+    Path("script.py").write_text(SCRIPT.format(path=sys.path, what=what))
+    command = [sys.executable, "script.py", "pretrain", "mae.yaml", "--out", "run", *OPTIONS[:-1], "100000", *TWO]
+    with Path("said").open("w") as said:
+        return subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=said, stderr=said)
+
+
+def wait_for_files(process: subprocess.Popen[bytes], *names: str) -> None:
+    until = time.monotonic() + 200
+    while not all(Path(name).exists() for name in names):
+        assert process.poll() is None, Path("said").read_text()
+        assert time.monotonic() < until, Path("said").read_text()
+        time.sleep(0.1)
+
+
+def leave_late() -> None:
+    """The process that has started the other one leaves behind it, by more than Lightning waits before it looks at that one's code."""
+    hold(5)
+    leave = Signals.leave
+
+    def late(self: Signals, number: int, message: str) -> None:
+        time.sleep(12 if os.environ["LOCAL_RANK"] == "0" else 0)
+        leave(self, number, message)
+
+    Signals.leave = late  # type: ignore[method-assign]
+
+
+@pytest.mark.survival
+def test_lightning_does_not_kill_the_process_that_leaves_last() -> None:
+    """It takes 143, of one that it has started, for a failure."""
+    process = launched("leave_late")
+    wait_for_files(process, "held-5-0", "held-5-1")
+    process.send_signal(signal.SIGTERM)
+    go_on(5)
+    assert process.wait(60) == 143, Path("said").read_text()
+    assert saved("run") == 5
+
+
+def stay() -> None:
+    """The started process stays in step 5, for ten minutes."""
+    original = Method.on_before_optimizer_step
+
+    def staying(self: Method, optimizer: Any) -> None:
+        if (self.global_step, self.global_rank) == (4, 1):
+            Path("pid.partial").write_text(str(os.getpid()))
+            Path("pid.partial").rename("pid")
+            time.sleep(600)
+        original(self, optimizer)
+
+    Method.on_before_optimizer_step = staying  # type: ignore[method-assign]
+
+
+@pytest.mark.survival
+def test_a_process_that_lightning_has_started_ends_with_the_one_that_started_it() -> None:
+    process = launched("stay")
+    wait_for_files(process, "pid")
+    process.kill()
+    process.wait()
+    pid, until = Path("pid").read_text(), time.monotonic() + 20
+    while not ended(pid):
+        if time.monotonic() > until:
+            os.kill(int(pid), signal.SIGKILL)
+            pytest.fail("it lives on")
+        time.sleep(0.1)
 
 
 @pytest.mark.survival

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from ssl_vit.cli import run
 from ssl_vit.weights.checkpoint import load_backbone
@@ -63,6 +64,28 @@ def test_a_payload_is_executed_nowhere(raw: bool, run_folder: dict[str, Any], ca
         assert all(path.read_bytes() == content for path, content in kept.items()), way
     # the file is one that would execute
     (pickle.loads if raw else lambda data: torch.load("evil.ckpt", weights_only=False))(Path("evil.ckpt").read_bytes())
+    assert Path("executed").exists()
+
+
+def test_lightning_executes_nothing_either(run_folder: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the file once more; of several nodes, each its own."""
+    evil(run_folder, "run/last.ckpt", raw=False)
+    monkeypatch.setattr("ssl_vit.train.pretrain.prepare_folder", lambda *_: None)
+    assert run(["pretrain", "mae.yaml", "--out", "run", "--resume", "--trainer.accelerator", "cpu"]) == 1
+    assert not Path("executed").exists()
+
+
+def test_a_yaml_file_executes_nothing(run_folder: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    tag = '!!python/object/apply:os.system ["touch executed"]'
+    evaluate = ["eval", "pixels:16", "--data", "./pictures", "--out", "out", "--protocols"]
+    assert run([*evaluate, "knn"]) == 0
+    for path in ("evil.yaml", "run/recipe.yaml"):
+        Path(path).write_text(f"method: mae\nseed: {tag}\n")
+    ways = (["pretrain", "evil.yaml"], ["pretrain", "mae.yaml", "--out", "run", "--resume"], ["study", "evil.yaml"])
+    for command in (*ways, [*evaluate, "evil.yaml"], ["eval", "pixels:16", "--suite", "evil.yaml"], ["compare", "out", "run"]):
+        run(command)
+        assert not Path("executed").exists(), command
+    yaml.unsafe_load(Path("evil.yaml").read_text())  # the file is one that would execute
     assert Path("executed").exists()
 
 

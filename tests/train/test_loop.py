@@ -1,5 +1,6 @@
 """The global batch is the global batch, however it is cut; and a run goes on exactly, wherever it was stopped."""
 
+import copy
 import json
 import os
 import subprocess
@@ -61,6 +62,37 @@ class Seen(Callback):
         self.epochs.append(trainer.current_epoch)
         if hasattr(module, "center"):
             self.center.append(module.center.clone())
+
+
+class Kept(Callback):
+    """All that step 5 depends on, before it is taken."""
+
+    def on_before_backward(self, trainer: Any, module: Any, loss: torch.Tensor) -> None:
+        if trainer.global_step == 4:
+            optimizer = trainer.optimizers[0].state_dict()
+            self.found = copy.deepcopy({"weights": module.state_dict(), "optimizer": optimizer, "scheduled": module.scheduled})
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+
+
+@pytest.mark.parametrize("method", ["dino", "mae"])
+def test_what_is_saved_is_what_is_read(method: str) -> None:
+    """Student, teacher, centre, the optimiser's groups and moments, and the scheduled values."""
+    whole, resumed = Kept(), Kept()
+    train(f"{method}.yaml", "whole", callback=whole)
+    train(f"{method}.yaml", "cut", callback=Stop(4))
+    train(f"{method}.yaml", "cut", "--resume", callback=resumed)
+    assert same(whole.found, resumed.found)
+    assert [group["name"] for group in whole.found["optimizer"]["param_groups"]] == ["decay", "no_decay"]
+    assert len(whole.found["optimizer"]["state"]) > 0
+    parts = {key.partition(".")[0] for key in whole.found["weights"]}
+    assert {"student", "teacher", "center"} <= parts or method == "mae"
 
 
 @pytest.mark.parametrize("method", ["dino", "mae"])

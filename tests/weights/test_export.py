@@ -123,6 +123,21 @@ def test_a_learned_readout_travels_along() -> None:
         load_backbone("vit")
 
 
+def test_a_folder_that_timm_reads_otherwise_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint()
+    create = timm.create_model
+    changed: Any = lambda *names, **options: create(*names, **options).requires_grad_(False).apply(shift)  # noqa: E731
+
+    def shift(module: torch.nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.add_(1)
+
+    monkeypatch.setattr("ssl_vit.weights.export.timm.create_model", changed)
+    with pytest.raises(Failure, match="reads the exported weights as another model"):
+        export("run/last.ckpt", "vit")
+    assert [path.name for path in Path().iterdir()] == ["run"]
+
+
 def test_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint("mae", "gap")
     Path("full").mkdir()

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from ssl_vit import load_backbone
 from ssl_vit.data.views import MultiCrop, SingleCrop
-from ssl_vit.errors import UsageError
+from ssl_vit.errors import Failure, UsageError
 from ssl_vit.methods.base import Method
 from ssl_vit.methods.dino import DINO, HeadConfig
 from ssl_vit.methods.mae import MAE, DecoderConfig
 from ssl_vit.model.config import BackboneConfig
+from ssl_vit.weights import checkpoint
 from ssl_vit.weights.checkpoint import split_network
 from ssl_vit.weights.export import export
 from tests.conftest import TINY
@@ -126,10 +128,16 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], sa
 
 
 def test_a_model_of_timm_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ssl_vit.weights.checkpoint as checkpoint
-
     fetch = checkpoint.load_backbone
     monkeypatch.setattr(checkpoint, "load_backbone", lambda *args, **more: fetch(*args, pretrained=False, **more))
     config = BackboneConfig(name="vit_tiny_patch16_224", image_size=32, patch=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     module = MAE("cls", config, DecoderConfig(16, 1, 2), SingleCrop(size=32), init="timm:vit_tiny_patch16_224")
     assert module.backbone.depth == 12
+
+
+def test_offline_is_a_state_of_one_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoint, "hub_answers", lambda: False)
+    with pytest.raises(Failure, match="cannot fetch some weights"), checkpoint._quick_offline_error("some weights", online=True):
+        raise OSError("not in the cache")
+    assert not constants.HF_HUB_OFFLINE

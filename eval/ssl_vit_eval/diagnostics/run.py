@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def examine(source: Source, test: Split, data: str, transform: str, specs: Seque
     What this version measured before on these weights and images is kept, what comes from rows is always new."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)
     path = store.folder / f"diagnostics-{name}-{source.weights[:8]}-{data[:8]}-{transform}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # it is not there, or damaged
+        found = json.loads(path.read_text())
     if (found.get("version"), found.get("readouts")) != (VERSION, list(specs)):
         found = {
             **diagnose(source, test.images, specs, store.folder),

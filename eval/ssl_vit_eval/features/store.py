@@ -79,8 +79,7 @@ class FeatureFile:
         if not self.path.is_file():
             return False
         with self.path.open("rb") as file:
-            whole = file.read(_HEADER) == self._header() and os.fstat(file.fileno()).st_size == self.size
-            whole = whole and _checksum(file, self._end) == file.read(_SUM)
+            whole = file.read(_HEADER) == self._header() and _checksum(file, self._end) == file.read()
         if not whole:
             print(f"{self.path} is cut short, damaged or belongs to something else; computed again", flush=True)
         return whole

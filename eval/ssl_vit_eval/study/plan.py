@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from ssl_vit.assets import find_asset, read_yaml
 from ssl_vit.data.folders import local_path
 from ssl_vit.data.sources import display_name
-from ssl_vit.errors import UsageError, one_of
+from ssl_vit.errors import Failure, UsageError, one_of, reason
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.compare.preregistration import Primary
 from ssl_vit_eval.compare.verdict import Level, Margin, Rule, Scope, Test
@@ -99,9 +99,12 @@ class Cell:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """Its run.json, None while it is unfinished."""
+        """Its run.json, None while it is unfinished; Failure for one that is damaged."""
         file = self.folder / "run.json"
-        return dict(json.loads(file.read_text())) if file.exists() else None
+        try:
+            return dict(json.loads(file.read_text())) if file.exists() else None
+        except (ValueError, TypeError) as error:
+            raise Failure(f"{file} cannot be read ({reason(error)}); remove it: the same command writes it again") from error
 
 
 @dataclass(frozen=True)

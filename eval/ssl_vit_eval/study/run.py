@@ -106,8 +106,6 @@ def _train(plan: Plan, cell: Cell, number: str, tracking: Tracking | None) -> No
     own = tracking and replace(tracking, group=plan.name, tags=_tags(cell))
     if not done or own:  # a finished run may not have been logged
         begun = (cell.folder / "recipe.yaml").exists()
-        for partial in cell.folder.glob(".*.partial"):  # of a process that was killed, since this one holds the lock
-            partial.unlink()
         pretrain(cell.start.recipe, [*cell.options, "--resume"] if begun else cell.options, tracking=own)
     _draw_reconstructions(cell)
 
