@@ -55,7 +55,7 @@ def check_folder(folder: Path, resume: bool | str, others: bool = True) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those that a run can go on from, the newest first."""
-    kept = sorted(folder.glob("epoch-*.ckpt"), reverse=True)
+    kept = sorted(folder.glob("epoch-*.ckpt"), key=lambda path: (len(path.name), path.name), reverse=True)  # 10000 is newer than 9999
     return [path for path in (folder / LAST, folder / PREVIOUS, *kept) if path.exists()]
 
 

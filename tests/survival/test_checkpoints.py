@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_synced_is_written_to(monkeypatch: pytest.Monkey
 
 
 def test_the_newest_checkpoint_comes_first() -> None:
-    names = ["last.ckpt", "previous.ckpt", "epoch-0012.ckpt", "epoch-0009.ckpt"]
+    names = ["last.ckpt", "previous.ckpt", "epoch-10000.ckpt", "epoch-9999.ckpt", "epoch-0009.ckpt"]
     for name in reversed(names):
         Path(name).touch()
     assert [path.name for path in checkpoints(Path())] == names
