@@ -78,7 +78,7 @@ def test_threads_leave_the_warning_filters_alone() -> None:
     assert warnings.filters == before
 
 
-def test_all_unreadable_images_are_counted_at_once() -> None:
+def test_all_unreadable_images_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read = Shelf(150).read
 
     def damaged(rows: Sequence[int]) -> list[tuple[str, bytes]]:
@@ -89,6 +89,10 @@ def test_all_unreadable_images_are_counted_at_once() -> None:
     images = EncodedImages(damaged, 150, EvalTransform(8))
     with pytest.raises(Failure, match=r"^9 of 150 images cannot be read: .*row 7 is no.*row 27 .*row 47 .*row 67 .*row 87 .*; and 4 more$"):
         images.batch(torch.arange(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(lazy_images, "_SECONDS", 0)
+        with pytest.raises(Failure, match=r"^3 of the first 64 of 150 images cannot be read: .*row 7 is no.*row 27 .*row 47 "):
+            images.batch(torch.arange(10))
     one = EncodedImages(lambda rows: [(name, data * (name != "row 3")) for name, data in read(rows)], 150, EvalTransform(8))
     with pytest.raises(Failure, match=r"^row 3 is empty"):
         one.batch(torch.arange(10))

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ CROP = 224 / 256
 MEMORY_SHARE = 0.25
 _THREADS = min(8, os.cpu_count() or 1)
 _ROWS = 64  # encoded images held at once: a photograph may have 10 MB
-_NAMED = 5  # unreadable images in an error; the others are counted
+_NAMED = 5  # unreadable images in an error; the others are counted,
+_SECONDS = 60  # as many as are found in that time
 
 Named = tuple[str, bytes | Image.Image]
 """What errors call an image, and the image itself, encoded or not."""
@@ -72,8 +74,8 @@ class EncodedImages(ImageStore):
     """The images of a split at one size, [n 3 s s]: read, decoded and transformed when asked for, by a few threads.
 
     Once decoded they are kept, where all of the split fits in `MEMORY_SHARE`; else they are decoded each time. A corrupt image is
-    found when it is asked for: `batch` then raises the Failure of `decode`, which names it; where there are several in the split, one that
-    counts all and names the first.
+    found when it is asked for: `batch` then raises the Failure of `decode`, which names it; where a minute finds several in the split, one
+    that counts them and names the first.
     """
 
     def __init__(self, read: Callable[[Sequence[int]], Sequence[Named]], count: int, transform: EvalTransform) -> None:
@@ -111,18 +113,21 @@ class EncodedImages(ImageStore):
                     for place, image in enumerate(pool.map(self._one, encoded), start):
                         images[place] = image
             except Failure as error:
-                if len(bad := self._unreadable(pool)) < 2:
+                bad, seen = self._unreadable(pool)
+                if len(bad) < 2:
                     raise
                 some = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
-                raise Failure(f"{len(bad)} of {len(self)} images cannot be read: {some}") from error
+                raise Failure(
+                    f"{len(bad)} of {f'the first {seen:,} of ' * (seen < len(self))}{len(self):,} images cannot be read: {some}"
+                ) from error
         return images
 
     def _one(self, named: Named) -> UInt8[Tensor, "3 s s"]:
         name, data = named
         return to_tensor(self._transform(decode(data, name)))
 
-    def _unreadable(self, pool: ThreadPoolExecutor) -> list[str]:
-        """What is wrong with each image that cannot be read: else a user meets them one at a time. Decodes the whole split."""
+    def _unreadable(self, pool: ThreadPoolExecutor) -> tuple[list[str], int]:
+        """What is wrong with each image that cannot be read, of how many that a minute could decode: else a user meets them one by one."""
 
         def failure(named: Named | Failure) -> Failure | None:
             if not isinstance(named, Failure):
@@ -139,5 +144,10 @@ class EncodedImages(ImageStore):
             except Failure as error:
                 return error
 
-        chunks = (range(start, min(start + _ROWS, len(self))) for start in range(0, len(self), _ROWS))
-        return [str(error) for chunk in chunks for error in pool.map(failure, [read(row) for row in chunk]) if error]
+        bad, until = list[str](), time.monotonic() + _SECONDS
+        for start in range(0, len(self), _ROWS):
+            chunk = range(start, min(start + _ROWS, len(self)))
+            bad += [str(error) for error in pool.map(failure, [read(row) for row in chunk]) if error]
+            if time.monotonic() > until:
+                break
+        return bad, chunk.stop
