@@ -65,12 +65,13 @@ class Seen(Callback):
 
 
 class Kept(Callback):
-    """All that step 5 depends on, before it is taken."""
+    """All that step 5 depends on, before it is taken; what a method draws from torch in every step among it."""
 
     def on_before_backward(self, trainer: Any, module: Any, loss: torch.Tensor) -> None:
+        drawn = torch.rand(3)
         if trainer.global_step == 4:
-            optimizer = trainer.optimizers[0].state_dict()
-            self.found = copy.deepcopy({"weights": module.state_dict(), "optimizer": optimizer, "scheduled": module.scheduled})
+            found = {"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "scheduled": module.scheduled}
+            self.found = copy.deepcopy({**found, "drawn": drawn})
 
 
 def same(one: Any, other: Any) -> bool:
@@ -83,7 +84,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_what_is_saved_is_what_is_read(method: str) -> None:
-    """Student, teacher, centre, the optimiser's groups and moments, and the scheduled values."""
+    """Student, teacher, centre, the optimiser's groups and moments, the scheduled values, and what is drawn."""
     whole, resumed = Kept(), Kept()
     train(f"{method}.yaml", "whole", callback=whole)
     train(f"{method}.yaml", "cut", callback=Stop(4))
@@ -186,6 +187,7 @@ def test_checkpoints_are_kept_every_so_many_epochs() -> None:
     assert sorted(path.name for path in Path("run").glob(".*")) == [".lock"]
     steps = {path.name: read_checkpoint(path)["global_step"] for path in Path("run").glob("*.ckpt")}
     assert steps == {"epoch-0002.ckpt": 6, "epoch-0004.ckpt": 12, "previous.ckpt": 12, "last.ckpt": 13}
+    assert [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [10, 13]  # once for both halves
     whole = train("mae.yaml", "whole", "--trainer.max_steps", "13", "--accumulate", "2")
     assert all(torch.equal(value, read_checkpoint("run/last.ckpt")["state_dict"][key]) for key, value in whole.items())
 
@@ -194,8 +196,9 @@ def test_resume_auto_starts_or_goes_on_or_has_nothing_to_do(capsys: pytest.Captu
     whole = train("mae.yaml", "whole")
     Path("run").mkdir()
     Path("run/.recipe.yaml.partial").touch()  # killed while it wrote its first file
-    for stop in (Stop(2), Stop(3), None, None):
+    for stop, steps in ((Stop(2), 2), (Stop(3), 5), (None, 7), (None, 7)):
         state = train("mae.yaml", "run", "--resume", "auto", callback=stop)
+        assert read_checkpoint("run/last.ckpt")["global_step"] == steps
     assert all(torch.equal(state[key], value) for key, value in whole.items())
     before = Path("run/last.ckpt").read_bytes()
     assert run(["pretrain", "mae.yaml", "--out", "run", "--resume", "auto"]) == 0
