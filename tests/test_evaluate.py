@@ -103,6 +103,20 @@ def test_features_of_a_readout_do_not_depend_on_the_others() -> None:
         assert len(values) == 300
 
 
+def test_the_first_process_decides_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another evaluation finishes a file between the looks of two processes, one would wait for the other for ever."""
+    images = ImageStore.stacked(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    split = Split(images, torch.zeros(2).long(), ("toy",), None, "pictures", "test", (), lambda: "data")
+    reading = Reading.of(open_source("random:mae.yaml"), ["gap"], split, "data", "none", Path("features"), half=())
+    assert read_all([reading], images) == {}
+    path = reading.files["gap"].path
+    before = path.stat().st_ino
+    first = lambda mine: [[["gap"]], mine] if isinstance(mine, list) else [mine]  # noqa: E731
+    monkeypatch.setattr("ssl_vit_eval.features.extract.gather_objects", first)
+    assert read_all([reading], images) == {}  # though it is there by now
+    assert path.stat().st_ino != before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -7,13 +7,14 @@ import os
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from ssl_vit.files import locked
-from ssl_vit_eval.rows import RowStore
+from ssl_vit_eval.rows import Row, RowStore
 from tests.planted import plant
 from tests.processes import FORK
 
@@ -50,6 +51,22 @@ def test_rows_of_several_processes_are_all_there(tmp_path: Path) -> None:
     assert {f"weights {number}" for number in range(2 * count)} | {"weights 1000", "weights 2000", "last"} <= found
     for row in store.rows():
         assert store.predictions(row)[1].tolist() == [number % 3 for number in range(300)]
+
+
+def test_rows_are_written_under_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks for the end of the last line must be alone: it cuts off what follows."""
+    add, held = RowStore._add, list[bool]()
+
+    def look(self: RowStore, rows: Sequence[Row]) -> None:
+        with locked(tmp_path / "rows.lock", wait=False) as free:
+            held.append(not free)
+        add(self, rows)
+
+    monkeypatch.setattr(RowStore, "_add", look)
+    store = RowStore(tmp_path)
+    plant(store, RIGHT, checkpoint="weights")
+    store.declare("data", "top1")
+    assert held == [True, True]
 
 
 def hold(lock: Path) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,8 +14,13 @@ from PIL import Image
 from ssl_vit.assets import find_asset, list_assets
 from ssl_vit.data.images import to_tensor
 from ssl_vit.errors import UsageError
+from ssl_vit.model.backbone import build_backbone
+from ssl_vit_eval.evaluate import size_on
+from ssl_vit_eval.evaluation import Referee
 from ssl_vit_eval.lazy_images import EvalTransform
+from ssl_vit_eval.sources import Source
 from ssl_vit_eval.suites import Dataset, load_suite
+from tests.conftest import TINY
 
 
 def write_suite(folder: Path, **content: Any) -> str:
@@ -84,6 +90,13 @@ def test_a_folder_starts_at_the_suites_file(tmp_path: Path, monkeypatch: pytest.
     picture = Image.open(tmp_path / "set/validation/ant/3.png")
     assert torch.equal(train.images[3], to_tensor(EvalTransform(16, "squash")(picture)))
     assert train.fingerprint != test.fingerprint
+
+
+def test_a_size_that_a_network_was_not_loaded_with_is_refused() -> None:
+    backbone = build_backbone(TINY)
+    source = Source("timm:tiny", "timm", None, None, 16, "hash", None, None, None, backbone)
+    with pytest.raises(UsageError, match=r"^insects asks for 32 px; use --image-size 32$"):
+        size_on(Dataset("insects", image_size=32), source, Mock(spec=Referee))
 
 
 @pytest.mark.parametrize(

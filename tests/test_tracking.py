@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from ssl_vit.cli import run
 from ssl_vit.errors import Interrupted, UsageError
 from ssl_vit.methods.mae import MAE
 from ssl_vit.train.pretrain import pretrain
-from ssl_vit.train.tracking import STEP, Tracking, last_step
+from ssl_vit.train.tracking import STEP, TrackedRun, Tracking, last_step
 from ssl_vit.train.training_log import TrainingLog
 from ssl_vit.weights.checkpoint import read_checkpoint
 from ssl_vit_eval.rows import RowStore
@@ -197,8 +198,19 @@ class TestPretraining:
         log, sent = TrainingLog(Tracking("readouts"), Path()), []
         log.run = SimpleNamespace(started=True, log=lambda values, step: sent.append((step, values)))  # type: ignore[assignment]
         Path("metrics.jsonl").write_text('{"step": 3, "knn_top1": 0.5}\n{"step": 3, "loss": 2.0}\n{"step": 4, "loss": 1.0}\n')
+        with Path("metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "lo')  # half written, as yet
         log.send()
         assert sent == [(3, {"knn_top1": 0.5, "loss": 2.0}), (4, {"loss": 1.0})]
+
+    def test_whatever_goes_wrong_is_one_line(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        """Of W&B's own making, as a file that it cannot read."""
+        log = TrackedRun(Tracking("readouts"), Path("run"), "pretrain")
+        monkeypatch.setattr(TrackedRun, "_init", Mock(side_effect=AssertionError("of a kind that nobody expected")))
+        log.start("run", {})
+        log.log({"loss": 1.0}, step=1)
+        log.finish()
+        assert said(capfd) == ["W&B: starting run failed, and goes on without W&B: of a kind that nobody expected"]
 
     def test_one_of_two_processes_logs(self, server: FakeWandb) -> None:
         both = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]

@@ -14,7 +14,6 @@ from jsonargparse import ActionConfigFile, Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning import Trainer, seed_everything
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
@@ -234,15 +233,13 @@ def build_trainer(values: Namespace, record: RunFolder) -> Trainer:
         # Else torch lays the gradients out anew after the first step, of a resumed run as well: the ranks of that step would be added
         # in another order, and the run would not be exact.
         trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
-    # Lightning's answer to SIGTERM saves nothing, and speaks to the other processes from within the handler; train/signals.py has ours
+    # Lightning's answer to SIGTERM saves nothing, and speaks to the other processes from within the handler; that to Slurm's SIGUSR1
+    # leaves hpc_ckpt files, which other runs would start from. train/signals.py has ours.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0:
         threading.Thread(target=end_with_main, args=(os.getppid(),), daemon=True).start()
-    if isinstance(environment, SLURMEnvironment):
-        # Lightning's own requeueing leaves hpc_ckpt files, and a later run would start from one of another run; --resume auto goes on
-        environment.auto_requeue = False
     if trainer.strategy.root_device.type == "mps":
         raise UsageError("trainer.accelerator is mps, which has no float64, and crops and positions need it; use cpu or cuda")
     check_share(data.batch_size, trainer.world_size, values.accumulate)

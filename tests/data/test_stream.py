@@ -137,6 +137,19 @@ def test_the_position_saved_is_the_one_consumed() -> None:
 
 
 @pytest.mark.usefixtures("jpegs")
+def test_the_end_of_a_fit_ends_its_workers() -> None:
+    """Also where something, as an error's traceback, still holds the stream."""
+    data, stream = ImageData("./jpegs", batch_size=20), WorkerStream(dataset(), 1)
+    data.streams.append(stream)
+    before = set(multiprocessing.active_children())
+    next(iter(stream))
+    workers = set(multiprocessing.active_children()) - before
+    assert workers
+    data.teardown("fit")
+    assert not workers & set(multiprocessing.active_children())
+
+
+@pytest.mark.usefixtures("jpegs")
 def test_workers_are_asked_in_order() -> None:
     stream = WorkerStream(dataset(), 0, step=2)
     for number in (0, 3):

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -223,11 +224,13 @@ def test_no_collapse_warning_for_a_fresh_model(batch: Batch, caplog: pytest.LogC
     module = attach(tiny())
     del module.report
     module.log_dict = lambda values: None  # type: ignore[method-assign, assignment]
+    module.warn_of_collapse = looked = Mock(wraps=module.warn_of_collapse)  # type: ignore[method-assign]
     with caplog.at_level(logging.WARNING):
         for step in range(60):
             module.trainer.global_step = step  # type: ignore[misc]
             module.training_step(batch, 0)
     assert caplog.records == []
+    assert sum("teacher_information" in call.args[0] for call in looked.call_args_list) == 60  # it is looked at
 
 
 def test_information_is_between_0_and_1_and_counts_answers() -> None:

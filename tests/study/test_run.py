@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 import yaml
 
 from ssl_vit.cli import run
+from ssl_vit.errors import Failure
+from ssl_vit.files import locked
 from tests.conftest import errors
 from tests.processes import Command
 
@@ -125,6 +129,41 @@ def test_processes_share_a_study() -> None:
     assert codes == [0, 0, 0], logs
     assert sum(log.count("3 steps, trained with") for log in logs) == 4  # every cell once
     assert len(outcome("out")) == 2 * (1 + (4 + 2) * 2)
+
+
+def test_what_another_process_leaves_undone_is_done(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    @contextmanager
+    def taken(lock: Path, wait: bool = True) -> Iterator[bool]:
+        yield wait  # the other one has ended, without a word, once it was waited for
+
+    write(recipes=["mae.yaml"], trained_with=["cls"], read_with=["cls"])
+    monkeypatch.setattr("ssl_vit_eval.study.run.locked", taken)
+    assert run(["study", "study.yaml", "--out", "out"]) == 0
+    assert "mae-cls-s0: another process works on it" in capsys.readouterr().out
+    assert len(outcome("out")) == 2 * (1 + 2)
+
+
+def test_what_a_failed_evaluation_leaves_is_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By one process at a time; and the failure is the end of it."""
+    write(recipes=["mae.yaml"], trained_with=["cls"], read_with=["cls"])
+    study = ["study", "study.yaml", "--out", "out"]
+
+    def fail(*_: object) -> None:
+        with locked(Path("out/cells/controls.lock"), wait=False) as free:
+            assert not free
+        raise Failure("a set cannot be had")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ssl_vit_eval.study.run._evaluate", fail)
+        assert run(study) == 1
+    assert not Path("out/report.html").exists()  # nothing to compare
+    assert run(study) == 0
+    Path("out/report.html").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr("ssl_vit_eval.study.run._evaluate", fail)
+    assert run(study) == 1
+    assert errors(capsys) == ["ssl-vit: a set cannot be had"]
+    assert Path("out/report.html").exists()
 
 
 def test_token_sets_make_recipes_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from lightning import Trainer
 
 from ssl_vit.errors import Failure
 from ssl_vit.methods import DINO, Method
@@ -115,6 +117,16 @@ def test_under_16_mixed_the_advice_names_bf16_mixed(tmp_path: Path) -> None:
         moved(module, gradient=BAD)
     with pytest.raises(Failure, match=r"begin another run with a lower optim\.lr or --trainer\.precision bf16-mixed$"):
         RunFolder(tmp_path, 0)._skipped(module)
+
+
+def test_once_no_step_is_taken_no_checkpoint_is_written(tmp_path: Path) -> None:
+    module = ready(mae())
+    for _ in range(3):
+        moved(module, gradient=BAD)
+    trainer = Mock(spec=Trainer, lightning_module=module)
+    with pytest.raises(Failure, match="not finite in step"):
+        RunFolder(tmp_path, 0)._save(trainer, tmp_path / "last.ckpt")
+    trainer.save_checkpoint.assert_not_called()
 
 
 def poison(steps: range, what: str, rank: int) -> None:

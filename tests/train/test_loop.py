@@ -65,12 +65,13 @@ class Seen(Callback):
 
 
 class Kept(Callback):
-    """All that step 5 depends on, before it is taken."""
+    """All that step 5 depends on, before it is taken; what a method draws from torch in every step among it."""
 
     def on_before_backward(self, trainer: Any, module: Any, loss: torch.Tensor) -> None:
+        drawn = torch.rand(3)
         if trainer.global_step == 4:
-            optimizer = trainer.optimizers[0].state_dict()
-            self.found = copy.deepcopy({"weights": module.state_dict(), "optimizer": optimizer, "scheduled": module.scheduled})
+            found = {"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "scheduled": module.scheduled}
+            self.found = copy.deepcopy({**found, "drawn": drawn})
 
 
 def same(one: Any, other: Any) -> bool:
@@ -83,7 +84,7 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_what_is_saved_is_what_is_read(method: str) -> None:
-    """Student, teacher, centre, the optimiser's groups and moments, and the scheduled values."""
+    """Student, teacher, centre, the optimiser's groups and moments, the scheduled values, and what is drawn."""
     whole, resumed = Kept(), Kept()
     train(f"{method}.yaml", "whole", callback=whole)
     train(f"{method}.yaml", "cut", callback=Stop(4))
@@ -194,8 +195,9 @@ def test_resume_auto_starts_or_goes_on_or_has_nothing_to_do(capsys: pytest.Captu
     whole = train("mae.yaml", "whole")
     Path("run").mkdir()
     Path("run/.recipe.yaml.partial").touch()  # killed while it wrote its first file
-    for stop in (Stop(2), Stop(3), None, None):
+    for stop, steps in ((Stop(2), 2), (Stop(3), 5), (None, 7), (None, 7)):
         state = train("mae.yaml", "run", "--resume", "auto", callback=stop)
+        assert read_checkpoint("run/last.ckpt")["global_step"] == steps
     assert all(torch.equal(state[key], value) for key, value in whole.items())
     before = Path("run/last.ckpt").read_bytes()
     assert run(["pretrain", "mae.yaml", "--out", "run", "--resume", "auto"]) == 0

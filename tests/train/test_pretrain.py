@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Timer
 from ssl_vit import Backbone, load_backbone
 from ssl_vit.assets import list_assets
 from ssl_vit.cli import run
+from ssl_vit.errors import Failure
 from ssl_vit.methods import METHODS
 from ssl_vit.train.callbacks import RunFolder
 from ssl_vit.train.cost import training_flops
@@ -301,9 +302,24 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again() -> None:
         Path("run", name).unlink()
     with Path("run/metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # cut by the kill
+    assert pretrain("mae.yaml", "--out", "run", "--resume", "--optim.lr", "0.5") == 2  # another recipe than the one that is there
     assert pretrain("mae.yaml", "--out", "run", "--resume") == 0
     assert [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()] == [7]
     assert Path("run/run.json").exists()
+
+
+def test_a_start_that_fails_leaves_the_recipe_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which was killed before its first step; the next one with --resume finds a run."""
+    assert pretrain("mae.yaml", "--out", "run", "--trainer.max_steps", "1") == 0
+    for name in ("last.ckpt", "run.json", "metrics.jsonl"):
+        Path("run", name).unlink()
+
+    def fail(*_: object) -> None:
+        raise Failure("before the first step")
+
+    monkeypatch.setattr(RunFolder, "on_train_start", fail)
+    assert pretrain("mae.yaml", "--out", "run", "--trainer.max_steps", "1", "--resume") == 1
+    assert Path("run/recipe.yaml").exists()
 
 
 def forget_wandb() -> None:
@@ -372,6 +388,14 @@ def test_a_recipe_for_other_devices(options: list[str], says: str, capsys: pytes
     assert len(errors.splitlines()) == 1
 
 
+def test_a_mac_s_gpu_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.fabric.accelerators.mps.MPSAccelerator.is_available", lambda: True)
+    assert run(["pretrain", "mae.yaml", "--out", "run", "--trainer.accelerator", "mps"]) == 2
+    assert capsys.readouterr().err == (
+        "ssl-vit: trainer.accelerator is mps, which has no float64, and crops and positions need it; use cpu or cuda\n"
+    )
+
+
 def test_more_devices_than_processes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight devices asked for, in one of three processes that torchrun started; and in one of three tasks of Slurm."""
     torchrun = {"WORLD_SIZE": 3, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 3, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "1"}
@@ -398,3 +422,4 @@ def test_print_config_shows_every_field(capsys: pytest.CaptureFixture[str]) -> N
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["mask_ratio"], shown["readout"], shown["backbone"]["width"]) == (0.5, "gap", 24)
     assert "devices" in shown["trainer"]
+    assert shown["trainer"]["use_distributed_sampler"] is False  # the stream knows its rank
