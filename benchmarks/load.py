@@ -1,11 +1,11 @@
 """How a study and an evaluation grow: `python benchmarks/load.py [--rows 2000 20000 200000] [--sources 10 50]`.
 
-A study of 200 cells (mae_smoke at 5 depths, 5 readouts, 8 seeds; two steps each) is trained, evaluated and compared by `ssl-vit study`.
-Then its store gets more rows, as of more datasets, with random answers, and the same command runs again: it trains nothing, looks what
-is missing, and compares all rows.
+An evaluation by `ssl-vit eval` of so many random backbones in 20 readouts on 10 datasets of noise, twice: the second finds everything
+done. Then a study of 200 cells (mae_smoke at 5 depths, 5 readouts, 8 seeds; two steps each), trained, evaluated and compared by
+`ssl-vit study`. Its store gets more rows, as of more datasets, with random answers, and the same command runs again: it trains nothing,
+looks what is missing, and compares all rows.
 
-An evaluation by `ssl-vit eval` of so many random backbones in 20 readouts on 10 datasets of noise comes first, twice: the second finds
-everything done. Of each command: processor seconds, which other processes disturb less than the clock, and the peak of its memory.
+Of each command: processor seconds, which other processes disturb less than the clock, and the peak of its memory (Linux).
 """
 
 import argparse

@@ -75,7 +75,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
                 code, message = 1, f"disk full: {file} cannot be written, what was there is kept; make room, and {go_on}"
             case OSError() if error.errno in DENIED and error.filename:
                 what = f"{error.filename} cannot be {'read or ' * (error.errno == errno.EACCES)}written ({error.strerror})"
-                code, message = 1, f"{what}; what was there is kept; get the right to write there, or name another folder with --out"
+                code, message = 1, f"{what}; what was there is kept; get the right to do so, or name another folder"
             case KeyboardInterrupt():
                 code, message = 130, "interrupted"
             case SystemExit() if not isinstance(error.__context__, KeyboardInterrupt):  # argparse's --help, --print_config

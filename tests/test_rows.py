@@ -1,9 +1,10 @@
 """Rows and predictions on disk: what is written comes back, a kill costs at most the last line, and bad lines are named."""
 
 import errno
+import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -83,6 +84,26 @@ def test_only_new_lines_are_parsed_and_a_changed_file_is_read_again(tmp_path: Pa
     assert [one.data for one in store.rows()] == ["one", "three"]
     store.file.write_text(first + second.replace('"two"', '"2"') + third)
     assert [one.data for one in store.rows()] == ["one", "2", "three"]
+
+
+def test_a_line_that_is_completed_while_it_is_read_waits_for_the_next_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RowStore(tmp_path)
+    store.append([row()], PREDICTIONS, LABELS)
+    line, half = store.file.read_bytes(), 100
+    store.file.write_bytes(line + line[:half])
+
+    class Written(io.FileIO):
+        def __iter__(self) -> Iterator[bytes]:
+            for part in iter(self.readline, b""):
+                if not part.endswith(b"\n"):  # the other process goes on
+                    with open(self.name, "ab") as file:
+                        file.write(line[half:])
+                yield part
+
+    monkeypatch.setattr(ssl_vit_eval.rows, "open", lambda path, mode: Written(path, mode), raising=False)
+    assert len(store.measured()) == 1
+    monkeypatch.undo()
+    assert len(store.measured()) == 2
 
 
 def test_a_metric_declared_later_is_added_to_the_rows_of_the_data(tmp_path: Path) -> None:

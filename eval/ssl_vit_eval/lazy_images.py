@@ -83,6 +83,7 @@ class EncodedImages(ImageStore):
         self.sizes = torch.full((count, 2), transform.size)
         self._read, self._transform = read, transform
         self._is_kept = torch.zeros(count, dtype=torch.bool)
+        self._bad: tuple[list[str], int] | None = None  # once there was one: what `_unreadable` found, for those who ask again
 
     def __getitem__(self, index: int) -> UInt8[Tensor, "3 s s"]:
         return self.batch(torch.tensor([index]))[0][0]
@@ -113,13 +114,13 @@ class EncodedImages(ImageStore):
                     for place, image in enumerate(pool.map(self._one, encoded), start):
                         images[place] = image
             except Failure as error:
-                bad, seen = self._unreadable(pool)
-                if len(bad) < 2:
+                self._bad = found, seen = self._bad or self._unreadable(pool)
+                bad = list(dict.fromkeys([str(error), *found]))
+                if len(bad) == 1:
                     raise
                 some = "; ".join(bad[:_NAMED]) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
-                raise Failure(
-                    f"{len(bad)} of {f'the first {seen:,} of ' * (seen < len(self))}{len(self):,} images cannot be read: {some}"
-                ) from error
+                least = "at least " * (seen < len(self))
+                raise Failure(f"{least}{len(bad)} of {len(self):,} images cannot be read: {some}") from error
         return images
 
     def _one(self, named: Named) -> UInt8[Tensor, "3 s s"]:

@@ -168,7 +168,7 @@ class RowStore:
 
     def measured(self) -> list[Row]:
         """Every row in the order of writing, also those that were measured again; Failure as `rows`. Lines that were read before are not
-        parsed again, unless somebody has changed the file."""
+        parsed again, unless the last of them is no longer where it was."""
         if not self.file.exists():
             return []
         with open(self.file, "rb") as file:
@@ -178,9 +178,10 @@ class RowStore:
                 file.seek(0)
             rows, last, end = list[Row](), self._last, self._end
             for number, line in enumerate(file, len(self._measured) + 1):
-                if line.endswith(b"\n"):
-                    rows.append(_parse(line.decode(errors="replace"), f"{self.file}, line {number}"))
-                    last, end = line, end + len(line)
+                if not line.endswith(b"\n"):  # cut, or being written: what comes next would be its other half
+                    break
+                rows.append(_parse(line.decode(errors="replace"), f"{self.file}, line {number}"))
+                last, end = line, end + len(line)
         self._measured, self._last, self._end = self._measured + rows, last, end
         return list(self._measured)
 
@@ -222,7 +223,8 @@ class RowStore:
 
     def _is_whole(self, row: Row) -> bool:
         with suppress(OSError, ValueError):
-            return bool(self._content(row))
+            self._content(row)
+            return True
         return False
 
     def _locked(self) -> AbstractContextManager[bool]:

@@ -257,12 +257,14 @@ def _quick_offline_error(what: str, online: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = True
     try:
         yield
-    except Exception as error:  # of a proxy that refuses, whatever the HTTP library of this version raises
-        if not online or isinstance(error, TypeError | MemoryError) or getattr(error, "filename", None):  # an argument, memory, the disk
+    except Exception as error:
+        # a proxy that refuses the files is an error of the hub's client or of its HTTP library, which changes with the version
+        refused = type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx", "requests", "urllib3")
+        if not online or not (isinstance(error, OSError | RuntimeError) if constants.HF_HUB_OFFLINE else refused):
             raise
-        why = "no network" if constants.HF_HUB_OFFLINE else reason(error)
+        why = "no network, and they are not in the cache" if constants.HF_HUB_OFFLINE else f"{reason(error)}; the cache is"
         raise Failure(
-            f"cannot fetch {what}: {why}, and they are not in the cache ({constants.HF_HUB_CACHE}); run the same command once where there "
+            f"cannot fetch {what}: {why} ({constants.HF_HUB_CACHE}); run the same command once where there "
             "is a network that lets it through, with HF_HOME on a disk that both machines see"
         ) from error
     finally:

@@ -66,6 +66,8 @@ def test_what_cannot_be_fetched_is_said_within_seconds(fetch: Callable[[], objec
 class ProxyError(Exception):
     """As of httpx, whose errors are none of the system's."""
 
+    __module__ = "httpx"
+
 
 def test_a_proxy_that_lets_the_hub_through_and_not_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
@@ -78,5 +80,18 @@ def test_a_proxy_that_lets_the_hub_through_and_not_its_files(monkeypatch: pytest
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("ssl_vit.weights.checkpoint.hub_answers", lambda: True)
     monkeypatch.setattr(timm, "create_model", refused)
-    with pytest.raises(Failure, match="the weights of timm:vit_tiny_patch16_224: 403 Forbidden, and they are not in the cache"):
+    with pytest.raises(Failure, match="the weights of timm:vit_tiny_patch16_224: 403 Forbidden; the cache is"):
         load_backbone("timm:vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("Unknown model"), Failure("ours")])
+def test_what_is_no_fault_of_the_network_is_not_called_so(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("ssl_vit.weights.checkpoint.hub_answers", lambda: True)
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(type(error)) as raised:
+        load_backbone("timm:vit_tiny_patch16_224")
+    assert raised.value is error

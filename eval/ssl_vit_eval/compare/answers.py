@@ -41,7 +41,7 @@ class Answers:
 
     def __init__(self, found: Sequence[tuple[Row, RowStore]]) -> None:
         self._found = {row.key: (row, store) for row, store in found}
-        self._bits: dict[Key, tuple[NDArray[np.uint8], torch.Size, Int64[Tensor, " n"]]] = {}  # with their shape, and the classes
+        self._bits: dict[Key, tuple[NDArray[np.uint8], torch.Size, Int64[Tensor, " n"]]] = {}  # the bits, their shape, the classes
         self._classes: dict[str, Int64[Tensor, " n"]] = {}  # by data
 
     def checked(self, row: Row) -> Row:

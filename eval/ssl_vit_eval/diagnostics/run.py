@@ -34,8 +34,8 @@ def examine(source: Source, test: Split, data: str, transform: str, specs: Seque
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)
     path = store.folder / f"diagnostics-{name}-{source.weights[:8]}-{data[:8]}-{transform}.json"
     found: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # it is not there, or damaged
-        found = json.loads(path.read_text())
+    with suppress(OSError, ValueError, TypeError):  # it is not there, or damaged
+        found = dict(json.loads(path.read_text()))
     if (found.get("version"), found.get("readouts")) != (VERSION, list(specs)):
         found = {
             **diagnose(source, test.images, specs, store.folder),

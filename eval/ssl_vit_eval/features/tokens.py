@@ -92,7 +92,8 @@ def open_tokens(source: Source, images: ImageStore, blocks: Sequence[int], folde
     if not there and not fits:
         return reader
     if not there:
-        clear_abandoned(folder)
+        if rank() == 0:
+            clear_abandoned(folder)
         ranges = list(parts(len(images), BATCH))
         with file.writing(), agreed():
             for start, end in tqdm(ranges, f"{source.name}: tokens", leave=False, unit="batch", disable=True if rank() else None):
