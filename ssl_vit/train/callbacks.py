@@ -209,10 +209,11 @@ class Progress(TQDMProgressBar):
         self._seconds, self._shown = 20.0 if self._log else 0.5, 0.0  # a log wants few lines, and a GPU need not wait each time
 
     def init_train_tqdm(self) -> Tqdm:
-        return Tqdm(
+        images = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        bar = Tqdm(
             total=self.trainer.estimated_stepping_batches,
             initial=self.trainer.global_step,
-            unit_scale=self.trainer.datamodule.batch_size,  # type: ignore[attr-defined]
+            unit_scale=images,
             unit=" images",
             desc=self.name,
             dynamic_ncols=True,
@@ -220,6 +221,8 @@ class Progress(TQDMProgressBar):
             file=io.StringIO() if self._log else sys.stderr,
             bar_format="{desc}: {n_fmt}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}{postfix}]" if self._log else None,
         )
+        bar.initial *= images  # tqdm scales all but this, and its rate would count what was trained before
+        return bar
 
     on_train_epoch_start = on_train_epoch_end = Callback.on_train_epoch_start  # nothing: the bar goes on from epoch to epoch
 

@@ -60,7 +60,8 @@ LIKELY = {
 
 # what a type of an option allows, in words
 ALLOWED: dict[Any, str] = {int: "a whole number", PositiveInt: "a whole number above 0", float: "a number", tuple: "numbers in brackets"}
-ALLOWED |= {str: "text", bool: "true or false", type(None): "null", list: "a list in brackets", None: "KEY: VALUE pairs in braces"}
+ALLOWED |= {PositiveFloat: "a number above 0", str: "text", bool: "true or false", type(None): "null", list: "a list in brackets"}
+ALLOWED[None] = "KEY: VALUE pairs in braces"
 
 
 def parse_recipe(recipe: str, options: list[str]) -> tuple[LightningArgumentParser, Namespace]:

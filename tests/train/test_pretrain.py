@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from ssl_vit.assets import list_assets
 from ssl_vit.cli import run
 from ssl_vit.errors import Failure
 from ssl_vit.methods import METHODS
-from ssl_vit.train.callbacks import RunFolder
+from ssl_vit.train.callbacks import Progress, RunFolder
 from ssl_vit.train.cost import training_flops
 from ssl_vit.train.pretrain import build_method, parse_recipe, recipe_parser
 from ssl_vit.weights.checkpoint import read_checkpoint
@@ -371,6 +372,14 @@ def test_one_bar_over_the_whole_run(terminal: bool, capfd: pytest.CaptureFixture
     assert len(lines) >= 1 if terminal else 1 <= len(lines) <= 8
     for part in ("720/720", " images/s", "loss=", "data_seconds="):
         assert part in lines[-1]
+
+
+def test_the_bar_of_a_resumed_run_tells_the_speed_of_this_start() -> None:
+    progress = Progress("run")
+    trainer = SimpleNamespace(estimated_stepping_batches=100, global_step=90, datamodule=SimpleNamespace(batch_size=8))
+    progress._trainer = trainer  # type: ignore[assignment]
+    bar = progress.init_train_tqdm()
+    assert " 8.00 images/s" in bar.format_meter(**{**bar.format_dict, "n": 92, "elapsed": 2.0})
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ class Answers:
         value = sum(score[METRICS.index(row.metric)] for score in scores) / len(scores)
         if abs(value - row.value) > right.numel() * 2.0**-52:
             file = self._found[row.key][1].folder / row.predictions
-            raise Failure(f"{_called(row)}: the row says {row.metric} {row.value:.6g}, its predictions {file} {value:.6g}; evaluate again")
+            said = f"the row says {row.metric} {row.value:.6g}, its predictions {file} {value:.6g}"
+            raise Failure(f"{_called(row)}: {said}; remove the row and evaluate again")
         low, high = accuracy_interval(right.T, labels if row.metric == MACRO else None)
         return replace(row, ci_low=low, ci_high=high)
 
@@ -74,7 +75,7 @@ class Answers:
             predictions, labels = store.predictions(row)
             if len(labels) != row.n_test:
                 file = store.folder / row.predictions
-                raise Failure(f"{file} has {len(labels)} predictions, its row {row.n_test} images: evaluate again")
+                raise Failure(f"{file} has {len(labels)} predictions, its row {row.n_test} images: remove the row and evaluate again")
             right = (predictions == labels[:, None]).T
             shared = self._classes.setdefault(key.data, labels)
             self._bits[key] = np.packbits(right.numpy()), right.shape, shared if torch.equal(shared, labels) else labels
