@@ -1,6 +1,7 @@
 """Small models and batches that the tests share. Nothing here or in the tests waits for a hub."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests run on the CPU on every machine, but for `-m gpu`."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # ignored in what nohup or a script's & has started, and what is ignored stays so; the tests send them
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @contextmanager
