@@ -221,7 +221,7 @@ class Progress(TQDMProgressBar):
             file=io.StringIO() if self._log else sys.stderr,
             bar_format="{desc}: {n_fmt}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}{postfix}]" if self._log else None,
         )
-        bar.initial *= images  # tqdm scales all but this, and its rate would count what was trained before
+        bar.initial = self.trainer.global_step * images  # tqdm scales all but this, and its rate would count what was trained before
         return bar
 
     on_train_epoch_start = on_train_epoch_end = Callback.on_train_epoch_start  # nothing: the bar goes on from epoch to epoch
