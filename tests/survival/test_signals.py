@@ -306,8 +306,10 @@ def test_ctrl_c_before_the_first_step(monkeypatch: pytest.MonkeyPatch, capsys: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ssl_vit.data.stream.ImageData.setup", interrupted)
+    before = signal.getsignal(signal.SIGINT)
     assert run(["pretrain", "mae.yaml", "--out", "run", *OPTIONS]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "ssl-vit: interrupted"
+    signal.signal(signal.SIGINT, before)  # Lightning, on its way out, ignores it
 
 
 def test_handlers_are_given_back() -> None:
