@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssl_vit.errors import Failure
-from ssl_vit.files import naming
+from ssl_vit.files import check_writable, naming
 from ssl_vit_eval.distributed import barrier, gather_objects, rank
 
 FORMAT = 1  # raised whenever the pass could give other numbers for the same key
@@ -153,6 +153,7 @@ class FeatureFile:
 def clear_abandoned(folder: Path) -> None:
     """Remove what processes left half written that were killed a day ago or earlier; not for each file, of which there may be thousands."""
     folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)  # the next line's error would name a file that nobody knows
     with TemporaryFile(dir=folder) as file:
         now = os.fstat(file.fileno()).st_mtime  # by the clock that the others' times are of: this machine's own may be wrong
     for left in folder.glob("*.partial"):
