@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
-from ssl_vit.files import locked, write_atomically
+from ssl_vit.files import write_atomically
 
 CELL = 0.9  # inches
 DPI = 100
@@ -38,5 +38,4 @@ def save_maps(images: UInt8[Tensor, "b 3 s s"], maps: Mapping[str, Float[Tensor,
             axes.set_title(title.replace("+", "+\n"), fontsize=8)
         for axes in grid.flat:
             axes.set_axis_off()
-        with locked(path.parent / "rows.lock"):  # another evaluation may draw the same
-            write_atomically(path, partial(figure.savefig, format="png", metadata={"Software": None}))
+        write_atomically(path, partial(figure.savefig, format="png", metadata={"Software": None}))

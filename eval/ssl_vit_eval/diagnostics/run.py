@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.files import write_atomically
+from ssl_vit.files import locked, write_atomically
 from ssl_vit.model.readout import ReadoutSpec
 from ssl_vit_eval.controls import BESIDE
 from ssl_vit_eval.diagnostics.geometry import redundancy
@@ -33,22 +33,23 @@ def examine(source: Source, test: Split, data: str, transform: str, specs: Seque
     What this version measured before on these weights and images is kept, what comes from rows is always new."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)
     path = store.folder / f"diagnostics-{name}-{source.weights[:8]}-{data[:8]}-{transform}.json"
-    found: dict[str, Any] = {}
-    with suppress(OSError, ValueError, TypeError):  # it is not there, or damaged
-        found = dict(json.loads(path.read_text()))
-    if (found.get("version"), found.get("readouts")) != (VERSION, list(specs)):
-        found = {
-            **diagnose(source, test.images, specs, store.folder),
-            "dataset": test.dataset,
-            "transform": transform,
-            "readouts": list(specs),
-        }
-    assert source.backbone is not None
-    place = (source.weights, data, transform, "top1")
-    rows = [row for row in store.rows() if (row.checkpoint, row.data, row.transform, row.metric) == place]
-    found["accuracy_by_block"] = accuracy_by_block(rows, specs, source.backbone.depth)
-    found["redundancy"] = redundancies(rows)
-    write_atomically(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    with locked(path.with_suffix(".lock")):  # another evaluation may measure the same, and what it has found is there then
+        found: dict[str, Any] = {}
+        with suppress(OSError, ValueError, TypeError):  # it is not there, or damaged
+            found = dict(json.loads(path.read_text()))
+        if (found.get("version"), found.get("readouts")) != (VERSION, list(specs)):
+            found = {
+                **diagnose(source, test.images, specs, store.folder),
+                "dataset": test.dataset,
+                "transform": transform,
+                "readouts": list(specs),
+            }
+        assert source.backbone is not None
+        place = (source.weights, data, transform, "top1")
+        rows = [row for row in store.rows() if (row.checkpoint, row.data, row.transform, row.metric) == place]
+        found["accuracy_by_block"] = accuracy_by_block(rows, specs, source.backbone.depth)
+        found["redundancy"] = redundancies(rows)
+        write_atomically(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
     return path
 
 
