@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,6 +237,25 @@ def test_files_of_older_code_are_measured_again(backbone: Backbone, tmp_path: Pa
     path.write_text(path.read_text()[:20])  # damaged
     diagnostics_run.examine(source_of(backbone), split, "data", "t", ["cls"], RowStore(tmp_path))
     assert len(measured) == 4
+
+
+def test_a_second_evaluation_waits_for_the_first_and_measures_nothing(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(*_: object) -> dict[str, object]:
+        measured.append(1)
+        time.sleep(0.5)
+        return {"version": VERSION}
+
+    monkeypatch.setattr(diagnostics_run, "diagnose", measure)
+    images = ImageStore.stacked(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+    split = Split(images, torch.zeros(4).long(), ("toy",), None, "d", "test", (), lambda: "")
+    with ThreadPoolExecutor(2) as pool:
+        of = [pool.submit(diagnostics_run.examine, source_of(backbone), split, "data", "t", ["cls"], RowStore(tmp_path)) for _ in range(2)]
+        assert len({examined.result() for examined in of}) == 1
+    assert len(measured) == 1
 
 
 @pytest.mark.gpu
